@@ -1,0 +1,214 @@
+"""The nouns that travel between rooms: frozen, typed, each with a digest of what it is made of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ambergrade.errors import BadInput
+from ambergrade.identity import canonical_json, digest
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+TAG_TYPES = ("general", "artist", "character", "copyright", "meta")
+RATINGS = ("general", "sensitive", "questionable", "explicit")
+
+
+@dataclass(frozen=True)
+class Post:
+    """One booru post: metadata only, tags still structured."""
+
+    id: int
+    tags: Mapping[str, tuple[str, ...]]
+    """Tag type (one of TAG_TYPES) to raw, underscored tag names in the database's row order."""
+    rating: str
+    """One of RATINGS."""
+    created_at: str
+    """Upload time as the database spells it, e.g. `2021-05-19T01:30:25.096-04:00`."""
+    score: int
+    fav_count: int
+    width: int
+    """Pixels, of the original upload, as the database says."""
+    height: int
+    file_name: str
+    """Picture file relative to the picture folder."""
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A caption as two lists: `keep` stays first and in order, `flexible` may be shuffled and dropped."""
+
+    keep: tuple[str, ...]
+    flexible: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """What the text encoder reads when nothing is shuffled or dropped."""
+        return ", ".join(self.keep + self.flexible)
+
+
+@dataclass(frozen=True)
+class CaptionedPicture:
+    """One training picture: its file, its caption and how it is cut to a bucket."""
+
+    post_id: int
+    file_name: str
+    sha256: str
+    """Of the picture file's bytes."""
+    caption: Caption
+    original_size: tuple[int, int]
+    """(width, height) of the original upload, pixels: SDXL's first micro-condition."""
+    bucket: tuple[int, int]
+    """(width, height) trained at, pixels: SDXL's third micro-condition."""
+    crop: tuple[int, int]
+    """(left, top) cut away after the one resize, in resized pixels: SDXL's second micro-condition."""
+
+
+@dataclass(frozen=True)
+class CaptionSet:
+    """A manifest of captioned pictures."""
+
+    pictures: tuple[CaptionedPicture, ...]
+    recipe: str
+    """Name of the caption recipe."""
+
+    @cached_property
+    def digest(self) -> str:
+        return digest(self)
+
+    def write(self, path: Path) -> None:
+        """One JSON object a line; the first line names the recipe."""
+        lines = [canonical_json({"recipe": self.recipe})]
+        lines += [canonical_json(picture) for picture in self.pictures]
+        path.write_text("\n".join(lines) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> CaptionSet:
+        """Read what `write` wrote."""
+        head, *lines = path.read_text().splitlines()
+        pictures = []
+        for line in lines:
+            row = json.loads(line)
+            caption = Caption(tuple(row["caption"]["keep"]), tuple(row["caption"]["flexible"]))
+            sizes = {key: tuple(row[key]) for key in ("original_size", "bucket", "crop")}
+            pictures.append(CaptionedPicture(row["post_id"], row["file_name"], row["sha256"], caption, **sizes))
+        return cls(tuple(pictures), json.loads(head)["recipe"])
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights of a family, as a single safetensors file in the original (A1111) layout."""
+
+    path: Path
+    family: str
+    """Name of the yaml in conf/family."""
+    digest: str
+    """sha256 over the weights in canonical order (names, dtypes, shapes, bytes); the header's metadata is left out."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt and what can be checked about its picture."""
+
+    id: str
+    text: str
+    seed: int
+    """Of this picture's own generator."""
+    negative: str = ""
+    tags: tuple[str, ...] = ()
+    """Asked for: raw, underscored tag names."""
+    unwanted: tuple[str, ...] = ()
+    """Must not be seen: raw tag names, chosen where the prompt rules them out."""
+    rating: str = "general"
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts with their tags and seeds."""
+
+    name: str
+    prompts: tuple[Prompt, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        return digest(self)
+
+    def by_id(self) -> dict[str, Prompt]:
+        return {prompt.id: prompt for prompt in self.prompts}
+
+    def first(self, count: int | None) -> PromptSet:
+        """The first `count` prompts; all of them for None."""
+        return self if count is None else PromptSet(self.name, self.prompts[:count])
+
+    def write(self, path: Path) -> None:
+        path.write_text("".join(canonical_json(prompt) + "\n" for prompt in self.prompts))
+
+    @classmethod
+    def read(cls, path: Path, name: str = "") -> PromptSet:
+        """Read JSON lines with the keys of Prompt; `id` and `text` must be there, `seed` defaults to the line number."""
+        prompts = []
+        for number, line in enumerate(path.read_text().splitlines()):
+            row = json.loads(line)
+            if not {"id", "text"} <= row.keys():
+                raise BadInput(f"{path}, line {number + 1}: a prompt needs the keys id and text, found {sorted(row)}.")
+            row["tags"] = tuple(row.get("tags", ()))
+            row["unwanted"] = tuple(row.get("unwanted", ()))
+            prompts.append(Prompt(**{"seed": number, **row}))
+        if len({prompt.id for prompt in prompts}) != len(prompts):
+            raise BadInput(f"{path}: prompt ids repeat. Give every prompt its own id.")
+        return cls(name or path.stem, tuple(prompts))
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How a prompt becomes a picture; part of what pairs two pictures."""
+
+    name: str
+    """Name of the file in generate/samplers."""
+    steps: int
+    guidance: float
+    """Classifier-free guidance scale; 1 is off."""
+    width: int
+    """Pixels."""
+    height: int
+    batch: int = 8
+    """Pictures per forward pass."""
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """One generated (or real) picture."""
+
+    prompt_id: str
+    seed: int
+    pixels: npt.NDArray[np.uint8]
+    """Height × width × 3, RGB, 0–255."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """An aggregate with its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    """Pictures (or prompts) behind it."""
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True)
+class Release:
+    """A folder that a stranger can check and rebuild."""
+
+    path: Path
+    digest: str
+    """sha256 of its MANIFEST.json."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Relative name to sha256."""
