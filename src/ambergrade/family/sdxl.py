@@ -1,0 +1,231 @@
+"""SDXL's four networks, of any widths: loaded from a single file, kept live, written back."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from ambergrade.errors import BadInput, MissingObject
+from ambergrade.family.files import read_tensors, weights_digest, write_tensors
+from ambergrade.family.layouts import PASSIVE, PREFIXES, from_single_file, to_single_file
+from ambergrade.identity import random_seed
+
+__all__ = [
+    "Networks",
+    "assign",
+    "encode_text",
+    "encode_tokens",
+    "from_config",
+    "load",
+    "pipeline",
+    "read_checkpoint",
+    "tensors",
+    "tokenize",
+    "weights_digest",
+    "write_checkpoint",
+]
+
+
+@dataclass
+class Networks:
+    """The live modules of one model."""
+
+    unet: UNet2DConditionModel
+    text_encoder: CLIPTextModel
+    text_encoder_2: CLIPTextModelWithProjection
+    vae: AutoencoderKL
+    tokenizer: CLIPTokenizer
+    tokenizer_2: CLIPTokenizer
+    scheduler_config: dict[str, Any]
+    passive: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors of the single file that no network holds (`logit_scale`, `position_ids`, …), written back as they were."""
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Component name (as in `layouts.PREFIXES`) to module."""
+        return {name: getattr(self, name) for name in PREFIXES}
+
+
+def load(
+    checkpoint: Path, config: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> Networks:
+    """Networks of a single file or a diffusers folder; `config` is the family's diffusers-layout folder.
+
+    Raises BadInput for a pickle, a damaged file, or weights that do not fit the config.
+    """
+    weights = read_checkpoint(checkpoint)
+    with init_empty_weights():
+        networks = _build(config)
+    for name, module in networks.modules().items():
+        shapes = {key: value.shape for key, value in module.state_dict().items()}
+        state = from_single_file(name, shapes, weights, shapes)
+        # A copy even where dtype and device agree: what is read may be mapped from the file.
+        state = {key: value.to(device, dtype, copy=True).contiguous() for key, value in state.items()}
+        module.load_state_dict(state, assign=True)
+        module.to(device).eval()
+    networks.passive = _passive(weights)
+    return networks
+
+
+def from_config(config: Path, seed: int) -> Networks:
+    """Networks of a config folder with random fp32 weights, each component keyed by (seed, its name)."""
+    networks = _build(config, lambda name: torch.manual_seed(random_seed(seed, "init", name)))
+    length = networks.text_encoder.config.max_position_embeddings
+    networks.passive = {
+        PASSIVE[0]: torch.arange(length)[None],
+        PASSIVE[1]: torch.tensor(math.log(1 / 0.07)),  # CLIP's own start (Radford et al. 2021, section 2.5)
+    }
+    return networks
+
+
+def tensors(networks: Networks) -> dict[str, Tensor]:
+    """All weights under single-file keys. Most share memory with the live modules: clone what must not change."""
+    found = dict(networks.passive)
+    for name, module in networks.modules().items():
+        found |= to_single_file(name, {key: value.detach() for key, value in module.state_dict().items()})
+    return found
+
+
+@torch.no_grad()
+def assign(networks: Networks, tensors: Mapping[str, Tensor]) -> None:
+    """Copy values, given under single-file keys, into the live modules in place.
+
+    Raises BadInput naming keys that are missing or unexpected and shapes that differ; nothing is copied then.
+    """
+    states = {}
+    for name, module in networks.modules().items():
+        shapes = {key: value.shape for key, value in module.state_dict().items()}
+        states[name] = from_single_file(name, shapes, tensors, shapes)
+    for name, module in networks.modules().items():
+        live = module.state_dict()
+        for key, value in states[name].items():
+            live[key].copy_(value)
+    networks.passive = _passive(tensors)
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Weights under single-file keys, from a single file or a diffusers folder; pickles are refused."""
+    if not path.is_dir():
+        return read_tensors(path)
+    found: dict[str, Tensor] = {}
+    for name in PREFIXES:
+        state: dict[str, Tensor] = {}
+        for file in _weight_files(path / name):
+            state |= read_tensors(file)
+        found |= to_single_file(name, state)
+    return found
+
+
+def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Write a single file of canonical bytes under its final name in one step; returns the weights' digest."""
+    return write_tensors(path, tensors, metadata)
+
+
+def tokenize(networks: Networks, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Token ids of both tokenizers, each (B, 77) int64, cut and padded as the pipeline does."""
+    ids_1, ids_2 = (
+        tokenizer(
+            list(texts),
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        for tokenizer in (networks.tokenizer, networks.tokenizer_2)
+    )
+    return ids_1, ids_2
+
+
+def encode_tokens(
+    text_encoder: nn.Module, text_encoder_2: nn.Module, ids_1: Tensor, ids_2: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(B, T, C1+C2) penultimate states of both encoders without final norm, and (B, P) pooled of the second."""
+    first = text_encoder(ids_1, output_hidden_states=True)
+    second = text_encoder_2(ids_2, output_hidden_states=True)
+    return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
+
+
+def encode_text(networks: Networks, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """(B, 77, C1+C2) and (B, P), equal to StableDiffusionXLPipeline.encode_prompt; gradients as the caller has them."""
+    device = networks.text_encoder.device
+    ids_1, ids_2 = tokenize(networks, texts)
+    return encode_tokens(networks.text_encoder, networks.text_encoder_2, ids_1.to(device), ids_2.to(device))
+
+
+def pipeline(networks: Networks, scheduler: Any) -> StableDiffusionXLPipeline:
+    """The stock pipeline around the live modules.
+
+    An absent negative prompt is the encoded empty text, as in training's caption dropout, not zeros.
+    """
+    return StableDiffusionXLPipeline(
+        vae=networks.vae,
+        text_encoder=networks.text_encoder,
+        text_encoder_2=networks.text_encoder_2,
+        tokenizer=networks.tokenizer,
+        tokenizer_2=networks.tokenizer_2,
+        unet=networks.unet,
+        scheduler=scheduler,
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
+
+
+def _build(config: Path, before: Callable[[str], object] = lambda name: None) -> Networks:
+    """Modules of the config folder with whatever weights their constructors give; `before(component)` is called first."""
+    if not (config / "model_index.json").is_file():
+        raise MissingObject(f"{config} is no config folder of a diffusers SDXL pipeline: it has no model_index.json.")
+    made: dict[str, Any] = {}
+    with torch.random.fork_rng(devices=[]):
+        for name, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
+            before(name)
+            made[name] = kind.from_config(kind.load_config(config / name)).eval()
+        for name, text_kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
+            before(name)
+            made[name] = text_kind(CLIPTextConfig.from_pretrained(config / name)).eval()
+    for name in ("tokenizer", "tokenizer_2"):
+        made[name] = CLIPTokenizer.from_pretrained(config / name)
+        _check_tokenizer(config / name, made[name], made[name.replace("tokenizer", "text_encoder")].config)
+    scheduler = json.loads((config / "scheduler" / "scheduler_config.json").read_text())
+    return Networks(**made, scheduler_config=scheduler)
+
+
+def _check_tokenizer(folder: Path, tokenizer: CLIPTokenizer, config: CLIPTextConfig) -> None:
+    """Refuse mismatches that would train or sample without a word of warning."""
+    complaints = []
+    if tokenizer.model_max_length > config.max_position_embeddings:
+        complaints.append(
+            f"model_max_length {tokenizer.model_max_length} exceeds the {config.max_position_embeddings} positions"
+        )
+    if len(tokenizer) > config.vocab_size:
+        complaints.append(f"{len(tokenizer)} tokens for {config.vocab_size} embedding rows")
+    if config.eos_token_id not in (2, tokenizer.eos_token_id):  # 2: CLIP's historic value, means arg max
+        complaints.append(
+            f"the encoder pools at token {config.eos_token_id}, the text ends in {tokenizer.eos_token_id}"
+        )
+    if tokenizer("a").input_ids == tokenizer("b").input_ids:
+        complaints.append("'a' and 'b' give the same token ids: the vocabulary was not read")
+    if complaints:
+        raise BadInput(f"The tokenizer {folder} does not fit its text encoder: " + "; ".join(complaints) + ".")
+
+
+def _passive(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    prefixes = tuple(PREFIXES.values())
+    return {key: value for key, value in tensors.items() if key in PASSIVE or not key.startswith(prefixes)}
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors of one component: a plain file before variants such as `.fp16`, or all shards of one."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise MissingObject(f"{folder} holds no .safetensors file. A diffusers folder needs one in each component.")
+    fewest_dots = min(file.name.count(".") for file in files)
+    return [file for file in files if file.name.count(".") == fewest_dots]
