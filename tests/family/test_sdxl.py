@@ -1,7 +1,7 @@
 """The family room against stock diffusers, which knows nothing of our key tables."""
 
-import subprocess
-import sys
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -117,7 +117,7 @@ def test_pipeline_draws_the_same_picture_as_stock(networks, stock, tiny_config):
     for pipe in (ours, stock):
         pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(0)
-        call = {"negative_prompt": "", "num_inference_steps": 2, "height": 64, "width": 64, "output_type": "pt"}
+        call = {"negative_prompt": "", "num_inference_steps": 1, "height": 64, "width": 64, "output_type": "pt"}
         pictures.append(pipe("blue hair", generator=generator, **call).images)
     assert torch.equal(*pictures)
 
@@ -157,21 +157,9 @@ def test_a_truncated_file_is_refused(single_file, tmp_path):
 
 
 def test_a_tokenizer_that_pools_elsewhere_is_refused(tiny_config, tmp_path):
-    import json
-    import shutil
-
     folder = tmp_path / "config"
     shutil.copytree(tiny_config, folder)
     path = folder / "text_encoder_2" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": 49407}))
     with pytest.raises(BadInput, match="pools at token 49407"):
         sdxl.from_config(folder, seed=0)
-
-
-def test_weights_are_the_same_in_another_process(networks, tiny_config):
-    code = (
-        "import sys; from pathlib import Path; from ambergrade.family import sdxl; "
-        "print(sdxl.weights_digest(sdxl.tensors(sdxl.from_config(Path(sys.argv[1]), seed=3))))"
-    )
-    out = subprocess.run([sys.executable, "-c", code, str(tiny_config)], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == sdxl.weights_digest(sdxl.tensors(networks))

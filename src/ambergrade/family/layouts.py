@@ -63,9 +63,10 @@ def to_single_file(component: str, state: Mapping[str, Tensor]) -> dict[str, Ten
 def from_single_file(
     component: str, keys: Iterable[str], tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]
 ) -> dict[str, Tensor]:
-    """One component's tensors under the diffusers `keys`, strictly: BadInput names what is missing, unknown or misshapen.
+    """One component's tensors under the diffusers `keys`.
 
-    `shapes` maps diffusers keys to the shapes the module has.
+    `shapes` maps diffusers keys to the shapes the module has. Raises BadInput naming what is missing, unexpected
+    or misshapen.
     """
     table = layout(component, keys)
     mine = {name for name in tensors if name.startswith(PREFIXES[component])} - set(PASSIVE)

@@ -48,7 +48,7 @@ class Networks:
     tokenizer_2: CLIPTokenizer
     scheduler_config: dict[str, Any]
     passive: dict[str, Tensor] = field(default_factory=dict)
-    """Tensors of the single file that no network holds (`logit_scale`, `position_ids`, …), written back as they were."""
+    """Tensors of the file that no network holds (`logit_scale`, `position_ids`, …), written back as they were."""
 
     def modules(self) -> dict[str, nn.Module]:
         """Component name (as in `layouts.PREFIXES`) to module."""
@@ -180,7 +180,7 @@ def pipeline(networks: Networks, scheduler: Any) -> StableDiffusionXLPipeline:
 
 
 def _build(config: Path, before: Callable[[str], object] = lambda name: None) -> Networks:
-    """Modules of the config folder with whatever weights their constructors give; `before(component)` is called first."""
+    """Modules of the config folder as their constructors make them; `before(component)` is called first."""
     if not (config / "model_index.json").is_file():
         raise MissingObject(f"{config} is no config folder of a diffusers SDXL pipeline: it has no model_index.json.")
     made: dict[str, Any] = {}
