@@ -1,0 +1,138 @@
+"""Scores a stream of pictures with a list of metrics, each a plug in score/metrics/."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import pkgutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from ambergrade.errors import BadInput, BadSetting, UnknownName
+from ambergrade.identity import digest
+from ambergrade.nouns import Measurement, Picture, Prompt, PromptSet, SamplerSettings
+from ambergrade.score import metrics as plugs
+from ambergrade.score.sheet import ScoreSheet
+from ambergrade.score.statistics import PairedDifference
+
+
+class Metric(Protocol):
+    """A scorer: loaded once, asked batch by batch, and then set-level questions without the model.
+
+    `conf/metric/clip_score.yaml` holds the constructor's arguments of `ClipScore` in
+    `score/metrics/clip_score.py`.
+    """
+
+    name: str
+    columns: Mapping[str, bool]
+    """Per-picture column to whether higher is better."""
+    fingerprint: Mapping[str, Any]
+    """What made the numbers; plain JSON without paths."""
+
+    def rows(self, pictures: Sequence[Picture], prompts: Mapping[str, Prompt]) -> Mapping[str, npt.NDArray[Any]]:
+        """(n,) for every name in `columns`, NaN where not scored; (n, d) named `metric.what` for features to keep."""
+
+    def constants(self, prompts: Mapping[str, Prompt]) -> Mapping[str, Any]:
+        """What the three functions below need beside the rows; plain JSON."""
+
+    @staticmethod
+    def aggregates(sheet: ScoreSheet, *, seed: int) -> dict[str, Measurement]:
+        """Set-level values beside the columns' means."""
+
+    @staticmethod
+    def differences(sheet: ScoreSheet, baseline: ScoreSheet, *, seed: int) -> dict[str, PairedDifference]:
+        """Paired differences of what `aggregates` gives."""
+
+    @staticmethod
+    def remarks(sheet: ScoreSheet) -> list[str]:
+        """What a reader of the numbers must know."""
+
+
+def metric_class(name: str) -> type[Metric]:
+    """`clip_score` to the class `ClipScore` of score/metrics/clip_score.py. Raises UnknownName."""
+    known = [module.name for module in pkgutil.iter_modules(plugs.__path__)]
+    if name not in known:
+        raise UnknownName("metric", name, known)
+    module = importlib.import_module(f"{plugs.__name__}.{name}")
+    return cast(type[Metric], getattr(module, "".join(word.capitalize() for word in name.split("_"))))
+
+
+def load_metric(name: str, **settings: Any) -> Metric:
+    """Build the metric `name` with its constructor's arguments, as in conf/metric/<name>.yaml."""
+    try:
+        return metric_class(name)(**settings)
+    except TypeError as error:
+        if "argument" not in str(error):
+            raise
+        raise BadSetting(f"metric {name}: {error}.\nconf/metric/{name}.yaml lists its settings.") from error
+
+
+def score(
+    pictures: Iterable[Picture],
+    prompts: PromptSet,
+    metrics: Sequence[Metric],
+    *,
+    sampler: SamplerSettings | None = None,
+    batch: int = 32,
+    progress: str = "score",
+) -> ScoreSheet:
+    """Consume a picture stream and return its score sheet.
+
+    Args:
+        pictures: any order; (prompt_id, seed) must not repeat.
+        sampler: of the pictures; part of what pairs two sheets.
+        batch: pictures per scoring pass; changes rows by rounding at most (about 1e-6).
+        progress: name of the progress bar.
+
+    Raises:
+        BadInput: a picture of an unknown prompt, a repeated picture, pixels of another kind, no picture at all.
+    """
+    by_id = prompts.by_id()
+    keys: list[tuple[str, int]] = []
+    parts: dict[str, list[npt.NDArray[Any]]] = {}
+    stream = iter(tqdm(pictures, desc=progress, unit="picture", total=len(prompts.prompts), disable=None))
+    while some := list(itertools.islice(stream, batch)):
+        for picture in some:
+            _check(picture, by_id)
+        keys += [(picture.prompt_id, picture.seed) for picture in some]
+        for metric in metrics:
+            for name, values in metric.rows(some, by_id).items():
+                parts.setdefault(name, []).append(values)
+    if not keys:
+        raise BadInput("No pictures to score: the stream was empty.")
+    if len(set(keys)) < len(keys):
+        twice = sorted({key for key in keys if keys.count(key) > 1})[:3]
+        raise BadInput(f"Pictures repeat (prompt, seed): {twice}.\nGive every picture of a prompt its own seed.")
+
+    place = {prompt.id: number for number, prompt in enumerate(prompts.prompts)}
+    order = sorted(range(len(keys)), key=lambda i: (place[keys[i][0]], keys[i][1]))
+    arrays = {name: np.concatenate(values)[order] for name, values in parts.items()}
+    columns = {column: better for metric in metrics for column, better in metric.columns.items()}
+    return ScoreSheet(
+        prompt_ids=tuple(keys[i][0] for i in order),
+        seeds=tuple(keys[i][1] for i in order),
+        columns={name: arrays[name].astype(np.float64) for name in columns},
+        features={name: values.astype(np.float32) for name, values in arrays.items() if name not in columns},
+        higher_is_better=columns,
+        fingerprints={metric.name: metric.fingerprint for metric in metrics},
+        constants={metric.name: metric.constants(by_id) for metric in metrics},
+        sampler={} if sampler is None else asdict(sampler),
+        prompts_digest=digest([by_id[keys[i][0]] for i in order]),
+    )
+
+
+def _check(picture: Picture, prompts: Mapping[str, Prompt]) -> None:
+    """One picture contract, so that no scorer rescales what is already scaled (facts 0.2)."""
+    pixels = picture.pixels
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise BadInput(
+            f"Picture of prompt {picture.prompt_id}: {pixels.dtype} {pixels.shape}.\n"
+            "Give height × width × 3 uint8 RGB, 0 to 255."
+        )
+    if picture.prompt_id not in prompts:
+        raise UnknownName("prompt", picture.prompt_id, prompts)

@@ -1,0 +1,135 @@
+"""ScoreSheet: one row per picture, from which every aggregate can be recomputed without a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ambergrade.errors import BadInput
+from ambergrade.identity import canonical_json
+from ambergrade.store import written_aside
+
+_HEADER = b"ambergrade.score_sheet"
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreSheet:
+    """Scores of n pictures. Rows stand in the order of the prompt set, then by seed."""
+
+    prompt_ids: tuple[str, ...]
+    seeds: tuple[int, ...]
+    columns: Mapping[str, npt.NDArray[np.float64]]
+    """Name to (n,): one number a picture; NaN is not scored, which is counted and never zero."""
+    features: Mapping[str, npt.NDArray[np.float32]]
+    """`metric.what` to (n, d): what set-level aggregates are computed from."""
+    higher_is_better: Mapping[str, bool]
+    """For every column."""
+    fingerprints: Mapping[str, Mapping[str, Any]]
+    """Metric to what made its numbers: weights, preprocessing, reference, library versions. No paths."""
+    constants: Mapping[str, Mapping[str, Any]]
+    """Metric to what its aggregates need beside the rows, as plain JSON (reference moments, names of tags)."""
+    sampler: Mapping[str, Any]
+    """How the pictures were sampled; empty for pictures that were not."""
+    prompts_digest: str
+    """Over the prompts in row order: text, negative, tags."""
+
+    @property
+    def n(self) -> int:
+        """Pictures."""
+        return len(self.prompt_ids)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over rows, features, fingerprints and constants."""
+        whole = hashlib.sha256(canonical_json([self._header(), self.prompt_ids, self.seeds]).encode())
+        for arrays in (self.columns, self.features):
+            for name in sorted(arrays):
+                whole.update(canonical_json([name, arrays[name].shape]).encode())
+                whole.update(np.ascontiguousarray(arrays[name]).tobytes())
+        return whole.hexdigest()
+
+    def write(self, path: Path) -> None:
+        """Write parquet; the same content gives the same bytes (with the same pyarrow)."""
+        arrays: dict[str, Any] = {"prompt_id": pa.array(self.prompt_ids, pa.string())}
+        arrays["seed"] = pa.array(self.seeds, pa.int64())
+        arrays |= {name: pa.array(self.columns[name], pa.float64()) for name in sorted(self.columns)}
+        for name in sorted(self.features):
+            values = np.ascontiguousarray(self.features[name], dtype=np.float32)
+            arrays[name] = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+        table = pa.table(arrays).replace_schema_metadata({_HEADER: canonical_json(self._header()).encode()})
+        with written_aside(path) as aside:
+            pq.write_table(table, aside, compression="zstd")
+
+    @classmethod
+    def read(cls, path: Path) -> ScoreSheet:
+        """Read what `write` wrote. Raises BadInput for another kind of parquet."""
+        table = pq.read_table(path)
+        metadata = table.schema.metadata or {}
+        if _HEADER not in metadata:
+            raise BadInput(
+                f"{path} is not a score sheet: its header lacks {_HEADER.decode()}.\nScore the pictures again."
+            )
+        header = json.loads(metadata[_HEADER])
+        feature_names = header.pop("features")
+        columns = {name: table.column(name).to_numpy().astype(np.float64) for name in header["higher_is_better"]}
+        features = {
+            name: table.column(name).combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
+            for name in feature_names
+        }
+        prompt_ids, seeds = table.column("prompt_id").to_pylist(), table.column("seed").to_pylist()
+        return cls(tuple(prompt_ids), tuple(seeds), columns, features, **header)
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "higher_is_better": self.higher_is_better,
+            "fingerprints": self.fingerprints,
+            "constants": self.constants,
+            "sampler": self.sampler,
+            "prompts_digest": self.prompts_digest,
+            "features": sorted(self.features),
+        }
+
+
+def refuse_unlike(sheet: ScoreSheet, baseline: ScoreSheet) -> None:
+    """Raise BadInput unless both sheets hold the same (prompt, seed, sampler) rows scored by the same scorers."""
+    complaints = []
+    if (sheet.prompt_ids, sheet.seeds) != (baseline.prompt_ids, baseline.seeds):
+        ours = set(zip(sheet.prompt_ids, sheet.seeds, strict=True))
+        theirs = set(zip(baseline.prompt_ids, baseline.seeds, strict=True))
+        odd = sorted(ours ^ theirs)[:3]
+        complaints.append(f"pictures: {len(ours)} and {len(theirs)} (prompt, seed) keys, unlike in {odd} …")
+    elif sheet.prompts_digest != baseline.prompts_digest:
+        complaints.append("prompts: equal ids, but other text, negatives or tags")
+    if canonical_json(sheet.sampler) != canonical_json(baseline.sampler):
+        complaints.append(f"sampler: {_unlike(sheet.sampler, baseline.sampler)}")
+    for metric in sorted(sheet.fingerprints.keys() & baseline.fingerprints.keys()):
+        ours_made, theirs_made = sheet.fingerprints[metric], baseline.fingerprints[metric]
+        if canonical_json(ours_made) != canonical_json(theirs_made):
+            complaints.append(f"{metric}: {_unlike(ours_made, theirs_made)}")
+    if complaints:
+        raise BadInput(
+            "These score sheets cannot be compared:\n  "
+            + "\n  ".join(complaints)
+            + "\nScore both with the same suite, on the same prompts, seeds and sampler."
+        )
+
+
+def _unlike(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """`steps 20 / 28, name 'ddim' / 'euler'` for the keys that differ."""
+    keys = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
+    return ", ".join(f"{key} {_short(ours.get(key))} / {_short(theirs.get(key))}" for key in keys)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else text[:12] + "…"

@@ -1,0 +1,226 @@
+"""Intervals and tests whose unit is the prompt: pictures of one prompt are clustered, prompts are not.
+
+Shapes: P prompts, K points (merges, models), B bootstrap draws, G jackknife groups.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ambergrade.errors import BadInput
+from ambergrade.identity import random_seed
+from ambergrade.nouns import Measurement
+
+Floats = npt.NDArray[np.float64]
+
+DRAWS = 2000
+Z95 = NormalDist().inv_cdf(0.975)
+EXACT_SIGN_FLIPS = 12
+"""Up to so many prompts all 2^P sign patterns are tried."""
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """A point minus a baseline on the same prompts and seeds, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+    """Two-sided, for a true difference of zero."""
+    n: int
+    """Prompts behind it."""
+    detectable: float
+    """Smallest true difference found with 80 % power; NaN where there is no per-prompt difference to tell it from."""
+    higher_is_better: bool = True
+
+    @property
+    def verdict(self) -> str:
+        """`better`, `worse`, or `undecided` where the interval holds zero."""
+        if self.low <= 0 <= self.high:
+            return "undecided"
+        return "better" if (self.value > 0) == self.higher_is_better else "worse"
+
+
+@dataclass(frozen=True)
+class WinnerSet:
+    """The points that cannot be told from the best one, all comparisons held at once."""
+
+    best: int
+    members: tuple[int, ...]
+    behind: tuple[float, ...]
+    """How far each point's mean lies behind the best one's (≥ 0 is worse), in the score's unit."""
+    low: tuple[float, ...]
+    """Simultaneous 95 % lower limits of `behind`; a point is a member where it is ≤ 0."""
+    high: tuple[float, ...]
+    n: int
+    """Prompts behind it."""
+
+
+def prompt_means(values: Floats, prompt_ids: Sequence[Hashable]) -> Floats:
+    """Mean of each prompt's pictures, (n,) to (P,), prompts in order of first appearance.
+
+    A NaN (not scored) picture is left out; a prompt with none left is NaN.
+    """
+    order = {prompt_id: place for place, prompt_id in enumerate(dict.fromkeys(prompt_ids))}
+    place = np.array([order[prompt_id] for prompt_id in prompt_ids], dtype=np.int64)
+    seen = ~np.isnan(values)
+    count = np.bincount(place[seen], minlength=len(order))
+    total = np.bincount(place[seen], weights=values[seen], minlength=len(order))
+    means: Floats = np.divide(total, count, out=np.full(len(order), np.nan), where=count > 0)
+    return means
+
+
+def resampling_weights(prompts: int, *, seed: int = 0, draws: int = DRAWS) -> Floats:
+    """How often each bootstrap draw holds each prompt: (B, P), every row sums to P.
+
+    Keyed by (seed, P, B): points with the same prompts share one index draw, which is what pairs them.
+    """
+    rng = _generator(seed, "bootstrap", prompts, draws)
+    picked = rng.integers(prompts, size=(draws, prompts)) + prompts * np.arange(draws)[:, None]
+    return np.bincount(picked.ravel(), minlength=draws * prompts).reshape(draws, prompts).astype(np.float64)
+
+
+def percentile_interval(replicates: Floats) -> tuple[float, float]:
+    """The middle 95 % of bootstrap replicates (Efron's percentile interval); NaN replicates are left out."""
+    if np.isnan(replicates).all():
+        return math.nan, math.nan
+    low, high = np.nanpercentile(replicates, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def mean_interval(values: Floats, *, seed: int = 0, draws: int = DRAWS, higher_is_better: bool = True) -> Measurement:
+    """Mean over prompts, (P,), with its percentile bootstrap interval; NaN prompts are left out of `n`."""
+    scored = values[~np.isnan(values)]
+    if scored.size == 0:
+        return Measurement(math.nan, math.nan, math.nan, 0, higher_is_better)
+    replicates = resampling_weights(scored.size, seed=seed, draws=draws) @ scored / scored.size
+    low, high = percentile_interval(replicates)
+    return Measurement(float(scored.mean()), low, high, scored.size, higher_is_better)
+
+
+def paired_difference(
+    point: Floats, baseline: Floats, *, seed: int = 0, draws: int = DRAWS, higher_is_better: bool = True
+) -> PairedDifference:
+    """Mean of `point - baseline` over the prompts scored in both, (P,) each.
+
+    Interval: paired percentile bootstrap. p: sign flips. Detectable: 2.8·σ_d/√P (facts: 80 % power at 5 %).
+    """
+    differences = (point - baseline)[~np.isnan(point - baseline)]
+    n = differences.size
+    if n == 0:
+        return PairedDifference(math.nan, math.nan, math.nan, math.nan, 0, math.nan, higher_is_better)
+    replicates = resampling_weights(n, seed=seed, draws=draws) @ differences / n
+    low, high = percentile_interval(replicates)
+    detectable = 2.8 * float(differences.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+    p = sign_flip_p(differences, seed=seed)
+    return PairedDifference(float(differences.mean()), low, high, p, n, detectable, higher_is_better)
+
+
+def sign_flip_p(differences: Floats, *, seed: int = 0, draws: int = 9999) -> float:
+    """Two-sided permutation p of a zero mean for differences (P,) symmetric about zero (Fisher's sign flips).
+
+    Exact up to EXACT_SIGN_FLIPS prompts; beyond, (1 + hits)/(1 + draws), which is never zero.
+    """
+    n = differences.size
+    observed = abs(differences.sum())
+    slack = 1e-12 * np.abs(differences).sum()  # equal sums differ by rounding once the order of signs changes
+    if n <= EXACT_SIGN_FLIPS:
+        signs = np.array(list(itertools.product((-1.0, 1.0), repeat=n)))
+        return float(np.mean(np.abs(signs @ differences) >= observed - slack))
+    signs = _generator(seed, "sign flips", n, draws).integers(2, size=(draws, n)) * 2.0 - 1.0
+    return float((1 + np.sum(np.abs(signs @ differences) >= observed - slack)) / (1 + draws))
+
+
+def winner_set(scores: Floats, *, seed: int = 0, draws: int = DRAWS, higher_is_better: bool = True) -> WinnerSet:
+    """The best of K points by mean over prompts, and all that cannot be told from it; `scores` is (K, P).
+
+    Max-T over the joint bootstrap of all K(K-1)/2 pairwise differences (Romano & Wolf 2005): one critical
+    value holds every pair at once, so the intervals stay true although the best was picked from the
+    same data. The value is widened from normal to t tails with P - 1 degrees of freedom: without it 40
+    prompts of one and the same model show a false winner in 10 to 17 % of runs instead of 5 %.
+    Prompts that any point lacks (NaN) are left out of all.
+    """
+    scores = scores[:, ~np.isnan(scores).any(axis=0)] * (1.0 if higher_is_better else -1.0)
+    points, n = scores.shape
+    if n < 2:
+        raise BadInput(f"A winner set needs at least 2 prompts scored at every point, found {n}.")
+    mean = scores.mean(axis=1)
+    best = int(np.argmax(mean))
+    spread = np.sqrt(np.maximum(_pairwise_variance(scores), 0.0) / n)  # (K, K) standard errors
+    critical = _max_t(scores, spread, seed, draws)
+    behind = mean[best] - mean
+    low, high = behind - critical * spread[best], behind + critical * spread[best]
+    members = tuple(k for k in range(points) if low[k] <= 0)
+    return WinnerSet(best, members, tuple(map(float, behind)), tuple(map(float, low)), tuple(map(float, high)), n)
+
+
+def wilson_interval(hits: npt.ArrayLike, n: npt.ArrayLike) -> tuple[Floats, Floats]:
+    """95 % interval of a share `hits`/`n` (Wilson 1927), elementwise; NaN where n is 0."""
+    h, m = np.asarray(hits, dtype=np.float64), np.asarray(n, dtype=np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share, z2 = h / m, Z95**2
+        middle = (share + z2 / (2 * m)) / (1 + z2 / m)
+        half = Z95 / (1 + z2 / m) * np.sqrt(share * (1 - share) / m + z2 / (4 * m**2))
+        return np.clip(middle - half, 0.0, 1.0), np.clip(middle + half, 0.0, 1.0)
+
+
+def jackknife_error(leave_out: Floats) -> float:
+    """Standard error from leave-one-group-out values (G,): √((G-1)/G · Σ(θ₋g - θ̄)²) (Efron & Tibshirani, eq. 11.5)."""
+    groups = leave_out.size
+    return math.sqrt((groups - 1) / groups * float(np.sum((leave_out - leave_out.mean()) ** 2)))
+
+
+def normal_p(value: float, error: float) -> float:
+    """Two-sided p of zero for a value with a normal standard error."""
+    if error == 0:
+        return 1.0 if value == 0 else 0.0
+    return math.erfc(abs(value) / error / math.sqrt(2))
+
+
+def _pairwise_variance(scores: Floats) -> Floats:
+    """Var(score_j - score_k) over prompts, unbiased: (K, K)."""
+    covariance = np.atleast_2d(np.cov(scores))
+    own = np.diag(covariance)
+    variance: Floats = own[:, None] + own[None, :] - 2 * covariance
+    return np.where(variance > 1e-12 * (own[:, None] + own[None, :]), variance, 0.0)  # equal rows leave rounding
+
+
+def _max_t(scores: Floats, spread: Floats, seed: int, draws: int) -> float:
+    """95 % quantile over draws of max over pairs of |d̄* - d̄|/se, with t tails."""
+    points, n = scores.shape
+    first, second = np.triu_indices(points, 1)
+    keep = spread[first, second] > 0
+    first, second = first[keep], second[keep]
+    if first.size == 0:
+        return 0.0
+    weights = resampling_weights(n, seed=seed, draws=draws)
+    moved = weights @ (scores - scores.mean(axis=1, keepdims=True)).T / n  # (B, K)
+    largest = np.empty(draws)
+    for start in range(0, draws, 250):  # (250, pairs) at a time bounds the memory
+        chunk = moved[start : start + 250]
+        largest[start : start + 250] = np.max(
+            np.abs(chunk[:, first] - chunk[:, second]) / spread[first, second], axis=1
+        )
+    # A resampled mean varies by (n-1)/n of what the unbiased spread says.
+    return _t_from_normal(float(np.quantile(largest, 0.95)) * math.sqrt(n / (n - 1)), n - 1)
+
+
+def _t_from_normal(z: float, degrees: int) -> float:
+    """The t quantile at the tail probability of normal quantile `z` (Abramowitz & Stegun 26.7.5, three terms)."""
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / degrees + second / degrees**2 + third / degrees**3
+
+
+def _generator(seed: int, purpose: str, *item: Any) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=random_seed(seed, purpose, *item)))
