@@ -51,7 +51,7 @@ def cut(path: Path, bucket: tuple[int, int]) -> npt.NDArray[np.uint8]:
         raise BadInput(f"{path} is {picture.width}×{picture.height}, smaller than its bucket {bucket[0]}×{bucket[1]}.")
     (left, top), (width, height) = place.crop, bucket
     resized = picture.resize(place.resized, Image.Resampling.LANCZOS)
-    return np.asarray(resized.crop((left, top, left + width, top + height)))
+    return np.array(resized.crop((left, top, left + width, top + height)))
 
 
 def _eight_bit(picture: Image.Image, path: Path) -> Image.Image:
