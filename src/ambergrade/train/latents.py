@@ -1,0 +1,113 @@
+"""Latents of a caption set: every picture goes from the original straight to its bucket and through the VAE, once."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ambergrade.errors import BadInput
+from ambergrade.family.files import read_tensors, write_tensors
+from ambergrade.nouns import CaptionedPicture, CaptionSet
+
+
+@dataclass(frozen=True, eq=False)
+class Latents:
+    """Latents by bucket; a picture is named by its position in the caption set."""
+
+    by_bucket: dict[tuple[int, int], Tensor]
+    """Bucket (width, height in pixels) to (N, C, height/8, width/8), times the VAE's scaling factor."""
+    positions: dict[tuple[int, int], Tensor]
+    """Bucket to (N,) positions in the caption set, rising."""
+
+    def rows(self, bucket: tuple[int, int], rows: list[int]) -> Tensor:
+        """(len(rows), C, H, W) fp32."""
+        return self.by_bucket[bucket][torch.tensor(rows)].float()
+
+
+def cache_latents(
+    vae: AutoencoderKL,
+    captions: CaptionSet,
+    open_picture: Callable[[str], Image.Image],
+    target: Path,
+    *,
+    batch: int = 16,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write the latents of all pictures to one safetensors file.
+
+    `open_picture(file_name)` gives an upright RGB picture. What is stored is the posterior's mean times the
+    scaling factor, not one random draw frozen for ever. Raises BadInput, naming the post, for a picture that does
+    not cover its bucket and for latents that are not finite. `batch` is pictures per forward pass.
+    """
+    tensors: dict[str, Tensor] = {}
+    with tqdm(total=len(captions.pictures), desc="latents", unit="img", disable=None) as bar:
+        for bucket, positions in group_by_bucket(captions).items():
+            found = []
+            for start in range(0, len(positions), batch):
+                pictures = [captions.pictures[i] for i in positions[start : start + batch]]
+                pixels = torch.stack([_pixels(fit_to_bucket(open_picture(p.file_name), p)) for p in pictures])
+                found.append(_encode(vae, pixels, pictures).to("cpu", dtype))
+                bar.update(len(pictures))
+            name = f"{bucket[0]}x{bucket[1]}"
+            tensors[f"{name}.latents"] = torch.cat(found)
+            tensors[f"{name}.positions"] = torch.tensor(positions)
+    write_tensors(target, tensors, {"captions": captions.digest})
+
+
+def read_latents(path: Path) -> Latents:
+    """Read what `cache_latents` wrote."""
+    tensors = read_tensors(path)
+    names = sorted(key.removesuffix(".latents") for key in tensors if key.endswith(".latents"))
+    buckets = {name: (int(name.split("x")[0]), int(name.split("x")[1])) for name in names}
+    return Latents(
+        {bucket: tensors[f"{name}.latents"] for name, bucket in buckets.items()},
+        {bucket: tensors[f"{name}.positions"] for name, bucket in buckets.items()},
+    )
+
+
+def group_by_bucket(captions: CaptionSet) -> dict[tuple[int, int], list[int]]:
+    """Bucket to positions in the caption set, both rising."""
+    groups = defaultdict(list)
+    for position, picture in enumerate(captions.pictures):
+        groups[picture.bucket].append(position)
+    return dict(sorted(groups.items()))
+
+
+def fit_to_bucket(image: Image.Image, picture: CaptionedPicture) -> Image.Image:
+    """One Lanczos resize that just covers the bucket, then the caption set's crop."""
+    width, height = picture.bucket
+    scale = max(width / image.width, height / image.height)
+    size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    left, top = picture.crop
+    if left + width > size[0] or top + height > size[1]:
+        raise BadInput(
+            f"Post {picture.post_id} ({picture.file_name}): the crop at {picture.crop} leaves the picture, which is "
+            f"{size[0]}x{size[1]} px when resized to cover {width}x{height}.\n"
+            "The file has other proportions than the caption set says; build the caption set again."
+        )
+    resized = image.resize(size, Image.Resampling.LANCZOS) if size != image.size else image
+    return resized.crop((left, top, left + width, top + height))
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """(3, H, W) in -1..1."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def _encode(vae: AutoencoderKL, pixels: Tensor, pictures: list[CaptionedPicture]) -> Tensor:
+    mean: Tensor = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean
+    finite = mean.isfinite().flatten(1).all(dim=1)
+    if not finite.all():
+        bad = [str(p.post_id) for p, fine in zip(pictures, finite.tolist(), strict=True) if not fine]
+        raise BadInput(f"The VAE gives values that are not finite for post {', '.join(bad)}.\nEncode in fp32 or bf16.")
+    return mean * float(vae.config.scaling_factor)

@@ -1,0 +1,20 @@
+"""AdamW (Loshchilov & Hutter 2019), fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+def optimizer(
+    groups: list[dict[str, Any]],
+    *,
+    betas: Sequence[float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+) -> torch.optim.Optimizer:
+    """An optimizer of the groups (`params`, `lr`, `decayed`); decay spares groups that are not `decayed`."""
+    groups = [{**group, "weight_decay": weight_decay if group["decayed"] else 0.0} for group in groups]
+    return torch.optim.AdamW(groups, betas=(betas[0], betas[1]), eps=eps, foreach=True)

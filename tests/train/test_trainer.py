@@ -1,0 +1,187 @@
+"""Fine-tuning: the properties that make a run trustworthy."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ambergrade.errors import BadSetting
+from ambergrade.family import sdxl
+from ambergrade.train.settings import TrainSettings
+from ambergrade.train.trainer import Denoiser, fine_tune, freeze, parameter_groups
+
+SETTINGS = TrainSettings(
+    images=24,
+    batch=4,
+    micro=4,
+    lr={"unet": 1e-3, "te1": 5e-4, "te2": 5e-4},
+    schedule={"name": "constant", "warmup": 8},
+    loss={"name": "eps"},
+    optimizer={"name": "adamw"},
+    caption_dropout=0.1,
+    tag_dropout=0.1,
+)
+
+
+def weights(networks: sdxl.Networks) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in sdxl.tensors(networks).items()}
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_killed_run_resumes_and_ends_in_the_same_bits(networks, beginning, captions, latents, tmp_path, ema):
+    settings = replace(SETTINGS, save_every=8, log_every=8, ema=ema)
+    validation = (captions, latents)
+    whole = fine_tune(networks, captions, latents, settings, scratch=tmp_path / "whole", validation=validation)
+    expected = sdxl.weights_digest(sdxl.tensors(networks))
+
+    def kill(row):
+        if row.seen == 16:
+            raise KilledError
+
+    sdxl.assign(networks, beginning)
+    with pytest.raises(KilledError):
+        fine_tune(networks, captions, latents, settings, scratch=tmp_path, on_log=kill, validation=validation)
+    sdxl.assign(networks, beginning)  # a new process would load them afresh
+    heard = []
+    again = fine_tune(
+        networks, captions, latents, settings, scratch=tmp_path, on_log=heard.append, validation=validation
+    )
+    assert [row.seen for row in heard] == [16, 24]  # it went on from 8
+    assert sdxl.weights_digest(sdxl.tensors(networks)) == expected
+    assert again == whole
+
+
+def test_a_scratch_folder_of_another_run_is_refused(networks, captions, latents, tmp_path):
+    settings = replace(SETTINGS, images=4, save_every=4)
+    fine_tune(networks, captions, latents, settings, scratch=tmp_path)
+    with pytest.raises(BadSetting, match="other settings"):
+        fine_tune(networks, captions, latents, replace(settings, seed=1), scratch=tmp_path)
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(networks, beginning, captions, latents, tmp_path):
+    """By what one plain gradient-descent step changes, so that nothing of the optimizer hides a difference."""
+    changes = []
+    for micro in (4, 2, 1):
+        sdxl.assign(networks, beginning)
+        settings = replace(SETTINGS, images=4, micro=micro, clip=0.0, schedule={"name": "constant"})
+        gradients = {}
+        denoiser_step = torch.optim.AdamW.step
+
+        def keep(self, closure=None, gradients=gradients, step=denoiser_step):
+            gradients.update(
+                {i: p.grad.clone() for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
+            )
+            return step(self, closure)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.optim.AdamW, "step", keep)
+            fine_tune(networks, captions, latents, settings, scratch=tmp_path)
+        changes.append(gradients)
+    scale = max(g.abs().max() for g in changes[0].values())
+    assert scale > 0
+    for other in changes[1:]:
+        for index, gradient in changes[0].items():
+            torch.testing.assert_close(other[index], gradient, rtol=1e-4, atol=float(scale) * 1e-5)
+
+
+def test_loss_falls_when_a_few_pictures_are_learnt_by_heart(networks, captions, latents, tmp_path):
+    settings = replace(SETTINGS, images=240, caption_dropout=0.0, tag_dropout=0.0, log_every=40)
+    report = fine_tune(networks, captions, latents, settings, scratch=tmp_path, validation=(captions, latents))
+    assert report.after.mean < 0.8 * report.before.mean
+    assert report.rows[-1].loss < report.rows[0].loss
+    assert [row.seen for row in report.rows] == [40, 80, 120, 160, 200, 240]
+
+
+@pytest.mark.parametrize(
+    ("lr", "still"),
+    [
+        ({"unet": 1e-3, "te1": 0, "te2": 0}, {"te1", "te2"}),
+        ({"unet": 0, "te1": 1e-3, "te2": 0}, {"unet", "te2"}),
+        ({"unet": 0, "te1": 0, "te2": 1e-3}, {"unet", "te1"}),
+    ],
+)
+def test_a_part_without_learning_rate_stays_as_it_is(networks, beginning, captions, latents, tmp_path, lr, still):
+    fine_tune(networks, captions, latents, replace(SETTINGS, images=4, lr=lr), scratch=tmp_path)
+    prefixes = {
+        "unet": "model.diffusion_model.",
+        "te1": "conditioner.embedders.0.",
+        "te2": "conditioner.embedders.1.",
+        "vae": "first_stage_model.",
+    }
+    changed = {
+        part
+        for part, prefix in prefixes.items()
+        for key, value in sdxl.tensors(networks).items()
+        if key.startswith(prefix) and not torch.equal(value, beginning[key])
+    }
+    assert changed == {"unet", "te1", "te2"} - still
+
+
+def test_every_trained_tensor_moves_and_the_unread_ones_do_not(networks, beginning, captions, latents, tmp_path):
+    # Adam moves whatever has a gradient, and decay is off: what stays equal got none.
+    settings = replace(SETTINGS, images=8, optimizer={"name": "adamw", "weight_decay": 0.0})
+    fine_tune(networks, captions, latents, settings, scratch=tmp_path)
+    text_1 = "conditioner.embedders.0.transformer.text_model."
+    still = {key for key, value in sdxl.tensors(networks).items() if torch.equal(value, beginning[key])}
+    still -= {
+        key for key in still if key.startswith("first_stage_model.") or key.endswith(("position_ids", "logit_scale"))
+    }
+    assert still
+    assert all(key.startswith((f"{text_1}encoder.layers.1.", f"{text_1}final_layer_norm.")) for key in still)
+
+
+def test_weight_decay_spares_norms_biases_and_embeddings(networks):
+    denoiser = Denoiser(networks)
+    freeze(denoiser, SETTINGS.lr)
+    decayed = {id(p) for group in parameter_groups(denoiser, SETTINGS.lr) if group["decayed"] for p in group["params"]}
+    names = {name for name, p in denoiser.named_parameters() if id(p) in decayed}
+    assert "unet.conv_in.weight" in names
+    assert "te2.text_projection.weight" in names
+    assert not [name for name in names if "norm" in name or "embedding.weight" in name or name.endswith("bias")]
+    total = sum(len(group["params"]) for group in parameter_groups(denoiser, SETTINGS.lr))
+    assert total == sum(p.requires_grad for p in denoiser.parameters())
+
+
+def test_the_average_of_the_weights_is_the_result(networks, beginning, captions, latents, tmp_path):
+    """Against the average written out by hand from the weights after every step."""
+    key = "model.diffusion_model.conv_in.weight"
+    key = "model.diffusion_model.input_blocks.0.0.weight"
+    raw = []
+    settings = replace(SETTINGS, images=12)
+    fine_tune(
+        networks, captions, latents, settings, scratch=tmp_path, on_log=lambda row: raw.append(weights(networks)[key])
+    )
+    sdxl.assign(networks, beginning)
+    fine_tune(networks, captions, latents, replace(settings, ema=0.25), scratch=tmp_path)
+    average = beginning[key]
+    for step, value in enumerate(raw, start=1):
+        decay = min(0.25, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * value
+    torch.testing.assert_close(weights(networks)[key], average)
+    assert not torch.equal(average, raw[-1])
+
+
+def test_samples_are_drawn_from_the_average_and_training_goes_on_raw(networks, captions, latents, tmp_path):
+    key = "model.diffusion_model.out.2.weight"
+    seen = []
+    settings = replace(SETTINGS, images=12, ema=0.5, sample_every=8)
+    fine_tune(
+        networks,
+        captions,
+        latents,
+        settings,
+        scratch=tmp_path,
+        on_sample=lambda live, images: seen.append((images, weights(live)[key])),
+    )
+    assert [images for images, _ in seen] == [8, 12]
+    assert torch.equal(seen[-1][1], weights(networks)[key])
+
+
+def test_the_schedule_is_followed_and_gradients_are_measured_before_clipping(networks, captions, latents, tmp_path):
+    report = fine_tune(networks, captions, latents, replace(SETTINGS, images=12, clip=1e-6), scratch=tmp_path)
+    assert [row.lr["unet"] for row in report.rows] == [0.0005, 0.001, 0.001]
+    assert all(row.grad_norm > 1e-3 for row in report.rows)
