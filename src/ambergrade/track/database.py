@@ -1,0 +1,114 @@
+"""Opens MLflow quietly, and its local database safely: made once, under a lock, with a write-ahead log.
+
+Everything that this room needs of MLflow is imported here, after the settings that must come first.
+Eight processes that open a new SQLite database at once leave it broken for good, and so does a kill
+half way through its creation: therefore the lock, and the rename at the end.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+# MLflow reads these when it is imported. What a user has set stays.
+for _name, _value in {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",  # alembic's and the registry's chatter
+    "MLFLOW_TRUNCATE_LONG_VALUES": "false",  # a value that is too long raises; it is never cut in silence
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+from mlflow import MlflowClient, entities  # noqa: E402
+from mlflow.db import upgrade  # noqa: E402
+from mlflow.exceptions import MlflowException  # noqa: E402
+from mlflow.models.utils import get_external_mlflow_model_spec  # noqa: E402
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # noqa: E402
+
+__all__ = [
+    "MlflowClient",
+    "MlflowException",
+    "artifact_root",
+    "entities",
+    "get_external_mlflow_model_spec",
+    "locked",
+    "open_client",
+    "tracking_uri",
+]
+
+
+def tracking_uri(root: Path) -> str:
+    """`MLFLOW_TRACKING_URI` if that is set, else the SQLite database in `<root>/mlruns`."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve() / 'mlruns' / 'mlflow.db'}"
+    file = database_file(uri)
+    return uri if file is None else f"sqlite:///{file}"  # a relative one would change its meaning with the cwd
+
+
+def database_file(uri: str) -> Path | None:
+    """The database behind a `sqlite:///` URI; None for a server."""
+    return Path(uri.removeprefix("sqlite:///")).resolve() if uri.startswith("sqlite:///") else None
+
+
+def artifact_root(uri: str) -> str | None:
+    """Where artifacts go: beside a local database; None leaves it to the server.
+
+    MLflow's own default follows the working directory of whoever creates the experiment.
+    """
+    file = database_file(uri)
+    return None if file is None else (file.parent / "artifacts").as_uri()
+
+
+@contextmanager
+def locked(uri: str) -> Iterator[None]:
+    """Hold the local database's lock; nothing for a server, which keeps order itself."""
+    file = database_file(uri)
+    if file is None:
+        yield
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_name(f".{file.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def open_client(uri: str) -> MlflowClient:
+    """A client whose database exists and has this MLflow's schema. Raises what MLflow, alembic or SQLite raise."""
+    with locked(uri):
+        file = database_file(uri)
+        if file is not None and not file.exists():
+            _create(file)
+        client = MlflowClient(uri)
+        try:
+            client.search_experiments(max_results=1)
+        except MlflowException as error:
+            if file is None or "out-of-date database schema" not in str(error):
+                raise
+            _migrate(file)
+            client.search_experiments(max_results=1)
+    return client
+
+
+def _create(file: Path) -> None:
+    aside = file.with_name(f".{file.name}.new")
+    for left in file.parent.glob(f"{aside.name}*"):
+        left.unlink()
+    upgrade.callback(f"sqlite:///{aside}")
+    with closing(sqlite3.connect(aside)) as database:
+        database.execute("PRAGMA journal_mode=WAL")  # is kept in the file; halves the latency of a write
+    aside.rename(file)
+    uri = f"sqlite:///{file}"
+    SqlAlchemyStore(uri, artifact_root(uri))  # makes the "Default" experiment, with its artifacts beside the database
+
+
+def _migrate(file: Path) -> None:
+    """Bring an older schema up to date, keeping a copy: a migration that is killed cannot be taken up again."""
+    with closing(sqlite3.connect(file)) as database:
+        (revision,) = database.execute("SELECT version_num FROM alembic_version").fetchone()
+        with closing(sqlite3.connect(file.with_name(f"{file.name}.before-{revision}"))) as copy:
+            database.backup(copy)
+    upgrade.callback(f"sqlite:///{file}")

@@ -1,0 +1,108 @@
+"""Checkpoints in MLflow by reference: entered by digest, linked and never copied, registered once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+from ambergrade.errors import BadSetting
+from ambergrade.track.database import MlflowClient, entities, get_external_mlflow_model_spec
+
+log = logging.getLogger(__name__)
+
+
+def find(client: MlflowClient, experiment_id: str, digest: str) -> entities.LoggedModel | None:
+    """The model with these weights, from whatever run; None if there is none."""
+    found = client.search_logged_models([experiment_id], f"tags.sha256 = '{digest}'", max_results=1)
+    return found[0] if found else None
+
+
+def enter(
+    client: MlflowClient,
+    experiment_id: str,
+    name: str,
+    digest: str,
+    *,
+    kind: str,
+    run_id: str | None = None,
+    tags: Mapping[str, Any] | None = None,
+    params: Mapping[str, Any] | None = None,
+) -> entities.LoggedModel:
+    """Find the model with these weights, or create it as `mlflow.create_external_model` does, but by this client.
+
+    `run_id` is the run that made it; None for what was given from outside.
+    """
+    model = find(client, experiment_id, digest)
+    if model is None:
+        every = {"mlflow.model.isExternal": True, "sha256": digest, **(tags or {})}
+        model = client.create_logged_model(
+            experiment_id,
+            re.sub(r"[^\w\- ]", "_", name),
+            run_id,
+            {key: str(value) for key, value in every.items()},
+            {key: str(value) for key, value in (params or {}).items()},
+            kind,
+        )
+    if str(model.status) != "READY":  # new, or a kill came between
+        with tempfile.TemporaryDirectory() as folder:
+            get_external_mlflow_model_spec(model).save(str(Path(folder) / "MLmodel"))
+            client.log_model_artifacts(model.model_id, folder)
+        model = client.finalize_logged_model(model.model_id, "READY")
+    return model
+
+
+def link(path: Path, name: str, artifact_location: str) -> None:
+    """Show the checkpoint among the model's files by a hard link; on another filesystem its `uri` tag must do."""
+    place = urlparse(artifact_location)
+    if place.scheme not in {"", "file"}:
+        return
+    target = Path(unquote(place.path)) / f"{name}{path.suffix or '.safetensors'}"
+    try:
+        os.link(path, target)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        log.info("%s is not linked to %s: %s", path, target, error)
+
+
+def connect(client: MlflowClient, run_id: str, made: str, made_from: Sequence[str]) -> None:
+    """Draw the edges models -> run -> model, each once: MLflow itself would draw them again."""
+    run = client.get_run(run_id)
+    if made not in {output.model_id for output in run.outputs.model_outputs}:
+        client.log_outputs(run_id, [entities.LoggedModelOutput(made, step=0)])
+    known = {used.model_id for used in run.inputs.model_inputs}
+    new = [used for used in dict.fromkeys(made_from) if used not in known]
+    if new:
+        client.log_inputs(run_id, models=[entities.LoggedModelInput(used) for used in new])
+
+
+def register(
+    client: MlflowClient, name: str, model: entities.LoggedModel, run_id: str, *, aliases: Sequence[str], note: str
+) -> None:
+    """Make the model a version of the registered model `name`, once, and point the aliases to it."""
+    if not client.search_registered_models(f"name = '{name}'"):
+        client.create_registered_model(name)
+    versions = [v for v in client.search_model_versions(f"name = '{name}'") if v.model_id == model.model_id]
+    if versions:
+        version = versions[0]
+    else:
+        tags = {"sha256": model.tags["sha256"]}
+        # A models:/ source would be looked up by MLflow's global client, in whatever database that points to.
+        version = client.create_model_version(name, model.artifact_location, run_id, tags, model_id=model.model_id)
+    if note and version.description != note:
+        client.update_model_version(name, version.version, note)
+    for alias in aliases:
+        client.set_registered_model_alias(name, alias, version.version)
+
+
+def check_aliases(aliases: Sequence[str]) -> None:
+    """Raise BadSetting for an alias that MLflow would refuse."""
+    for alias in aliases:
+        if not re.fullmatch(r"[\w-]+", alias, re.ASCII) or re.fullmatch(r"latest|[vV]\d+", alias):
+            raise BadSetting(f"MLflow takes no alias {alias!r}.\nUse letters, digits, - and _; not latest, not v<n>.")

@@ -1,0 +1,105 @@
+"""Who runs: the process that owns a run, whether it still lives, and what it runs with."""
+
+from __future__ import annotations
+
+import getpass
+import importlib.metadata
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+BOOT_FILE = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Terminated(SystemExit):
+    """SIGTERM, raised where the program stood, so that open runs end as KILLED before it exits with 143."""
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Turn SIGTERM into Terminated inside the block, unless the program has a handler of its own.
+
+    By default SIGTERM ends Python on the spot and leaves its runs RUNNING for ever. A second SIGTERM still does.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise Terminated(128 + number)
+
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def owner() -> dict[str, str]:
+    """Tags that tell this process from every other, also after its id is used again."""
+    return {"ag.host": socket.gethostname(), "ag.boot": _boot(), "ag.pid": f"{os.getpid()} {_started(os.getpid())}"}
+
+
+def is_dead(tags: dict[str, str]) -> bool:
+    """True if the owner in `tags` ran on this host and is gone; False where that cannot be known."""
+    if tags.get("ag.host") != socket.gethostname() or "ag.pid" not in tags:
+        return False
+    if tags.get("ag.boot") != _boot():
+        return True
+    pid, _, started = tags["ag.pid"].partition(" ")
+    if started:
+        return _started(int(pid)) != started
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def environment(root: Path) -> dict[str, str]:
+    """Tags that say what made a run: code, interpreter, libraries, user."""
+    sha = _git(root, "rev-parse", "HEAD")
+    dirty = bool(_git(root, "status", "--porcelain", "--untracked-files=no"))
+    program = Path(sys.argv[0] or "python").resolve()
+    tags = {
+        "mlflow.user": getpass.getuser(),
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.name": str(program.relative_to(root)) if program.is_relative_to(root) else program.name,
+        "git.sha": sha or "unknown",
+        "git.dirty": str(dirty).lower() if sha else "unknown",
+        "python": platform.python_version(),
+        "torch": importlib.metadata.version("torch"),
+    }
+    return tags | ({"mlflow.source.git.commit": sha} if sha else {})
+
+
+def _boot() -> str:
+    return BOOT_FILE.read_text().strip() if BOOT_FILE.exists() else ""
+
+
+def _started(pid: int) -> str:
+    """When a process started, in clock ticks since boot (proc(5), field 22); "" where that is not told."""
+    try:
+        # The second field is the program's name in brackets and may hold spaces.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
+def _git(root: Path, *arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
