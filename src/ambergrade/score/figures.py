@@ -1,0 +1,275 @@
+"""Pictures and tables of scores: a sweep's heat map, a forest plot of differences, a leaderboard for the terminal.
+
+The same values give the same PNG bytes. Colours hold for colour-blind eyes (viridis; Okabe & Ito 2008).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+
+from ambergrade.errors import BadSetting
+from ambergrade.nouns import Measurement
+from ambergrade.score.statistics import PairedDifference
+from ambergrade.store import written_aside
+
+INK, GREY = "#222222", "#8a8a8a"
+BETTER, WORSE = "#0072B2", "#D55E00"
+TABLE_WIDTH = 100
+Point = tuple[float, float]
+
+
+def heat_map(
+    points: Mapping[Point, float],
+    path: Path,
+    *,
+    title: str = "",
+    score_name: str = "score",
+    axes: tuple[str, str] = ("a", "b"),
+    low: Mapping[Point, float] | None = None,
+    high: Mapping[Point, float] | None = None,
+    card: Point | None = (0.8, 0.5),
+    winner: Point | None = None,
+    winner_set: Collection[Point] = (),
+    higher_is_better: bool = True,
+) -> Path:
+    """Draw a sweep over two coefficients as a PNG: one cell a point, its score as colour and number.
+
+    Args:
+        points: (a, b) to the score's mean; a point of the grid that is not there stays blank.
+        low, high: limits of each mean, printed small below it.
+        card: the model card's point, marked with a diamond where the grid holds it.
+        winner: marked with a star. winner_set: outlined, as one region.
+    """
+    if not points:
+        raise BadSetting("A heat map needs at least one point.")
+    columns, rows = sorted({a for a, _ in points}), sorted({b for _, b in points})
+    grid = np.full((len(rows), len(columns)), np.nan)
+    for (a, b), value in points.items():
+        grid[rows.index(b), columns.index(a)] = value
+
+    figure = _figure(2.2 + 1.02 * len(columns), 1.9 + 0.84 * len(rows))
+    ax = figure.add_subplot()
+    shown = np.ma.masked_invalid(grid)
+    colours = "viridis" if higher_is_better else "viridis_r"
+    norm, digits = _norm(grid), _digits(float(np.nanmax(np.abs(grid))))
+    image = ax.imshow(shown, origin="lower", cmap=colours, norm=norm, aspect="auto")
+    for i, b in enumerate(rows):
+        for k, a in enumerate(columns):
+            if (a, b) in points:
+                ink = _readable_on(image.cmap(norm(grid[i, k])))
+                limits = (low[a, b], high[a, b]) if low and high and (a, b) in low and (a, b) in high else None
+                _write_cell(ax, k, i, points[a, b], limits, digits, ink)
+                _mark_cell(ax, k, i, ink, card=(a, b) == card, winner=(a, b) == winner)
+    _outline(ax, {(columns.index(a), rows.index(b)) for a, b in winner_set if a in columns and b in rows})
+
+    ax.set_xticks(range(len(columns)), _ticks(columns))
+    ax.set_yticks(range(len(rows)), _ticks(rows))
+    ax.set_xlabel(axes[0])
+    ax.set_ylabel(axes[1], rotation=0, labelpad=12)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=ax, pad=0.02, fraction=0.05)
+    bar.set_label(score_name + ("" if higher_is_better else " (lower is better)"))
+    bar.outline.set_visible(False)
+    if title:
+        ax.set_title(title, loc="left", pad=12, fontweight="bold")
+    _heat_map_legend(figure, card is not None and card in points, winner is not None, bool(winner_set))
+    return _save(figure, path)
+
+
+def interval_plot(
+    differences: Mapping[str, Mapping[str, PairedDifference]],
+    path: Path,
+    *,
+    title: str = "",
+    baseline: str = "beta7",
+) -> Path:
+    """Draw differences from a baseline as a forest plot PNG.
+
+    `differences` maps a score's name (one panel each, with its own scale) to {row label: difference}. Rows
+    are shared by all panels. Blue is better, orange is worse, grey is undecided: its interval holds zero.
+    """
+    labels = list(dict.fromkeys(label for panel in differences.values() for label in panel))
+    if not labels:
+        raise BadSetting("An interval plot needs at least one difference.")
+    figure = _figure(max(6.0, 1.6 + 2.5 * len(differences)), 1.7 + 0.42 * len(labels))
+    panels = figure.subplots(1, len(differences), sharey=True, squeeze=False)[0]
+    for ax, (score_name, rows) in zip(panels, differences.items(), strict=True):
+        ax.axvline(0, color=INK, linewidth=0.8, zorder=1)
+        for label, found in rows.items():
+            y = labels.index(label)
+            colour = {"better": BETTER, "worse": WORSE, "undecided": GREY}[found.verdict]
+            ax.plot([found.low, found.high], [y, y], color=colour, linewidth=2.2, solid_capstyle="round", zorder=2)
+            ax.plot([found.value], [y], "o", color=colour, markersize=6, zorder=3)
+            text = f"{found.value:+.3g}".replace("-", "−")
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+            ax.annotate(
+                text, (found.value, y), (0, 7), textcoords="offset points", ha="center", fontsize=8, bbox=box, zorder=2
+            )
+        better = any(found.higher_is_better for found in rows.values())
+        ax.set_title(score_name, loc="left", fontsize=10)
+        ax.set_xlabel("better →" if better else "← better", fontsize=8, color=GREY)
+        ax.set_yticks(range(len(labels)), labels)
+        ax.set_ylim(len(labels) - 0.5, -0.6)
+        ax.margins(x=0.12)
+        ax.locator_params(axis="x", nbins=4)
+        ax.tick_params(length=0, labelsize=9)
+        ax.grid(axis="x", color="#dddddd", linewidth=0.6)
+        ax.set_axisbelow(True)
+        ax.spines[:].set_visible(False)
+    figure.suptitle(
+        title or f"Difference from {baseline}, with paired 95 % intervals", x=0.01, ha="left", fontweight="bold"
+    )
+    return _save(figure, path)
+
+
+def leaderboard_text(
+    points: Mapping[str, Mapping[str, Measurement]],
+    columns: Sequence[str],
+    *,
+    winner: str | None = None,
+    winner_set: Collection[str] = (),
+) -> str:
+    """A plain-text table of points with 95 % intervals, best first by the first column, at most 100 columns wide.
+
+    `*` marks the winner, `=` the others that cannot be told from it. Columns that do not fit stand in a
+    second block below.
+
+    >>> old, new = Measurement(0.5, 0.4, 0.6, 40), Measurement(0.8, 0.7, 0.9, 40)
+    >>> print(leaderboard_text({"beta7": {"recall": old}, "gamma": {"recall": new}}, ["recall"], winner="gamma"))
+             recall
+    * gamma  0.800 [0.700–0.900]
+      beta7  0.500 [0.400–0.600]
+    <BLANKLINE>
+    * best by recall, 95 % intervals
+    """
+    first = columns[0]
+    best_first = sorted(points, key=lambda name: _rank(points[name].get(first)))
+    labels = [f"{'*' if name == winner else '=' if name in winner_set else ' '} {name}" for name in best_first]
+    width = max(len(label) for label in labels)
+    cells = {column: _cells(column, [points[name].get(column) for name in best_first]) for column in columns}
+    blocks: list[list[str]] = []
+    for column in columns:
+        room = TABLE_WIDTH - width - sum(len(cells[name][0]) + 2 for name in (blocks[-1] if blocks else []))
+        if not blocks or len(cells[column][0]) > room:
+            blocks.append([])
+        blocks[-1].append(column)
+    texts = []
+    for block in blocks:
+        lines = ["  ".join(["".ljust(width), *(cells[column][0] for column in block)])]
+        for row, label in enumerate(labels):
+            lines.append("  ".join([label.ljust(width), *(cells[column][1 + row] for column in block)]))
+        texts.append("\n".join(line.rstrip() for line in lines))
+    better = next((found[first].higher_is_better for found in points.values() if first in found), True)
+    note = f"* best by {first}{'' if better else ' (lower is better)'}, 95 % intervals"
+    if set(winner_set) - {winner}:
+        note += "; = cannot be told from it"
+    return "\n\n".join([*texts, note])
+
+
+def _cells(column: str, found: Sequence[Measurement | None]) -> list[str]:
+    """The header and one cell a row, of equal width."""
+    scored = [m for m in found if m is not None and not math.isnan(m.value)]
+    largest = max((abs(m.value) for m in scored), default=1.0)
+    digits = _digits(largest)
+    texts = [
+        "-" if m is None or math.isnan(m.value) else f"{m.value:.{digits}f} [{m.low:.{digits}f}–{m.high:.{digits}f}]"
+        for m in found
+    ]
+    width = max(len(text) for text in [column, *texts])
+    return [text.ljust(width) for text in [column, *texts]]
+
+
+def _rank(found: Measurement | None) -> float:
+    if found is None or math.isnan(found.value):
+        return math.inf
+    return -found.value if found.higher_is_better else found.value
+
+
+def _figure(width: float, height: float) -> Figure:
+    """Size in inches. No pyplot: it keeps figures alive in a global list."""
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    """Write the PNG without its software tag, so that equal pictures are equal bytes."""
+    with written_aside(path) as aside:
+        figure.savefig(aside, format="png", metadata={"Software": None})
+    return path
+
+
+def _norm(grid: np.ndarray) -> Normalize:
+    low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
+    return Normalize(low, high if high > low else low + 1e-9)
+
+
+def _write_cell(
+    ax: Axes, x: int, y: int, value: float, limits: tuple[float, float] | None, digits: int, ink: str
+) -> None:
+    ax.text(x, y + (0.04 if limits else 0), f"{value:.{digits}f}", ha="center", va="center", color=ink, fontsize=11)
+    if limits:
+        text = f"{limits[0]:.{digits}f}–{limits[1]:.{digits}f}"
+        ax.text(x, y - 0.25, text, ha="center", va="center", color=ink, fontsize=7)
+
+
+def _readable_on(colour: tuple[float, float, float, float]) -> str:
+    """White or ink, whichever contrasts more (WCAG 2 relative luminance; the two are equal at 0.2)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
+    return "white" if 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] < 0.2 else INK
+
+
+def _ticks(values: Sequence[float]) -> list[str]:
+    """All with as many decimals as the longest needs."""
+    decimals = max(len(f"{value:g}".partition(".")[2]) for value in values)
+    return [f"{value:.{decimals}f}" for value in values]
+
+
+def _digits(largest: float) -> int:
+    """Decimals that suit numbers up to `largest`."""
+    return 3 if largest < 2 else 2 if largest < 20 else 1
+
+
+def _mark_cell(ax: Axes, x: int, y: int, ink: str, *, card: bool, winner: bool) -> None:
+    if winner:
+        ax.plot([x - 0.36], [y + 0.31], "*", color=ink, markersize=11, markeredgewidth=0)
+    if card:
+        ax.plot([x + 0.37], [y + 0.31], "D", color="none", markeredgecolor=ink, markersize=6, markeredgewidth=1.5)
+
+
+def _outline(ax: Axes, cells: Collection[tuple[int, int]]) -> None:
+    """Draw the borders between cells that are in the set and those that are not."""
+    inside = set(cells)
+    for x, y in sorted(inside):
+        for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1)):
+            if (x + dx, y + dy) not in inside:
+                xs = [x + 0.5 * dx - 0.5 * abs(dy), x + 0.5 * dx + 0.5 * abs(dy)]
+                ys = [y + 0.5 * dy - 0.5 * abs(dx), y + 0.5 * dy + 0.5 * abs(dx)]
+                ax.plot(xs, ys, color=WORSE, linewidth=3, solid_capstyle="projecting", clip_on=False, zorder=4)
+
+
+def _heat_map_legend(figure: Figure, card: bool, winner: bool, winner_set: bool) -> None:
+    handles: list[Line2D | Rectangle] = []
+    if winner:
+        handles.append(Line2D([], [], color=INK, marker="*", linestyle="", markersize=11, label="winner"))
+    if winner_set:
+        handles.append(
+            Rectangle((0, 0), 1, 1, fill=False, edgecolor=WORSE, linewidth=2, label="cannot be told from the winner")
+        )
+    if card:
+        handles.append(
+            Line2D([], [], color="none", markeredgecolor=INK, marker="D", markersize=6, label="the card's point")
+        )
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)

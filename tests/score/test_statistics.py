@@ -1,0 +1,152 @@
+"""Intervals and tests against scipy, closed forms and simulated coverage."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from ambergrade.errors import BadInput
+from ambergrade.score import statistics as ours
+
+
+def test_prompt_means_cluster_the_pictures_of_a_prompt_and_leave_out_what_was_not_scored() -> None:
+    values = np.array([1.0, 2.0, 3.0, np.nan, 5.0, np.nan])
+    means = ours.prompt_means(values, ["b", "a", "b", "a", "a", "c"])
+    np.testing.assert_allclose(means, [2.0, 3.5, np.nan])
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 20), (7, 20), (20, 20), (3, 1000), (1, 1)])
+def test_wilson_interval_is_scipys(hits: int, n: int) -> None:
+    reference = stats.binomtest(hits, n).proportion_ci(method="wilson")
+    low, high = ours.wilson_interval(hits, n)
+    assert (float(low), float(high)) == pytest.approx((reference.low, reference.high), abs=1e-12)
+
+
+def test_wilson_interval_of_nothing_is_not_a_number() -> None:
+    assert np.isnan(ours.wilson_interval([0], [0])).all()
+
+
+def test_mean_interval_is_scipys_percentile_bootstrap() -> None:
+    values = np.random.default_rng(0).gamma(2.0, size=60)
+    found = ours.mean_interval(values, draws=20_000)
+    reference = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=20_000, rng=1).confidence_interval
+    error = values.std() / np.sqrt(60)
+    assert found.value == pytest.approx(values.mean())
+    assert found.low == pytest.approx(reference.low, abs=0.05 * error)
+    assert found.high == pytest.approx(reference.high, abs=0.05 * error)
+
+
+def test_mean_interval_leaves_out_and_counts_what_was_not_scored() -> None:
+    values = np.array([1.0, np.nan, 3.0, np.nan])
+    assert (ours.mean_interval(values).value, ours.mean_interval(values).n) == (2.0, 2)
+    nothing = ours.mean_interval(np.array([np.nan]))
+    assert np.isnan(nothing.value)
+    assert nothing.n == 0
+
+
+def test_mean_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(2)
+    draws = rng.gamma(2.0, size=(400, 80))  # mean 2, skewed
+    found = [ours.mean_interval(values, seed=k, draws=400) for k, values in enumerate(draws)]
+    covered = np.mean([m.low <= 2.0 <= m.high for m in found])
+    assert 0.91 <= covered <= 0.975
+
+
+def test_resampling_keeps_the_number_of_prompts_and_pairs_points_by_one_draw() -> None:
+    weights = ours.resampling_weights(30, seed=4, draws=50)
+    assert (weights.sum(1) == 30).all()
+    np.testing.assert_array_equal(weights, ours.resampling_weights(30, seed=4, draws=50))
+    assert not np.array_equal(weights, ours.resampling_weights(30, seed=5, draws=50))
+
+
+def test_numbers_are_the_same_in_another_process() -> None:
+    code = "from ambergrade.score.statistics import *; print(resampling_weights(9, draws=40).tolist())"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert other.strip() == str(ours.resampling_weights(9, draws=40).tolist())
+
+
+def test_sign_flips_are_scipys_exact_permutation_test() -> None:
+    differences = np.array([0.4, -0.1, 0.9, 0.3, 0.2, -0.2, 0.7, 0.5])
+    reference = stats.permutation_test(
+        (differences,), np.sum, permutation_type="samples", n_resamples=np.inf, alternative="two-sided"
+    )
+    assert ours.sign_flip_p(differences) == pytest.approx(reference.pvalue)
+
+
+def test_sign_flips_of_many_prompts_come_near_the_t_test() -> None:
+    differences = np.random.default_rng(3).normal(0.35, 1.0, size=50)
+    assert ours.sign_flip_p(differences) == pytest.approx(stats.ttest_1samp(differences, 0).pvalue, abs=0.008)
+
+
+def test_paired_difference_is_much_sharper_than_its_parts_and_says_what_it_could_see() -> None:
+    rng = np.random.default_rng(4)
+    prompt, noise = rng.normal(0, 3, size=60), rng.normal(0, 0.3, size=60)
+    base, point = prompt, prompt + 0.2 + noise
+    found = ours.paired_difference(point, base)
+    assert found.value == pytest.approx(0.2 + noise.mean())
+    assert found.high - found.low < 0.1 * (ours.mean_interval(base).high - ours.mean_interval(base).low)
+    assert found.detectable == pytest.approx(2.8 * noise.std(ddof=1) / np.sqrt(60))
+    assert found.verdict == "better"
+    assert ours.paired_difference(point, base, higher_is_better=False).verdict == "worse"
+    assert ours.paired_difference(base, base).verdict == "undecided"
+
+
+def test_paired_difference_uses_only_prompts_scored_in_both() -> None:
+    found = ours.paired_difference(np.array([1.0, np.nan, 4.0]), np.array([0.0, 5.0, np.nan]))
+    assert (found.value, found.n) == (1.0, 1)
+
+
+def test_jackknife_error_of_a_mean_is_the_standard_error() -> None:
+    values = np.random.default_rng(5).normal(size=25)
+    leave_out = (values.sum() - values) / 24
+    assert ours.jackknife_error(leave_out) == pytest.approx(stats.sem(values))
+
+
+def test_normal_p_is_scipys() -> None:
+    assert ours.normal_p(1.3, 0.7) == pytest.approx(2 * stats.norm.sf(1.3 / 0.7))
+    assert ours.normal_p(0.0, 0.0) == 1.0
+
+
+@pytest.mark.parametrize("degrees", [11, 39, 200])
+@pytest.mark.parametrize("z", [1.96, 3.0, 3.8])
+def test_t_tails_are_scipys(z: float, degrees: int) -> None:
+    assert ours._t_from_normal(z, degrees) == pytest.approx(stats.t.isf(stats.norm.sf(z), degrees), rel=0.02)
+
+
+def test_winner_set_holds_all_points_when_all_are_the_same_model() -> None:
+    rng = np.random.default_rng(6)
+    false_winners = 0
+    for k in range(200):
+        scores = rng.normal(0, 3, size=(1, 40)) + rng.normal(size=(9, 40))
+        false_winners += len(ours.winner_set(scores, seed=k, draws=300).members) < 9
+    assert false_winners / 200 <= 0.10  # 5 % meant, 2 standard errors 3 %
+
+
+def test_winner_set_finds_the_better_points_and_only_them() -> None:
+    rng = np.random.default_rng(7)
+    scores = rng.normal(0, 3, size=(1, 60)) + rng.normal(0, 0.5, size=(6, 60))
+    scores[2] += 1.0
+    scores[4] += 0.95
+    found = ours.winner_set(scores)
+    assert set(found.members) == {2, 4}
+    assert found.best in found.members
+    assert found.behind[found.best] == 0.0
+    assert set(ours.winner_set(-scores, higher_is_better=False).members) == {2, 4}
+
+
+def test_winner_set_of_equal_points_is_all_of_them() -> None:
+    one = np.random.default_rng(8).normal(size=20)
+    assert ours.winner_set(np.stack([one, one, one - 100])).members == (0, 1)
+    assert ours.winner_set(one[None]).members == (0,)
+
+
+def test_winner_set_compares_on_the_prompts_that_every_point_has() -> None:
+    scores = np.random.default_rng(9).normal(size=(3, 20))
+    scores[1, 5] = np.nan
+    assert ours.winner_set(scores).n == 19
+    with pytest.raises(BadInput, match="at least 2 prompts"):
+        ours.winner_set(scores[:, :1])
