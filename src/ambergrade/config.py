@@ -1,0 +1,493 @@
+"""Hydra at the door: compose a pipeline's configuration, and tell every user mistake in a few lines.
+
+A pipeline is a thin file; what it needs of torch is imported inside the function, so that `--help` and
+configuration errors answer at once:
+
+    \"\"\"Fine-tune a base on a caption set.
+
+    Examples:
+        python pipelines/train.py experiment=base7_tiny
+    \"\"\"
+    from ambergrade import config
+
+    @config.main("train")                     # conf/train.yaml, found beside src/, not in the working folder
+    def run(cfg):
+        from ambergrade.train.loop import TrainSettings, train
+        train(config.settings(TrainSettings, config.plain(cfg.trainer), where="trainer"), ...)
+
+    if __name__ == "__main__":
+        run()
+
+and its root yaml has at least
+
+    root: ${oc.env:AMBERGRADE_ROOT,${repository:}}
+    debug: false                              # true: show tracebacks of users' mistakes as well
+
+All ordinary Hydra flags work (`--multirun`, `--cfg job`, …). No output folder and no log file is written;
+a sweep's own files go to <root>/mlruns/hydra.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import os
+import re
+import sys
+import textwrap
+import types
+import typing
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, Union, cast
+
+import hydra
+import yaml
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ambergrade.errors import AmbergradeError, BadSetting, UnknownName, nearest, unknown_name
+
+REPOSITORY = Path(__file__).parents[2]
+CONF = REPOSITORY / "conf"
+MOST_LINES = 10
+# Hydra's own habits that we do not share: output folders, log files, a root logger of its own.
+HOUSE_HABITS = {
+    "hydra.output_subdir": "null",
+    "hydra.run.dir": ".",
+    "hydra/job_logging": "none",
+    "hydra.sweep.dir": "${root}/mlruns/hydra/${hydra.job.config_name}",
+    "hydra.sweep.subdir": "${hydra.job.num}",
+}
+VERSION_BASE: dict[str, str] = (
+    {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
+)  # 1.4 warns of it
+
+T = TypeVar("T")
+Task = Callable[[DictConfig], Any]
+
+OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=True)
+
+
+def main(config_name: str, *, conf: Path = CONF) -> Callable[[Task], Callable[[], None]]:
+    """Decorate a pipeline's function of the composed configuration into a command.
+
+    A mistake in keys, groups, options, types or syntax, a missing value, and any AmbergradeError of the
+    pipeline end the command with exit code 1 and at most ten lines on stderr. A traceback means a bug of
+    ours, or `debug=true`.
+    """
+
+    def decorate(task: Task) -> Callable[[], None]:
+        @functools.wraps(task)
+        def command() -> None:
+            arguments = sys.argv[1:]
+            try:
+                flags = _flags(arguments)
+                if flags.help:
+                    print(_help(task, config_name, conf))
+                    return
+                name = flags.config_name or config_name
+                elsewhere = flags.config_dir or flags.config_path or any("hydra.searchpath" in o for o in arguments)
+                if not elsewhere:
+                    _check_overrides(name, conf, flags.overrides)
+                _hand_to_hydra(task, name, conf, arguments, flags.overrides)
+            except Exception as error:
+                told = _explained(error, conf)
+                if told is None or _debugging(arguments):
+                    raise
+                _tell(told)
+
+        return command
+
+    return decorate
+
+
+def compose(config_name: str, overrides: Sequence[str] = (), *, conf: Path = CONF) -> DictConfig:
+    """The configuration that a pipeline would get, for tests and notebooks.
+
+    Raises:
+        AmbergradeError: any mistake that the command line would tell.
+    """
+    with _as_our_errors(conf):
+        _check_overrides(config_name, conf, list(overrides))
+        cfg = _composed(config_name, conf, list(overrides))
+        plain(cfg)
+        return cfg
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """A part of the configuration as plain dicts, lists and numbers, with all references resolved.
+
+    Raises:
+        BadSetting: values that are missing, or that refer to nothing.
+    """
+    with _as_our_errors():
+        missing = sorted(OmegaConf.missing_keys(cfg))
+        if missing:
+            given = " ".join(f"{key}=…" for key in missing[:3])
+            raise BadSetting(f"No value for: {', '.join(missing)}.\nGive it on the command line: {given}")
+        return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+
+
+def settings(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Build a dataclass from a mapping, with types checked and lists made tuples where the class says so.
+
+    `where` names the mapping in complaints. Nested dataclasses are built from nested mappings; an int is
+    taken for a float.
+
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Size:
+    ...     side: int
+    ...     scale: float = 1.0
+    >>> settings(Size, {"side": 8, "scale": 2})
+    Size(side=8, scale=2.0)
+
+    Raises:
+        BadSetting: all complaints at once: unknown keys with the nearest known, missing keys, wrong types.
+    """
+    wrong: list[str] = []
+    built = _build(cls, values, where, wrong)
+    if wrong:
+        raise BadSetting("\n".join(wrong))
+    return cast(T, built)
+
+
+# --- running -------------------------------------------------------------------------------------------------
+
+
+def _flags(arguments: list[str]) -> Namespace:
+    """Hydra's own flags and the overrides among the arguments."""
+    parser = get_args_parser()
+    known = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
+
+    def refuse(message: str) -> NoReturn:
+        asked = re.match(r"unrecognized arguments: (-\S+)", message)
+        raise UnknownName("Flag", asked[1], known) if asked else BadSetting(message)
+
+    parser.error = refuse  # type: ignore[method-assign]
+    flags: Namespace = parser.parse_intermixed_args(arguments)
+    modes = ("run", "multirun", "cfg", "info", "shell_completion")
+    given = [f"--{mode.replace('_', '-')}" for mode in modes if getattr(flags, mode)]
+    if len(given) > 1:
+        raise BadSetting(f"{' and '.join(given)} exclude each other. Give one of them.")
+    if flags.resolve and not flags.cfg:
+        raise BadSetting("--resolve goes with --cfg: --cfg job --resolve.")
+    return flags
+
+
+def _hand_to_hydra(task: Task, name: str, conf: Path, arguments: list[str], overrides: list[str]) -> None:
+    @functools.wraps(task)
+    def job(cfg: DictConfig) -> Any:
+        try:
+            plain(cfg)
+            return task(cfg)
+        except AmbergradeError as error:
+            # in a sweep the launcher keeps the error, runs the other jobs, and raises it at the end
+            if _debugging(arguments) or HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise
+            _tell(str(error))
+        except (HydraException, OmegaConfBaseException) as error:
+            raise RuntimeError(f"The pipeline uses its configuration wrongly: {error}") from error
+
+    given = {override.split("=")[0].lstrip("+~") for override in overrides}
+    habits = [f"{key}={value}" for key, value in HOUSE_HABITS.items() if key not in given]
+    before = sys.argv
+    # all overrides in one block before the flags: argparse takes no other, and a bare --info would eat one
+    sys.argv = [before[0], *habits, *overrides, *(argument for argument in arguments if argument not in overrides)]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors to us instead of printing them
+    try:
+        hydra.main(config_path=str(conf.absolute()), config_name=name, **VERSION_BASE)(job)()
+    finally:
+        sys.argv = before
+
+
+def _debugging(arguments: list[str]) -> bool:
+    return any(argument.lstrip("+").lower() == "debug=true" for argument in arguments)
+
+
+def _tell(text: str) -> NoReturn:
+    lines = [line for line in text.splitlines() if line.strip()]
+    if len(lines) > MOST_LINES:
+        lines = [*lines[: MOST_LINES - 1], f"… and {len(lines) - MOST_LINES + 1} lines more (debug=true shows all)."]
+    print("\n".join(lines), file=sys.stderr, flush=True)
+    sys.exit(1)
+
+
+# --- mistakes ------------------------------------------------------------------------------------------------
+
+
+def _explained(error: Exception, conf: Path) -> str | None:
+    """What to tell the user; None for a bug of ours."""
+    if isinstance(error, AmbergradeError):
+        return str(error)
+    if isinstance(error, OverrideParseException):
+        reason = error.message.removeprefix(f"Error parsing override '{error.override}'").strip()
+        return (
+            f"Cannot read '{error.override}': {_first_lines(reason, 1)}\n"
+            "Write key=value; quote a value with spaces, commas or brackets twice: 'key=\"a, b\"'."
+        )
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.removesuffix(".yaml").rpartition("/")
+        place = re.match(r"In '([^']+)'", str(error))
+        hint = f"It is named in {place[1]}.yaml." if place else ""
+        options = sorted(path.stem for path in (conf / group).glob("*.yaml"))
+        return unknown_name(f"Option of '{group}'" if group else "Config", option, options, hint)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        cause = error.__cause__
+        key = getattr(error, "full_key", None)
+        if key:
+            return f"{key}: {_first_lines(str(error), 3)}"
+        return "\n".join(part for part in (_first_lines(str(error), 7), _first_lines(str(cause or ""), 1)) if part)
+    if isinstance(error, yaml.YAMLError):
+        return f"A yaml file cannot be read: {_first_lines(str(error), 7)}"
+    return None
+
+
+def _first_lines(text: str, count: int) -> str:
+    noise = re.compile(r"\s*(full_key:|object_type=|reference_type=|See https?:|Search path|$)")
+    return "\n".join([line for line in text.splitlines() if not noise.match(line)][:count])
+
+
+@contextmanager
+def _as_our_errors(conf: Path = CONF) -> Iterator[None]:
+    try:
+        yield
+    except AmbergradeError:
+        raise
+    except Exception as error:
+        told = _explained(error, conf)
+        if told is None:
+            raise
+        raise BadSetting(told) from error
+
+
+def _composed(config_name: str, conf: Path, overrides: list[str]) -> DictConfig:
+    with hydra.initialize_config_dir(str(conf.absolute()), job_name=config_name, **VERSION_BASE):
+        return hydra.compose(config_name, overrides)
+
+
+def _check_overrides(config_name: str, conf: Path, overrides: list[str]) -> None:
+    """Raise BadSetting with everything that is wrong with the overrides, before any of them is applied."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    groups = [override for override in parsed if (conf / override.key_or_group).is_dir()]
+    wrong = [complaint for override in groups for complaint in _wrong_options(override, conf)]
+    if not wrong:
+        chosen = [line for override in groups for line in _without_sweep(override)]
+        base = OmegaConf.to_container(_composed(config_name, conf, chosen), resolve=False)
+        assert isinstance(base, dict)
+        known = sorted({*_dotted_keys(base), *_groups(conf)})
+        for override in parsed:
+            plainly = not (override.is_add() or override.is_force_add() or override.is_delete())
+            if plainly and override not in groups and not override.key_or_group.startswith("hydra"):
+                wrong += _wrong_value(override, base, known)
+    if wrong:
+        raise BadSetting("\n".join(wrong))
+
+
+def _wrong_options(override: Override, conf: Path) -> list[str]:
+    group = override.key_or_group
+    options = sorted(path.stem for path in (conf / group).glob("*.yaml"))
+    chosen = [option for value in _values(override) for option in (value if isinstance(value, list) else [value])]
+    unknown = [
+        str(option) for option in chosen if option is not None and not (conf / group / f"{option}.yaml").is_file()
+    ]
+    return [unknown_name(f"Option of '{group}'", option, options) for option in unknown]
+
+
+def _without_sweep(override: Override) -> list[str]:
+    line = override.input_line or ""
+    if not override.is_sweep_override():
+        return [line]
+    first = next(iter(_values(override)), None)
+    return [] if first is None else [f"{line.split('=')[0]}={first}"]
+
+
+def _values(override: Override) -> list[Any]:
+    """The value, or the values of a sweep (none where they are not known beforehand)."""
+    if not override.is_sweep_override():
+        return [override.value()]
+    if not (override.is_choice_sweep() or override.is_range_sweep()):
+        return []
+    parser = OverridesParser.create()
+    return [parser.parse_override(f"value={text}").value() for text in override.sweep_string_iterator()]
+
+
+def _wrong_value(override: Override, base: dict[Any, Any], known: list[str]) -> list[str]:
+    key = override.key_or_group
+    default: Any = base
+    for part in key.split("."):
+        if not isinstance(default, dict):
+            return []  # below a null, a reference or a list: Hydra judges
+        if part not in default:
+            return [_unknown_key(key, known)]
+        default = default[part]
+    needed = _needed_kind(default)
+    misfits = [value for value in _values(override) if needed and not _is_kind(value, needed)]
+    return [f"{key}={value}: {needed} is needed (the default is {default!r})." for value in misfits]
+
+
+def _unknown_key(asked: str, known: list[str]) -> str:
+    parent, _, leaf = asked.rpartition(".")
+    siblings = [key for key in known if parent and key.rpartition(".")[0] == parent]
+    elsewhere = [key for key in known if key.rpartition(".")[2] == leaf]
+    pool = next((keys for keys in (siblings, elsewhere, known) if nearest(asked, keys)), None)
+    pool = pool or elsewhere or siblings or [key for key in known if "." not in key]
+    return unknown_name("Setting", asked, pool, "--help lists the main settings, --cfg job all of them.")
+
+
+def _needed_kind(default: Any) -> str:
+    if isinstance(default, str):
+        return "" if default == "???" or "${" in default else "a text"
+    for kind, types_ in {"true or false": bool, "a number": int | float, "a list": list, "a mapping": dict}.items():
+        if isinstance(default, types_):
+            return kind
+    return ""
+
+
+def _is_kind(value: Any, kind: str) -> bool:
+    if value is None or (isinstance(value, str) and "${" in value):
+        return True
+    return not isinstance(value, list | dict) if kind == "a text" else _needed_kind(value) == kind
+
+
+def _dotted_keys(values: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _dotted_keys(value, f"{prefix}{key}.")
+
+
+def _groups(conf: Path) -> list[str]:
+    return sorted(path.name for path in conf.iterdir() if path.is_dir() and any(path.glob("*.yaml")))
+
+
+# --- help ----------------------------------------------------------------------------------------------------
+
+
+def _help(task: Task, config_name: str, conf: Path) -> str:
+    module = sys.modules[task.__module__]
+    text = (conf / f"{config_name}.yaml").read_text()
+    parts = [inspect.cleandoc(module.__doc__ or task.__doc__ or config_name)]
+    options = _group_lines(yaml.safe_load(text) or {}, conf)
+    if options:
+        parts.append("Choices (group=option; the default in brackets; one file each in conf/<group>/):\n" + options)
+    blocks = re.split(r"(?m)^(?=(?:#.*\n)*[^\s#])", text)
+    keys = "".join(block for block in blocks if not re.match(r"(defaults|hydra):", block)).strip()
+    parts.append(f"Settings (key=value), from conf/{config_name}.yaml:\n" + textwrap.indent(keys, "  "))
+    parts.append(
+        "Flags: --multirun runs key=1,2,3 as three runs; --cfg job prints the whole configuration; debug=true shows\n"
+        "tracebacks; --hydra-help tells the rest."
+    )
+    return "\n\n".join(parts)
+
+
+def _group_lines(root: Mapping[str, Any], conf: Path) -> str:
+    lines = []
+    for entry in root.get("defaults", []):
+        if not isinstance(entry, Mapping):
+            continue
+        ((key, default),) = entry.items()
+        group = key.removeprefix("optional ").removeprefix("override ").lstrip("/").split("@")[0]
+        options = sorted(path.stem for path in (conf / group).glob("*.yaml"))
+        if options:
+            shown = " | ".join(f"[{option}]" if option == default else option for option in options)
+            head = f"  {group:<14}"
+            lines.append(textwrap.fill(shown, 110, initial_indent=head, subsequent_indent=" " * len(head)))
+    return "\n".join(lines)
+
+
+# --- settings ------------------------------------------------------------------------------------------------
+
+
+def _build(cls: Any, values: Any, where: str, wrong: list[str]) -> Any:
+    prefix = f"{where}." if where else ""
+    if not isinstance(values, Mapping):
+        wrong.append(f"{where or cls.__name__}: a mapping is needed, found {values!r}.")
+        return None
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    hints = typing.get_type_hints(cls)
+    wrong += [
+        unknown_name("Setting", f"{prefix}{key}", [prefix + f for f in fields]) for key in values if key not in fields
+    ]
+    before = len(wrong)
+    built = {}
+    for name, field in fields.items():
+        if name in values:
+            built[name] = _converted(hints[name], values[name], prefix + name, wrong)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            wrong.append(f"{prefix}{name}: no value given.")
+    if len(wrong) > before:
+        return None
+    try:
+        return cls(**built)
+    except AmbergradeError as error:  # of the class's own __post_init__
+        wrong.append(f"{where}: {error}" if where else str(error))
+        return None
+
+
+def _converted(hint: Any, value: Any, where: str, wrong: list[str]) -> Any:
+    """`value` as the type `hint` wants it; a complaint is appended if it cannot be."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _converted_union(arguments, value, where, wrong, hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where, wrong)
+    if origin is Literal:
+        if value not in arguments:
+            wrong.append(unknown_name(where, str(value), map(str, arguments)))
+        return value
+    if origin in (tuple, list, Sequence) and isinstance(value, list | tuple):
+        one = origin is not tuple or (len(arguments) == 2 and arguments[1] is Ellipsis)
+        if not one and len(arguments) != len(value):
+            wrong.append(f"{where}: {len(arguments)} values are needed, found {list(value)}.")
+            return None
+        wanted = [arguments[0]] * len(value) if one else arguments
+        items = [_converted(w, v, f"{where}[{i}]", wrong) for i, (w, v) in enumerate(zip(wanted, value, strict=True))]
+        return items if origin is list else tuple(items)
+    if origin in (dict, Mapping) and isinstance(value, Mapping):
+        return {k: _converted(arguments[1], v, f"{where}.{k}", wrong) for k, v in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    wrong.append(f"{where}: {_type_name(hint)} is needed, found {value!r}.")
+    return None
+
+
+def _converted_union(arguments: tuple[Any, ...], value: Any, where: str, wrong: list[str], hint: Any) -> Any:
+    complaints: list[str] = []
+    # the exact type first, so that an int given for int | float stays one
+    for member in sorted(arguments, key=lambda a: type(value) is not a):
+        attempt: list[str] = []
+        converted = _converted(member, value, where, attempt)
+        if not attempt:
+            return converted
+        complaints += attempt if dataclasses.is_dataclass(member) and isinstance(value, Mapping) else []
+    wrong += complaints or [f"{where}: {_type_name(hint)} is needed, found {value!r}."]
+    return None
+
+
+def _type_name(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+    if hint in names:
+        return names[hint]
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_type_name(argument) for argument in typing.get_args(hint))
+    if typing.get_origin(hint) in (tuple, list, Sequence):
+        return "a list"
+    if typing.get_origin(hint) in (dict, Mapping):
+        return "a mapping"
+    return getattr(hint, "__name__", str(hint))
