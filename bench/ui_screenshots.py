@@ -23,8 +23,10 @@ from ambergrade.nouns import Measurement
 from ambergrade.track.journal import Journal
 from ambergrade.track.ui import deep_link, run_link
 
-FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
---disable-component-update --disable-sync --hide-scrollbars --virtual-time-budget=25000""".split()
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --hide-scrollbars --virtual-time-budget=40000"
+)
 
 
 def sha(name: str) -> str:
@@ -84,13 +86,22 @@ def made_up_chain(root: Path) -> None:
                 metrics={"tag_balance": best},
             )
         chain.metrics({"tag_balance": best})
+        columns = ["tag_balance", "tag_balance_lo", "tag_balance_hi", "clip_score", "fid"]
+        chain.view("sweep", "point", order_by="tag_balance", params=["a", "b"], metrics=columns)
         chain.note("| point | tag_balance |\n|---|---|\n| a 0.8, b 0.5 | **1.000** [0.950, 1.050] |")
 
 
 def shoot(url: str, file: Path, chromium: str, size: str) -> None:
     with tempfile.TemporaryDirectory() as profile:
         subprocess.run(
-            [chromium, *FLAGS, f"--user-data-dir={profile}", f"--window-size={size}", f"--screenshot={file}", url],
+            [
+                chromium,
+                *FLAGS.split(),
+                f"--user-data-dir={profile}",
+                f"--window-size={size}",
+                f"--screenshot={file}",
+                url,
+            ],
             check=True,
             capture_output=True,
             timeout=180,
@@ -104,6 +115,7 @@ def main() -> None:
     parser.add_argument("--experiment", default="gamma_tiny")
     parser.add_argument("--out", type=Path, default=Path("ui_screenshots"))
     parser.add_argument("--chromium", default="/usr/bin/chromium")
+    parser.add_argument("--page", action="append", help="only this page; may be given several times")
     parser.add_argument("--port", type=int, default=5055)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -115,7 +127,6 @@ def main() -> None:
         runs = journal.client.search_runs([journal.experiment_id], order_by=["attributes.start_time DESC"])
         by_kind = {run.data.tags["ag.kind"]: run for run in reversed(runs)}
         chain, point = by_kind["chain"].info.run_id, by_kind["point"].info.run_id
-        metric = next(iter(sorted(set(by_kind["point"].data.metrics) & {"tag_balance"}))), ""
         base, number = f"http://127.0.0.1:{asked.port}", journal.experiment_id
         asked.out.mkdir(parents=True, exist_ok=True)
         server = subprocess.Popen(
@@ -126,17 +137,19 @@ def main() -> None:
             pages = {
                 "home": f"{base}/",
                 "runs": deep_link(number, base=base),
-                "leaderboard": deep_link(number, parent=chain, kind="point", order_by=metric[0], base=base),
-                "pictures": deep_link(number, parent=chain, kind="point", order_by=metric[0], chart=True, base=base),
+                "leaderboard": deep_link(number, view=f"sweep-{chain[:8]}", base=base),
+                "pictures": deep_link(number, view=f"sweep-{chain[:8]}", chart=True, base=base),
                 "chain": run_link(number, chain, base),
                 "point": run_link(number, point, base),
-                "point_pictures": run_link(number, point, base) + "/artifacts",
-                "train": run_link(number, by_kind["train"].info.run_id, base) + "/model-metrics",
+                "point_pictures": run_link(number, point, base).replace("?", "/artifacts?"),
+                "train": run_link(number, by_kind["train"].info.run_id, base).replace("?", "/model-metrics?"),
                 "release": run_link(number, by_kind["release"].info.run_id, base),
                 "models": f"{base}/#/experiments/{number}/models?workflowType=machine_learning",
                 "registry": f"{base}/#/models",
+                "version": f"{base}/#/models/{asked.experiment}/versions/1",
             }
-            for name, url in pages.items():
+            for name in asked.page or pages:
+                url = pages[name]
                 shoot(url, asked.out / f"{name}.png", asked.chromium, "1600,1100")
         finally:
             server.terminate()
@@ -144,13 +157,13 @@ def main() -> None:
 
 
 def await_server(base: str) -> None:
-    for _ in range(120):
+    for _ in range(480):
         try:
             with urllib.request.urlopen(f"{base}/health", timeout=2):
                 return
         except OSError:
             time.sleep(0.5)
-    raise TimeoutError(f"{base} did not answer in 60 s")
+    raise TimeoutError(f"{base} did not answer in 4 minutes")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from ambergrade.track.database import (
     open_client,
     tracking_uri,
 )
+from ambergrade.track.ui import VIEW_TAG, view_state
 
 log = logging.getLogger(__name__)
 
@@ -359,6 +360,30 @@ class Run:
             return str(model.model_id)
 
         return self._do(f"model {name}", enter) or ""
+
+    def view(
+        self,
+        name: str,
+        kind: str,
+        *,
+        order_by: str,
+        ascending: bool = False,
+        params: Sequence[str],
+        metrics: Sequence[str],
+    ) -> str:
+        """Save a view of this run's children for the UI and return its key for `ui.deep_link(experiment, view=key)`.
+
+        It lists the children of one kind, sorted by a metric, with the named parameters and metrics as columns.
+        """
+        key = _name(f"{name}-{self.id[:8]}").replace("/", "_")
+        state = view_state(
+            parent=self.id, kind=kind, order_by=order_by, ascending=ascending, params=params, metrics=metrics
+        )
+        self._do(
+            f"the view {name}",
+            lambda client: client.set_experiment_tag(self._journal.experiment_id, VIEW_TAG + key, state),
+        )
+        return key
 
     def end(self, status: str, reason: str = "", trace: str = "") -> None:
         """Write what waits and close the run as FINISHED, FAILED or KILLED."""

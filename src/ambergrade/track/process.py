@@ -46,18 +46,16 @@ def sigterm_raises() -> Iterator[None]:
 
 def owner() -> dict[str, str]:
     """Tags that tell this process from every other, also after its id is used again."""
-    return {"ag.host": socket.gethostname(), "ag.boot": _boot(), "ag.pid": f"{os.getpid()} {_started(os.getpid())}"}
+    return {"ag.host": socket.gethostname(), "ag.process": f"{os.getpid()} {_started(os.getpid())} {_boot()}"}
 
 
 def is_dead(tags: dict[str, str]) -> bool:
     """True if the owner in `tags` ran on this host and is gone; False where that cannot be known."""
-    if tags.get("ag.host") != socket.gethostname() or "ag.pid" not in tags:
+    if tags.get("ag.host") != socket.gethostname() or "ag.process" not in tags:
         return False
-    if tags.get("ag.boot") != _boot():
-        return True
-    pid, _, started = tags["ag.pid"].partition(" ")
-    if started:
-        return _started(int(pid)) != started
+    pid, started, boot = tags["ag.process"].split(" ")
+    if started and boot:
+        return boot != _boot() or _started(int(pid)) != started
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:
