@@ -176,6 +176,7 @@ def test_paired_macro_difference_sees_a_better_model_and_no_twin(planted: TagAdh
     found = TagAdherence.differences(good, bad, seed=0)["tag_macro_recall"]
     assert found.verdict == "better"
     assert found.p < 0.01
+    assert found.detectable == pytest.approx(2.8 * (found.high - found.low) / (2 * 1.96), rel=0.1)
     warm = TagAdherence.differences(good, bad, seed=0)["tag_macro_recall_warm"]
     assert warm.n < found.n
     twin = TagAdherence.differences(bad, bad, seed=0)["tag_macro_recall"]

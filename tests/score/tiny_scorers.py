@@ -64,9 +64,9 @@ def make_timm(folder: Path, classes: int, size: int = 32, seed: int = 0) -> Path
     return folder
 
 
-def make_tagger(folder: Path, tags: Sequence[tuple[str, int]] = TAGS, size: int = 32) -> Path:
+def make_tagger(folder: Path, tags: Sequence[tuple[str, int]] = TAGS, size: int = 32, seed: int = 0) -> Path:
     """WD v3 layout."""
-    make_timm(folder, len(tags), size)
+    make_timm(folder, len(tags), size, seed)
     lines = [f"{number},{name},{category},{1000 - number}" for number, (name, category) in enumerate(tags)]
     (folder / "selected_tags.csv").write_text("\n".join(["tag_id,name,category,count", *lines]) + "\n")
     (folder / "thresholds.json").write_text('{"general": 0.4, "character": 0.6}')

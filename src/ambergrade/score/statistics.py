@@ -39,7 +39,7 @@ class PairedDifference:
     n: int
     """Prompts behind it."""
     detectable: float
-    """Smallest true difference found with 80 % power; NaN where there is no per-prompt difference to tell it from."""
+    """Smallest true difference found with 80 % power: 2.8 standard errors."""
     higher_is_better: bool = True
 
     @property

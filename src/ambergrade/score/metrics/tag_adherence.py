@@ -173,7 +173,8 @@ class TagAdherence:
             low, high = percentile_interval(moved)
             tail = min(float(np.mean(moved <= 0)), float(np.mean(moved >= 0)))
             p = min(1.0, 2 * max(tail, 1 / (1 + moved.size)))
-            found[name] = PairedDifference(value, low, high, p, int((asked.sum(1) > 0).sum()), float("nan"))
+            detectable = 2.8 * float(np.nanstd(moved, ddof=1))
+            found[name] = PairedDifference(value, low, high, p, int((asked.sum(1) > 0).sum()), detectable)
         return found
 
     @staticmethod
