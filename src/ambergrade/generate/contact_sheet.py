@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import matplotlib
@@ -38,8 +38,8 @@ def contact_sheet(
 
     `rows` maps row label to (column label to H × W × 3 uint8 RGB); a row that lacks a column shows an empty card.
     `captions` stand above the columns in place of their labels, `notes` stand small under row labels (scores, say);
-    all are wrapped and may hold line ends. `marked` rows are set off in amber. The longer side of a picture becomes `side` pixels or, when
-    it is enlarged, the largest whole multiple within `side`.
+    all are wrapped and may hold line ends. `marked` rows are set off in amber. The longer side of a picture becomes
+    `side` pixels or, when it is enlarged, the largest whole multiple within `side`.
     """
     if not any(rows.values()):
         raise BadInput("A contact sheet needs at least one picture.")
@@ -136,7 +136,7 @@ class _Text:
     lines: int
     bold: bool = False
 
-    @property
+    @cached_property
     def wrapped(self) -> list[str]:
         """
         >>> _Text("one two three four\\nfive", 10, INK, space=60, lines=3).wrapped
