@@ -1,5 +1,6 @@
 """A narrow SDXL and eight pictures in two buckets, small enough to train on in a test."""
 
+import json
 import runpy
 from pathlib import Path
 
@@ -10,9 +11,18 @@ from ambergrade.family import sdxl
 from ambergrade.nouns import Caption, CaptionedPicture, CaptionSet
 from ambergrade.train.latents import Latents
 
-tiny_config = runpy.run_path(str(Path(__file__).parents[1] / "family" / "conftest.py"))["tiny_config"]
-
+write_tiny_config = runpy.run_path(str(Path(__file__).parents[1] / "family" / "conftest.py"))["write_tiny_config"]
 BUCKETS = [(64, 64)] * 6 + [(32, 96)] * 2
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The family tests' config with a shallower UNet: training does not care for SDXL's depth."""
+    folder = write_tiny_config(tmp_path_factory.mktemp("sdxl_shallow"))
+    path = folder / "unet" / "config.json"
+    shallow = {"transformer_layers_per_block": [1, 1, 1], "layers_per_block": 1}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **shallow}))
+    return folder
 
 
 @pytest.fixture(scope="session")

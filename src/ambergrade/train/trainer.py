@@ -341,17 +341,21 @@ class _Run:
             p.copy_(tensors[f"weights.{name}"])
         for name, average in self.ema.items():
             average.copy_(tensors[f"ema.{name}"])
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                name, field_name = key.removeprefix("optimizer.").split("/")
-                p = self.names[name]
-                # Adam counts its steps on the CPU, as a scalar.
-                self.optimizer.state[p][field_name] = (
-                    value.clone() if value.ndim == 0 else value.to(p.device, copy=True)
-                )
+        self._restore_optimizer({key: value for key, value in tensors.items() if key.startswith("optimizer.")})
         self.seen, self.steps = progress["seen"], progress["steps"]
         self.rows = [LogRow(**row) for row in progress["rows"]]
         self.pending = [(loss, norm) for loss, norm in progress["pending"]]
         if progress["before"]:
             by_timestep = {int(t): value for t, value in progress["before"]["by_timestep"].items()}
             self.before = ValidationLoss(**{**progress["before"], "by_timestep": by_timestep})
+
+    def _restore_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
+        """Through the optimizer's own loading, which knows where each value must lie."""
+        values = self.optimizer.state_dict()
+        order = [p for group in self.optimizer.param_groups for p in group["params"]]
+        index = {id(p): n for n, p in enumerate(order)}
+        values["state"] = {n: {} for n in range(len(order))}
+        for key, value in tensors.items():
+            name, field_name = key.removeprefix("optimizer.").split("/")
+            values["state"][index[id(self.names[name])]][field_name] = value.clone()
+        self.optimizer.load_state_dict(values)
