@@ -181,6 +181,9 @@ def test_paired_macro_difference_sees_a_better_model_and_no_twin(planted: TagAdh
     assert warm.n < found.n
     twin = TagAdherence.differences(bad, bad, seed=0)["tag_macro_recall"]
     assert (twin.value, twin.p, twin.verdict) == (0.0, 1.0, "undecided")
+    never_asked = TagAdherence.differences(good, bad, seed=0)["tag_macro_recall_faces"]
+    assert np.isnan([never_asked.value, never_asked.low, never_asked.p]).all()
+    assert (never_asked.n, never_asked.verdict) == (0, "undecided")
 
 
 def test_thresholds_follow_the_category(folders: Any) -> None:

@@ -44,10 +44,10 @@ class PairedDifference:
 
     @property
     def verdict(self) -> str:
-        """`better`, `worse`, or `undecided` where the interval holds zero."""
-        if self.low <= 0 <= self.high:
-            return "undecided"
-        return "better" if (self.value > 0) == self.higher_is_better else "worse"
+        """`better`, `worse`, or `undecided` where the interval holds zero or is unknown."""
+        if self.low > 0 or self.high < 0:
+            return "better" if (self.value > 0) == self.higher_is_better else "worse"
+        return "undecided"
 
 
 @dataclass(frozen=True)

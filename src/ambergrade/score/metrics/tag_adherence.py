@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -170,11 +171,8 @@ class TagAdherence:
             other_hits, other_asked = theirs[name]
             value = float(_macro(hits.sum(0), asked.sum(0)) - _macro(other_hits.sum(0), other_asked.sum(0)))
             moved = _resampled_macro(hits, asked, seed) - _resampled_macro(other_hits, other_asked, seed)
-            low, high = percentile_interval(moved)
-            tail = min(float(np.mean(moved <= 0)), float(np.mean(moved >= 0)))
-            p = min(1.0, 2 * max(tail, 1 / (1 + moved.size)))
-            detectable = 2.8 * float(np.nanstd(moved, ddof=1))
-            found[name] = PairedDifference(value, low, high, p, int((asked.sum(1) > 0).sum()), detectable)
+            prompts = int((asked.sum(1) > 0).sum())
+            found[name] = _bootstrap_difference(value, moved[~np.isnan(moved)], prompts)
         return found
 
     @staticmethod
@@ -190,6 +188,16 @@ class TagAdherence:
         """The tags that any prompt asks for or rules out and that the tagger knows, in the csv's order."""
         named = {tag for prompt in prompts.values() for tag in (*prompt.tags, *prompt.unwanted)}
         return [tag for tag in self._known if tag in named]
+
+
+def _bootstrap_difference(value: float, replicates: Floats, prompts: int) -> PairedDifference:
+    """A difference with its replicates' percentile interval and p; all NaN where nothing could be compared."""
+    if replicates.size < 2:
+        return PairedDifference(value, math.nan, math.nan, math.nan, prompts, math.nan)
+    low, high = percentile_interval(replicates)
+    tail = min(float(np.mean(replicates <= 0)), float(np.mean(replicates >= 0)))
+    p = min(1.0, 2 * max(tail, 1 / (1 + replicates.size)))
+    return PairedDifference(value, low, high, p, prompts, 2.8 * float(replicates.std(ddof=1)))
 
 
 def per_tag(sheet: ScoreSheet) -> list[dict[str, Any]]:
