@@ -66,7 +66,7 @@ def kitchen(tmp_path: Path) -> Path:
         "conf/toast.yaml": ROOT,
         "conf/bread/white.yaml": "name: white\ngrain: wheat\n",
         "conf/bread/rye.yaml": "name: rye\ngrain: rye\ncaraway: 1\n",
-        "conf/spread/butter.yaml": "salted: ???\n",
+        "conf/spread/butter.yaml": "salted: ???\nsweet: ${.salted}\n",
         "conf/spread/odd.yaml": "defaults: [/bread@other: sourdough]\n",
         "conf/spread/broken.yaml": "a: [1, 2\nb: }\n",
     }

@@ -131,7 +131,8 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
         BadSetting: values that are missing, or that refer to nothing.
     """
     with _as_our_errors():
-        missing = sorted(OmegaConf.missing_keys(cfg))
+        # not OmegaConf.missing_keys: it fails on a reference to a missing value
+        missing = [key for key, value in _leaves(OmegaConf.to_container(cfg, resolve=False)) if value == "???"]
         if missing:
             given = " ".join(f"{key}=…" for key in missing[:3])
             raise BadSetting(f"No value for: {', '.join(missing)}.\nGive it on the command line: {given}")
@@ -284,7 +285,7 @@ def _check_overrides(config_name: str, conf: Path, overrides: list[str]) -> None
         chosen = [line for override in groups for line in _without_sweep(override)]
         base = OmegaConf.to_container(_composed(config_name, conf, chosen), resolve=False)
         assert isinstance(base, dict)
-        known = sorted({*_dotted_keys(base), *_groups(conf)})
+        known = sorted({*(key for key, _ in _leaves(base)), *_groups(conf)})
         for override in parsed:
             plainly = not (override.is_add() or override.is_force_add() or override.is_delete())
             if plainly and override not in groups and not override.key_or_group.startswith("hydra"):
@@ -359,11 +360,12 @@ def _is_kind(value: Any, kind: str) -> bool:
     return not isinstance(value, list | dict) if kind == "a text" else _needed_kind(value) == kind
 
 
-def _dotted_keys(values: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
+def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything in nested mappings, the mappings themselves included."""
     for key, value in values.items():
-        yield f"{prefix}{key}"
+        yield f"{prefix}{key}", value
         if isinstance(value, dict):
-            yield from _dotted_keys(value, f"{prefix}{key}.")
+            yield from _leaves(value, f"{prefix}{key}.")
 
 
 def _groups(conf: Path) -> list[str]:
