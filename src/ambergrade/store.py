@@ -76,6 +76,7 @@ def link_or_copy(source: Path, target: Path) -> None:
     except OSError:
         shutil.copyfile(source, aside)
     os.replace(aside, target)
+    aside.unlink(missing_ok=True)  # POSIX: renaming onto another link of the same file does nothing
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class Ledger:
         `version` is the stage's numerics version: raise it when its results change. `settings` holds
         *what*, never *where*. `inputs` maps names to digests.
         """
-        identity = digest({"stage": stage, "version": version, "settings": settings, "inputs": inputs})
+        identity = self.identity(stage, version, settings, inputs)
         found = self.find(stage, identity)
         if found:
             return found
@@ -187,6 +188,11 @@ class Ledger:
         done = self.find(stage, identity)
         assert done is not None, (stage, identity)
         return Finished(done.stage, done.identity, done.files, done.digests, done.values, True, done.seconds)
+
+    @staticmethod
+    def identity(stage: str, version: int, settings: Any, inputs: Mapping[str, str]) -> str:
+        """What `once` files the stage under."""
+        return digest({"stage": stage, "version": version, "settings": settings, "inputs": inputs})
 
     def find(self, stage: str, identity: str) -> Finished | None:
         """The finished stage, or None. A record whose bytes were deleted counts as not finished."""

@@ -1,0 +1,566 @@
+"""The stages that pipelines are made of: each runs once per identity, is journaled, and says what it did.
+
+Only here do rooms meet: a stage hands one room's output to the next, and decides nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ambergrade import config
+from ambergrade.captions.booru import read_posts
+from ambergrade.captions.buckets import aspect_buckets
+from ambergrade.captions.manifest import build
+from ambergrade.captions.pictures import open_picture
+from ambergrade.captions.recipe import CaptionRecipe
+from ambergrade.captions.selection import Selection, select
+from ambergrade.family import sdxl
+from ambergrade.generate import stream
+from ambergrade.generate.contact_sheet import contact_sheet, picture_grid, write_png
+from ambergrade.identity import digest, file_digest
+from ambergrade.merge.formula import Formula
+from ambergrade.merge.recipe import Recipe, metadata
+from ambergrade.merge.resident import ResidentMerge
+from ambergrade.nouns import CaptionSet, Checkpoint, Picture, PromptSet, Release, SamplerSettings
+from ambergrade.release.build import build as build_release
+from ambergrade.score import figures
+from ambergrade.score.comparison import aggregates, differences, remarks, winners
+from ambergrade.score.scoring import load_metric, score
+from ambergrade.score.sheet import ScoreSheet
+from ambergrade.search.load import search
+from ambergrade.store import Finished, Ledger, Outputs, find_file, link_or_copy, write_json
+from ambergrade.track.journal import Journal, Run
+from ambergrade.train.latents import cache_latents, read_latents
+from ambergrade.train.settings import TrainSettings
+from ambergrade.train.trainer import fine_tune
+
+WHERE = ("save_every", "log_every", "sample_every")
+"""Trainer settings that change no result, so no identity either."""
+
+Point = Mapping[str, float]
+
+
+@dataclass
+class Chain:
+    """What every stage of one pipeline shares."""
+
+    settings: dict[str, Any]
+    journal: Journal
+    parent: Run
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        return Ledger(Path(self.settings["root"]) / "mlruns")
+
+    @cached_property
+    def family_config(self) -> Path:
+        return find_file(self.settings["family"]["config"])
+
+    @cached_property
+    def sampler(self) -> SamplerSettings:
+        return config.settings(SamplerSettings, self.settings["sampler"], where="sampler")
+
+    @cached_property
+    def metrics(self) -> list[Any]:
+        """The suite's scorers, loaded when the first picture needs them and then kept."""
+        return [load_metric(**chosen) for chosen in self.settings["suite"]["metrics"].values()]
+
+    @cached_property
+    def scorers(self) -> str:
+        """Digest of the suite: what every scorer says it is made of."""
+        return digest({metric.name: metric.fingerprint for metric in self.metrics})
+
+    def stage(
+        self,
+        title: str,
+        kind: str,
+        version: int,
+        settings: Any,
+        inputs: Mapping[str, str],
+        work: Callable[[Path, Run], Outputs],
+        journal: Callable[[Run, Finished], None] = lambda run, done: None,
+        params: Mapping[str, Any] | None = None,
+    ) -> Finished:
+        """Run a stage unless its record is there; journal it either way."""
+        identity = Ledger.identity(kind, version, settings, inputs)
+        with self.journal.run(title, key=identity, kind=kind, parent=self.parent, params=params) as run:
+            done = self.ledger.once(kind, version, settings, inputs, lambda scratch: work(scratch, run))
+            if not run.done:
+                if not done.fresh:
+                    run.hit()
+                run.datasets(inputs)
+                journal(run, done)
+        how = f"{done.seconds:8.1f} s" if done.fresh else "  finished before"
+        print(f"  {title:<34}{how:<18}{done.identity[:12]}", flush=True)
+        return done
+
+
+def draw_world(settings: dict[str, Any]) -> None:
+    """Draw the mini-booru that `data.draw` describes, unless its folder holds it already."""
+    from ambergrade.world.booru import write_booru
+
+    wanted, folder = settings["data"]["draw"], Path(settings["data"]["folder"])
+    marker = folder / "drawn.json"
+    if marker.exists() and json.loads(marker.read_text()) == wanted:
+        return
+    write_booru(folder, **wanted, workers=2)
+    write_json(marker, wanted)
+
+
+def dataset(chain: Chain) -> tuple[CaptionSet, CaptionSet]:
+    """Captioned pictures to train on and, held out, to validate with."""
+    data, family = chain.settings["data"], chain.settings["family"]
+    buckets = aspect_buckets(*(family[key] for key in ("resolution", "bucket_step", "min_side", "max_side")))
+    recipe = CaptionRecipe.from_dict(chain.settings["captions"])
+
+    def work(scratch: Path, run: Run) -> Outputs:
+        posts = read_posts(find_file(data["database"]))
+        reports, files = {}, {}
+        for split in ("train", "heldout"):
+            chosen = config.settings(Selection, {**data["selection"], "split": split}, where="data.selection")
+            captions, report = build(select(posts, chosen), recipe, Path(data["pictures"]), buckets)
+            files[f"{split}.jsonl"] = scratch / f"{split}.jsonl"
+            captions.write(files[f"{split}.jsonl"])
+            reports[split] = report.text
+        return Outputs(files, {"report": reports})
+
+    def journal(run: Run, done: Finished) -> None:
+        run.note("\n\n".join(f"**{split}**\n```\n{text}\n```" for split, text in done.values["report"].items()))
+        run.file(done.files["train.jsonl"], "captions")
+
+    about = {"captions": chain.settings["captions"], "selection": data["selection"], "buckets": buckets}
+    inputs = {"database": file_digest(find_file(data["database"]))}
+    done = chain.stage("captions and buckets", "dataset", 1, about, inputs, work, journal)
+    return CaptionSet.read(done.files["train.jsonl"]), CaptionSet.read(done.files["heldout.jsonl"])
+
+
+def train(chain: Chain, base: Checkpoint, captions: CaptionSet, validation: CaptionSet) -> Checkpoint:
+    """Fine-tune the base: cache latents, train, write the single file in the base's precision."""
+    data, name = chain.settings["data"], chain.settings["trained"]
+    weights = sdxl.read_checkpoint(base.path)
+    vae = sdxl.weights_digest({key: value for key, value in weights.items() if key.startswith("first_stage_model.")})
+
+    def encode(scratch: Path, run: Run) -> Outputs:
+        networks = sdxl.load(base.path, chain.family_config)
+        files = {}
+        for split, chosen in (("train", captions), ("heldout", validation)):
+            files[split] = scratch / f"{split}.safetensors"
+            cache_latents(networks.vae, chosen, lambda file: open_picture(Path(data["pictures"]) / file), files[split])
+        return Outputs(files)
+
+    inputs = {"vae": vae, "train": captions.digest, "heldout": validation.digest}
+    latents = chain.stage("latents", "latents", 1, {}, inputs, encode)
+
+    prompts = read_prompts(chain, "sweep").first(8)
+    trainer = TrainSettings.read(chain.settings["trainer"])
+
+    def fit(scratch: Path, run: Run) -> Outputs:
+        networks = sdxl.load(base.path, chain.family_config)
+
+        def show(live: sdxl.Networks, seen: int) -> None:
+            drawn = [picture.pixels for picture in stream.pictures(live, prompts, chain.sampler, progress=None)]
+            run.picture(f"samples/{name}", picture_grid(drawn, 4), step=seen)
+
+        def tell(row: Any) -> None:
+            rates = {f"lr_{part}": rate for part, rate in row.lr.items()}
+            run.metrics({"loss": row.loss, "grad_norm": row.grad_norm, **rates}, step=row.seen)
+
+        report = fine_tune(
+            networks,
+            captions,
+            read_latents(latents.files["train"]),
+            trainer,
+            scratch=scratch,
+            on_log=tell,
+            on_sample=show,
+            validation=(validation, read_latents(latents.files["heldout"])),
+        )
+        tuned = sdxl.tensors(networks)
+        kept = {key: value.to(weights[key].dtype) for key, value in tuned.items()}
+        about = {"modelspec.title": name, "modelspec.architecture": "stable-diffusion-xl-v1-base"}
+        sdxl.write_checkpoint(scratch / f"{name}.safetensors", kept, about)
+        assert report.before is not None
+        assert report.after is not None
+        losses = {"before": asdict(report.before), "after": asdict(report.after)}
+        return Outputs({"checkpoint": scratch / f"{name}.safetensors"}, {"validation": losses, "images": report.seen})
+
+    def journal(run: Run, done: Finished) -> None:
+        losses = done.values["validation"]
+        run.metrics({f"val_loss_{when}": losses[when]["mean"] for when in ("before", "after")})
+        made = sdxl.weights_digest(sdxl.read_checkpoint(done.files["checkpoint"]))
+        run.model(name, done.files["checkpoint"], made, parents={chain.settings["base"]: base.digest})
+
+    about = {key: value for key, value in asdict(trainer).items() if key not in WHERE}
+    inputs = {"base": base.digest, "train": captions.digest, "heldout": validation.digest, "latents": vae}
+    params = {**_flat(about), "base": chain.settings["base"], "pictures": len(captions.pictures)}
+    done = chain.stage(f"train {name}", "train", 1, about, inputs, fit, journal, params)
+    losses = done.values["validation"]
+    print(f"    validation loss {losses['before']['mean']:.4f} -> {losses['after']['mean']:.4f}")
+    return open_checkpoint(done.files["checkpoint"], base.family)
+
+
+class Merger:
+    """The formula over its models: read once, then merged live at any point."""
+
+    def __init__(self, chain: Chain, models: Mapping[str, Checkpoint]) -> None:
+        chosen = chain.settings["merge"]
+        self.chain = chain
+        self.formula = Formula.parse(chosen["formula"], models)
+        self.inputs = {alias: models[alias].digest for alias in self.formula.models}
+        self._models = models
+        self._networks: sdxl.Networks | None = None
+
+    @cached_property
+    def resident(self) -> ResidentMerge:
+        inputs = {alias: sdxl.read_checkpoint(self._models[alias].path) for alias in self.formula.models}
+        return ResidentMerge(self.formula, inputs, dtype=self.chain.settings["merge"]["dtype"])
+
+    def recipe(self, point: Point) -> Recipe:
+        chosen = self.chain.settings["merge"]
+        return Recipe(self.formula, point, self.inputs, chosen["dtype"], chosen["policies"])
+
+    def live(self, point: Point) -> sdxl.Networks:
+        """The networks with this point's weights in them; no file is written."""
+        if self._networks is None:
+            first = self._models[self.formula.models[0]]
+            self._networks = sdxl.load(first.path, self.chain.family_config)
+        sdxl.assign(self._networks, self.resident.at(point))
+        return self._networks
+
+
+def evaluate(chain: Chain, merger: Merger, point: Point, prompts: PromptSet, title: str) -> Finished:
+    """Pictures of one point on a prompt set, and their score sheet."""
+
+    def work(scratch: Path, run: Run) -> Outputs:
+        shown: list[Picture] = []
+
+        def kept(pictures: Any) -> Any:
+            for picture in pictures:
+                shown.append(picture)
+                yield picture
+
+        drawn = stream.pictures(merger.live(point), prompts, chain.sampler, progress=None)
+        sheet = score(kept(drawn), prompts, chain.metrics, sampler=chain.sampler, progress=title)
+        sheet.write(scratch / "scores.parquet")
+        strip = np.concatenate([picture.pixels for picture in shown[: chain.settings["sheet"]]], axis=1)
+        write_png(scratch / "pictures.png", strip)
+        found = {name: asdict(value) for name, value in aggregates(sheet).items()}
+        return Outputs(
+            {"scores": scratch / "scores.parquet", "pictures": scratch / "pictures.png"},
+            {"aggregates": found, "remarks": remarks(sheet)},
+        )
+
+    def journal(run: Run, done: Finished) -> None:
+        run.metrics(aggregates(ScoreSheet.read(done.files["scores"])))
+        for prompt, pixels in zip(prompts.prompts, _cut(done.files["pictures"], chain.sampler.width), strict=False):
+            run.picture(f"{prompts.name}/{prompt.id}", Image.fromarray(pixels))
+
+    about = {"recipe": merger.recipe(point).document, "sampler": asdict(chain.sampler)}
+    inputs = {"prompts": prompts.digest, "scorers": chain.scorers}
+    kind = "point" if prompts.name == "sweep" else "evaluation"
+    return chain.stage(title, kind, 1, about, inputs, work, journal, dict(point))
+
+
+def sweep(chain: Chain, merger: Merger, prompts: PromptSet) -> dict[tuple[float, ...], ScoreSheet]:
+    """Score every point that the search proposes; the sheets by point."""
+    chosen = search(**chain.settings["search"])
+    sheets: dict[tuple[float, ...], ScoreSheet] = {}
+    while point := chosen.ask():
+        label = f"point {len(sheets) + 1}/{len(chosen)}: {label_of(point)}"
+        sheet = ScoreSheet.read(evaluate(chain, merger, point, prompts, label).files["scores"])
+        chosen.tell(point, aggregates(sheet)[chosen.objective].value)
+        sheets[tuple(point.values())] = sheet
+    return sheets
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the sweep says."""
+
+    names: tuple[str, ...]
+    """Of the coefficients, in the order of the points' values."""
+    best: tuple[float, ...]
+    members: tuple[tuple[float, ...], ...]
+    """The winner set: points that cannot be told from the best."""
+    table: str
+    heat_map: Path
+
+
+def judge(chain: Chain, sheets: Mapping[tuple[float, ...], ScoreSheet], folder: Path) -> Verdict:
+    """The winner set, the leaderboard and the heat map of a sweep."""
+    names = tuple(chain.settings["search"]["values"])
+    objective = chain.settings["search"]["objective"]
+    labels = {label_of(dict(zip(names, point, strict=True))): point for point in sheets}
+    found = winners({label: sheets[point] for label, point in labels.items()}, objective)
+    best, members = labels[found.best], tuple(labels[label] for label in found.members)
+    rows = {label: aggregates(sheets[point]) for label, point in labels.items()}
+    table = figures.leaderboard_text(rows, chain.settings["leaderboard"], winner=found.best, winner_set=found.members)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "leaderboard.txt").write_text(table + "\n")
+    scores = {point: rows[label][objective] for label, point in labels.items()}
+    card = tuple(chain.settings["merge"]["coefficients"][name] for name in names)
+    if len(names) == 2:
+        figures.heat_map(
+            {(p[0], p[1]): value.value for p, value in scores.items()},
+            folder / "heat_map.png",
+            title=f"{chain.settings['merge']['formula']}",
+            score_name=objective,
+            axes=(names[0], names[1]),
+            low={(p[0], p[1]): value.low for p, value in scores.items()},
+            high={(p[0], p[1]): value.high for p, value in scores.items()},
+            card=(card[0], card[1]),
+            winner=(best[0], best[1]),
+            winner_set=[(p[0], p[1]) for p in members],
+        )
+    return Verdict(names, best, members, table, folder / "heat_map.png")
+
+
+def write_merge(chain: Chain, merger: Merger, point: Point, folder: Path) -> tuple[Checkpoint, Finished]:
+    """The checkpoint of one point, written once."""
+    recipe = merger.recipe(point)
+
+    def work(scratch: Path, run: Run) -> Outputs:
+        header = metadata(recipe, architecture="stable-diffusion-xl-v1-base")
+        sdxl.write_checkpoint(scratch / "merged.safetensors", merger.resident.at(point), header)
+        return Outputs({"checkpoint": scratch / "merged.safetensors"})
+
+    done = chain.stage("merge the winner", "merge", 1, recipe.document, merger.inputs, work, params=dict(point))
+    file = folder / "merged.safetensors"
+    link_or_copy(done.files["checkpoint"], file)
+    return open_checkpoint(file, chain.settings["family"]["name"]), done
+
+
+def sheet_of_points(chain: Chain, points: Mapping[str, Finished], prompts: PromptSet, marked: str, path: Path) -> None:
+    """The contact sheet: one row a point, one column a prompt, the same seeds in every row."""
+    shown = prompts.first(chain.settings["sheet"]).prompts
+    rows, notes = {}, {}
+    objective = chain.settings["search"]["objective"]
+    for label, done in points.items():
+        cut = _cut(done.files["pictures"], chain.sampler.width)
+        rows[label] = {prompt.id: pixels for prompt, pixels in zip(shown, cut, strict=True)}
+        found = done.values["aggregates"]
+        notes[label] = f"{objective} {found[objective]['value']:.3f}"
+    captions = {prompt.id: ", ".join(tag.replace("_", " ") for tag in prompt.tags) for prompt in shown}
+    drawn = contact_sheet(
+        rows,
+        title=f"{chain.settings['release']['name']} {chain.settings['release']['version']}",
+        subtitle=f"{prompts.name} prompts, one seed a column, {chain.sampler.steps} {chain.sampler.name} steps",
+        captions=captions,
+        notes=notes,
+        marked=[marked],
+    )
+    write_png(path, drawn)
+
+
+@dataclass(frozen=True)
+class Finalists:
+    """The last word: held-out prompts, the winner against the base, the card's point and the fine-tune."""
+
+    points: Mapping[str, Point]
+    """Label to coefficients, the winner first."""
+    done: Mapping[str, Finished]
+    sheets: Mapping[str, ScoreSheet]
+    prompts: PromptSet
+    text: str
+    contact_sheet: Path
+
+
+def finalists(chain: Chain, merger: Merger, verdict: Verdict, prompts: PromptSet, folder: Path) -> Finalists:
+    """Score the winner anew on prompts it was not chosen on, beside what it is compared with."""
+    settings = chain.settings
+    winner = dict(zip(verdict.names, verdict.best, strict=True))
+    points: dict[str, Point] = {f"winner: {label_of(winner)}": winner}
+    points[settings["base"]] = dict.fromkeys(verdict.names, 0.0)  # every difference off: the base itself
+    card = settings["merge"]["coefficients"]
+    if card != winner:
+        points[f"card: {label_of(card)}"] = card
+    done = {label: evaluate(chain, merger, point, prompts, label) for label, point in points.items()}
+    sheets = {label: ScoreSheet.read(found.files["scores"]) for label, found in done.items()}
+    first = next(iter(points))
+    named = settings["leaderboard"]
+    table = figures.leaderboard_text({label: aggregates(sheet) for label, sheet in sheets.items()}, named, winner=first)
+    apart = differences(sheets[first], sheets[settings["base"]])
+    lines = [f"Held-out prompts ({len(prompts.prompts)}):", table, "", f"Winner minus {settings['base']}, paired:"]
+    for name in named:
+        found = apart[name]
+        lines.append(f"  {name:<24}{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]  {found.verdict}")
+    text = "\n".join(lines)
+    (folder / "heldout.txt").write_text(text + "\n")
+    sheet_of_points(chain, done, prompts, first, folder / "contact_sheet.png")
+    figures.interval_plot(
+        {name: {first: apart[name]} for name in named}, folder / "differences.png", baseline=settings["base"]
+    )
+    return Finalists(points, done, sheets, prompts, text, folder / "contact_sheet.png")
+
+
+def publish(
+    chain: Chain,
+    merger: Merger,
+    verdict: Verdict,
+    final: Finalists,
+    models: Mapping[str, Checkpoint],
+    captions: CaptionSet,
+) -> Release:
+    """Write the winner's checkpoint once, build its release folder, and register the model."""
+    winner = dict(zip(verdict.names, verdict.best, strict=True))
+    merged, done = write_merge(chain, merger, winner, final.contact_sheet.parent)
+    made = release(chain, merger, merged, verdict, final, captions, models)
+    about = chain.settings["release"]
+    identity = digest([made.digest, done.identity])
+    with chain.journal.run(
+        f"release {about['version']}", key=identity, kind="release", parent=chain.parent, params=winner
+    ) as run:
+        if not run.done:
+            scores = aggregates(next(iter(final.sheets.values())))
+            run.metrics(scores)
+            run.tags({"release.sha256": made.digest})
+            for name in ("README.md", "recipe.yaml", "evaluation.json", "MANIFEST.json"):
+                run.file(made.path / name)
+            run.picture("contact sheet", final.contact_sheet)
+            run.note((made.path / "README.md").read_text().partition("---\n\n")[2])
+            run.model(
+                about["name"],
+                merged.path,
+                merged.digest,
+                parents=merger.inputs,
+                registered_as=about["name"],
+                aliases=["candidate"],
+                note=f"{about['version']}: {merger.formula.text} at {label_of(winner)}",
+                params=winner,
+                metrics=scores,
+            )
+    print(f"  {'release':<34}{'':<18}{made.digest[:12]}", flush=True)
+    return made
+
+
+def close(chain: Chain, verdict: Verdict, final: Finalists, made: Release) -> str:
+    """What the chain's own page in MLflow shows; returns the key of its saved view."""
+    run, settings = chain.parent, chain.settings
+    run.metrics(aggregates(next(iter(final.sheets.values()))))
+    run.picture("heat map", verdict.heat_map)
+    run.picture("contact sheet", final.contact_sheet)
+    run.tags({"release.sha256": made.digest})
+    run.note(f"```\n{verdict.table}\n\n{final.text}\n```")
+    objective = settings["search"]["objective"]
+    return run.view("sweep", "point", order_by=objective, params=list(verdict.names), metrics=settings["leaderboard"])
+
+
+def release(
+    chain: Chain,
+    merger: Merger,
+    merged: Checkpoint,
+    verdict: Verdict,
+    final: Finalists,
+    captions: CaptionSet,
+    models: Mapping[str, Checkpoint],
+) -> Release:
+    """The release folder of the winner."""
+    settings = chain.settings
+    point = dict(zip(verdict.names, verdict.best, strict=True))
+    recipe = merger.recipe(point).document
+    base, trained, about = settings["base"], settings["trained"], settings["release"]
+    winner = next(iter(final.sheets.values()))
+    named = settings["leaderboard"]
+    apart = differences(winner, final.sheets[base])
+    evaluation = {
+        "prompts": {"name": final.prompts.name, "count": winner.n, "digest": final.prompts.digest},
+        "sampler": asdict(chain.sampler),
+        "objective": settings["search"]["objective"],
+        "scores": {name: {label: aggregates(sheet)[name] for label, sheet in final.sheets.items()} for name in named},
+        "differences": {name: {base: apart[name]} for name in named},
+        "winner_set": [dict(zip(verdict.names, member, strict=True)) for member in verdict.members],
+        "scorers": {
+            name: {"fingerprint": digest(made_of), "tiny": _is_tiny(settings["suite"]["metrics"][name])}
+            for name, made_of in winner.fingerprints.items()
+        },
+    }
+    trainer = TrainSettings.read(settings["trainer"])
+    training = {
+        "trained": f"{trained} from {base}",
+        "learning rates": dict(trainer.lr),
+        "schedule": dict(trainer.schedule),
+        "batch": f"{trainer.batch} = micro {trainer.micro} × accumulation {trainer.accumulation(1)} × 1 process",
+        "images seen": trainer.images,
+        "pictures": len(captions.pictures),
+        "optimizer": dict(trainer.optimizer),
+        "precision": trainer.precision,
+    }
+    return build_release(
+        Path(about["folder"]),
+        name=about["name"],
+        version=about["version"],
+        license=about["license"],
+        config=settings["family"]["config"],
+        checkpoint=merged.path,
+        recipe={
+            "formula": settings["merge"]["formula"],
+            "coefficients": point,
+            "models": {alias: {"sha256": sha256} for alias, sha256 in recipe["inputs"].items()},
+            "family": settings["family"]["name"],
+            "dtype": recipe["dtype"] or "the base's precision",
+            "policies": recipe["policies"],
+            "weights": merged.digest,
+        },
+        evaluation=evaluation,
+        training=training,
+        captions={"recipe": captions.recipe, "manifest": captions.digest},
+        contact_sheet=final.contact_sheet,
+        heat_map=verdict.heat_map if len(verdict.names) == 2 else None,
+        lineage={trained: {"base": models[base].digest, "captions": captions.digest}, "inputs": recipe["inputs"]},
+        summary=about["summary"],
+    )
+
+
+def read_prompts(chain: Chain, which: str) -> PromptSet:
+    chosen = chain.settings["prompts"]
+    return PromptSet.read(find_file(chosen[which]), which).first(chosen["count"])
+
+
+def open_checkpoint(path: Path, family: str) -> Checkpoint:
+    return Checkpoint(path, family, sdxl.weights_digest(sdxl.read_checkpoint(path)))
+
+
+def label_of(point: Point) -> str:
+    """`a 0.8, b 0.5`."""
+    return ", ".join(f"{name} {value:g}" for name, value in point.items())
+
+
+def use_threads(compute: Mapping[str, Any]) -> None:
+    if compute["threads"]:
+        torch.set_num_threads(compute["threads"])
+
+
+def _cut(strip: Path, width: int) -> list[np.ndarray]:
+    pixels = np.asarray(Image.open(strip).convert("RGB"))
+    return [pixels[:, start : start + width] for start in range(0, pixels.shape[1], width)]
+
+
+def _is_tiny(metric: Mapping[str, Any]) -> bool:
+    return any(isinstance(value, str) and value.startswith("builtin://") for value in metric.values())
+
+
+def parameters(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the chain's row shows in MLflow; the whole configuration is an artifact."""
+    chosen = {key: settings[key] for key in ("base", "trained")}
+    chosen |= {"formula": settings["merge"]["formula"], "objective": settings["search"]["objective"]}
+    chosen |= {"captions": settings["captions"]["name"], "family": settings["family"]["name"]}
+    return {**chosen, **_flat(settings["sampler"], "sampler.")}
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,238 @@
+"""Rebuild the embedded world's models: draw pictures, train, write src/ambergrade/world/weights anew.
+
+Examples:
+    python pipelines/world.py build=booru booru.folder=/tmp/booru     draw a mini-booru to look at
+    python pipelines/world.py build=vae                               one model; `build=` names what
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ambergrade import config
+from ambergrade.errors import UnknownName
+
+
+@config.main("world")
+def main(cfg: Any) -> None:
+    settings = config.plain(cfg)
+    if settings["build"] not in BUILDS:
+        raise UnknownName("build", settings["build"], BUILDS)
+    import torch
+
+    torch.set_num_threads(settings["compute"]["threads"] or torch.get_num_threads())
+    BUILDS[settings["build"]](settings)
+
+
+def build_booru(settings: dict[str, Any]) -> None:
+    """A mini-booru in a folder, to look at."""
+    from ambergrade.world.booru import write_booru
+
+    booru = settings["booru"]
+    write_booru(Path(booru["folder"]), seed=booru["seed"], count=booru["posts"], workers=settings["workers"])
+    print(f"{booru['posts']} posts in {booru['folder']}")
+
+
+def build_vae(settings: dict[str, Any]) -> None:
+    """The autoencoder: all of it first, then its decoder alone (which leaves latents as they are)."""
+    from ambergrade.world import autoencoder
+
+    _, pictures = _corpus(settings)
+    folder = Path(settings["work"]) / "vae"
+    vae = autoencoder.train(pictures, steps=settings["vae"]["steps"])
+    autoencoder.fit_scale(vae, pictures)
+    vae = autoencoder.train(
+        pictures, steps=settings["vae"]["decoder_steps"], seed=1, rate=1e-3, start=vae, decoder_only=True
+    )
+    vae.save_pretrained(folder)
+    print(f"PSNR {autoencoder.psnr(vae, pictures[-settings['corpus']['heldout'] :]):.2f} dB")
+
+
+def build_family(settings: dict[str, Any]) -> None:
+    """Config folder and tokenizer."""
+    from diffusers import AutoencoderKL
+
+    from ambergrade.world.family import write_config
+
+    vae = AutoencoderKL.from_pretrained(Path(settings["work"]) / "vae")
+    write_config(Path(settings["out"]) / "sdxl_tiny", vae.config.scaling_factor)
+
+
+def build_tagger(settings: dict[str, Any]) -> None:
+    """The tagger, in the layout of WD v3."""
+    import numpy as np
+    import torch
+
+    from ambergrade.world import scorers
+
+    scenes, pictures = _corpus(settings)
+    chosen, held = settings["tagger"], settings["corpus"]["heldout"]
+    truth = np.stack([scorers.labels(scene) for scene in scenes])
+    torch.manual_seed(chosen["seed"])
+    model = scorers.backbone(chosen["channels"], len(scorers.LABELS))
+    scorers.fit(model, pictures[:-held], truth[:-held], steps=chosen["steps"], seed=chosen["seed"], bgr=True)
+    folder = Path(settings["out"]) / "tagger"
+    scorers.write_timm(folder, model, chosen["channels"], len(scorers.LABELS))
+    found = scorers.outputs(model, pictures[-held:], bgr=True)
+    thresholds = scorers.balanced_thresholds(truth[-held:], found)
+    scorers.write_tags(folder, scorers.counts(truth), thresholds)
+    scorers.write_rates(folder / "rates.csv", scorers.rates(truth[-held:], found, thresholds))
+
+
+def build_features(settings: dict[str, Any]) -> None:
+    """The feature extractor for FID: another network, another seed, and told of style and damage too."""
+    import numpy as np
+    import torch
+
+    from ambergrade.world import scorers
+
+    scenes, pictures = _corpus(settings)
+    chosen, held = settings["features"], settings["corpus"]["heldout"]
+    truth = np.stack([scorers.appearance(scene) for scene in scenes])
+    torch.manual_seed(chosen["seed"])
+    model = scorers.backbone(chosen["channels"], truth.shape[1])
+    scorers.fit(model, pictures[:-held], truth[:-held], steps=chosen["steps"], seed=chosen["seed"], name="features")
+    scorers.write_timm(Path(settings["out"]) / "features", model, chosen["channels"], truth.shape[1])
+
+
+def build_clip(settings: dict[str, Any]) -> None:
+    """The open_clip model."""
+    from ambergrade.world import scorers
+
+    scenes, pictures = _corpus(settings)
+    chosen, held = settings["clip"], settings["corpus"]["heldout"]
+    captions = [scorers.clip_words(scene) for scene in scenes]
+    folder = Path(settings["out"]) / "clip"
+    scorers.write_clip_shell(folder)
+    model = scorers.fit_clip(folder, pictures[:-held], captions[:-held], steps=chosen["steps"], seed=chosen["seed"])
+    scorers.save_half(folder / "open_clip_model.safetensors", model)
+
+
+def build_beta7(settings: dict[str, Any]) -> None:
+    """The base: from random weights, on a booru whose uploaders guess some tags."""
+    from diffusers import AutoencoderKL
+
+    from ambergrade.family import sdxl
+
+    networks = sdxl.from_config(Path(settings["out"]) / "sdxl_tiny", seed=settings["beta7"]["seed"])
+    networks.vae.load_state_dict(AutoencoderKL.from_pretrained(Path(settings["work"]) / "vae").state_dict())
+    _fit(settings, networks, "beta7", settings["guess"], {}, settings["trainer"])
+
+
+def build_anxl(settings: dict[str, Any]) -> None:
+    """anxl2 from beta7 without accessories, then anxl3 from anxl2 with well-captioned ones."""
+    from ambergrade.family import sdxl
+
+    weights = Path(settings["out"])
+    trainer = {**settings["trainer"], **settings["finetune"], "ema": 0.0}
+    trainer["optimizer"] = {**trainer["optimizer"], "betas": [0.9, 0.999]}
+    for name, start in (("anxl2", "beta7"), ("anxl3", "anxl2")):
+        networks = sdxl.load(weights / f"{start}.safetensors", weights / "sdxl_tiny")
+        chosen = settings[name]
+        guess = {tag: settings["guess"][tag] for tag in chosen["guess"]}
+        selection = {key: tuple(chosen[key]) for key in ("tags_any", "tags_none") if key in chosen}
+        _fit(settings, networks, name, guess, selection, trainer)
+
+
+def build_card(settings: dict[str, Any]) -> None:
+    """Measure everything on held-out data and write docs/models.md."""
+    from models_card import write_models_card
+
+    write_models_card(settings, *_corpus(settings))
+
+
+def _fit(
+    settings: dict[str, Any],
+    networks: Any,
+    name: str,
+    guess: dict[str, float],
+    selection: dict[str, Any],
+    trainer: dict[str, Any],
+) -> None:
+    """Draw a booru for `name`, train `networks` on it and write the single file in fp16."""
+    import torch
+
+    from ambergrade.captions.booru import read_posts
+    from ambergrade.captions.buckets import aspect_buckets
+    from ambergrade.captions.manifest import build
+    from ambergrade.captions.pictures import open_picture
+    from ambergrade.captions.recipe import CaptionRecipe
+    from ambergrade.captions.selection import Selection, select
+    from ambergrade.family import sdxl
+    from ambergrade.generate.contact_sheet import picture_grid, write_png
+    from ambergrade.generate.stream import pictures
+    from ambergrade.nouns import PromptSet, SamplerSettings
+    from ambergrade.train.latents import cache_latents, read_latents
+    from ambergrade.train.settings import TrainSettings
+    from ambergrade.train.trainer import fine_tune
+    from ambergrade.world.booru import write_booru
+
+    booru, scratch = Path(settings["work"]) / f"booru_{name}", Path(settings["work"]) / name
+    chosen = settings[name]
+    if not booru.exists():
+        write_booru(booru, seed=chosen["seed"], count=chosen["posts"], tag_noise=guess, workers=settings["workers"])
+    posts = select(read_posts(booru / "booru.sqlite"), Selection(**selection))
+    recipe = CaptionRecipe.from_dict(settings["captions"])
+    captions, report = build(posts, recipe, booru / "pictures", aspect_buckets(128, 32, 96, 160))
+    print(report.text)
+    latents = scratch / "latents.safetensors"
+    if not latents.exists():
+        scratch.mkdir(parents=True, exist_ok=True)
+        cache_latents(networks.vae, captions, lambda file: open_picture(booru / "pictures" / file), latents)
+    sampler = SamplerSettings(**settings["sampler"])
+    prompts = PromptSet.read(booru / "prompts" / "heldout.jsonl").first(16)
+
+    def show(live: Any, seen: int) -> None:
+        drawn = [picture.pixels for picture in pictures(live, prompts, sampler, progress=None)]
+        write_png(scratch / f"samples-{seen:07d}.png", picture_grid(drawn, 8))
+
+    def tell(row: Any) -> None:
+        print(f"{name} {row.seen} images, loss {row.loss:.4f}, gradient {row.grad_norm:.2f}", flush=True)
+
+    fine_tune(
+        networks,
+        captions,
+        read_latents(latents),
+        TrainSettings.read(trainer),
+        scratch=scratch,
+        on_log=tell,
+        on_sample=show,
+    )
+    half = {key: value.half() if value.is_floating_point() else value for key, value in sdxl.tensors(networks).items()}
+    about = {"modelspec.title": name, "modelspec.architecture": "stable-diffusion-xl-v1-base"}
+    assert all(torch.isfinite(value).all() for value in half.values() if value.is_floating_point())
+    sdxl.write_checkpoint(Path(settings["out"]) / f"{name}.safetensors", half, about)
+
+
+def _corpus(settings: dict[str, Any]) -> tuple[Any, Any]:
+    """(scenes, pictures) that the autoencoder and the scorers share; drawn once. The last ones are held out."""
+    import numpy as np
+
+    from ambergrade.world import corpus
+
+    chosen = settings["corpus"]
+    scenes = corpus.scenes(chosen["seed"], 0, chosen["pictures"])
+    path = Path(settings["work"]) / f"corpus-{chosen['seed']}-{chosen['pictures']}.npy"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".part.npy")
+        np.save(aside, corpus.pictures(scenes, workers=settings["workers"]))
+        aside.rename(path)
+    return scenes, np.load(path, mmap_mode="r")
+
+
+BUILDS = {
+    "booru": build_booru,
+    "vae": build_vae,
+    "family": build_family,
+    "tagger": build_tagger,
+    "features": build_features,
+    "clip": build_clip,
+    "beta7": build_beta7,
+    "anxl": build_anxl,
+    "card": build_card,
+}
+
+if __name__ == "__main__":
+    main()
