@@ -127,6 +127,7 @@ def main() -> None:
         runs = journal.client.search_runs([journal.experiment_id], order_by=["attributes.start_time DESC"])
         by_kind = {run.data.tags["ag.kind"]: run for run in reversed(runs)}
         chain, point = by_kind["chain"].info.run_id, by_kind["point"].info.run_id
+        made = journal.client.get_run(by_kind["release"].info.run_id).outputs.model_outputs[0].model_id
         base, number = f"http://127.0.0.1:{asked.port}", journal.experiment_id
         asked.out.mkdir(parents=True, exist_ok=True)
         server = subprocess.Popen(
@@ -144,13 +145,14 @@ def main() -> None:
                 "point_pictures": run_link(number, point, base).replace("?", "/artifacts?"),
                 "train": run_link(number, by_kind["train"].info.run_id, base).replace("?", "/model-metrics?"),
                 "release": run_link(number, by_kind["release"].info.run_id, base),
+                "model": f"{base}/#/experiments/{number}/models/{made}?workflowType=machine_learning",
                 "models": f"{base}/#/experiments/{number}/models?workflowType=machine_learning",
                 "registry": f"{base}/#/models",
                 "version": f"{base}/#/models/{asked.experiment}/versions/1",
             }
             for name in asked.page or pages:
                 url = pages[name]
-                shoot(url, asked.out / f"{name}.png", asked.chromium, "1600,1100")
+                shoot(url, asked.out / f"{name}.png", asked.chromium, "1600,1500")
         finally:
             server.terminate()
             server.wait()

@@ -9,6 +9,8 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import pytest
 from PIL import Image
@@ -292,12 +294,13 @@ def test_a_model_is_linked_registered_once_and_knows_its_parents(journal, client
     assert str(model.status) == "READY"
     assert model.tags["sha256"] == SHA["gamma"]
     assert {metric.key: metric.value for metric in model.metrics}["tag_recall_lo"] == 0.7
-    linked = Path(client.list_logged_model_artifacts(model_id)[0].path).name
-    place = Path(model.artifact_location.removeprefix("file://").replace("%20", " ").replace("%C3%A9", "é"))
-    assert linked in {"MLmodel", "gamma-rev1.0.safetensors"}
+    listed = {file.path: file.file_size for file in client.list_logged_model_artifacts(model_id)}
+    assert listed["gamma-rev1.0.safetensors"] == len(b"weights")
+    place = Path(url2pathname(urlparse(model.artifact_location).path))
     assert os.path.samefile(place / "gamma-rev1.0.safetensors", checkpoint)
     (version,) = client.search_model_versions("name = 'gamma_tiny'")
-    assert (version.model_id, version.description) == (model_id, "the formula")
+    assert (version.description, version.tags["sha256"]) == ("the formula", SHA["gamma"])
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "gamma_tiny", "version": version.version}]
     for alias in ("candidate", "rel-1_0"):
         assert client.get_model_version_by_alias("gamma_tiny", alias).version == version.version
     assert not journal.troubles

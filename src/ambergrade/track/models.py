@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -51,7 +52,9 @@ def enter(
         )
     if str(model.status) != "READY":  # new, or a kill came between
         with tempfile.TemporaryDirectory() as folder:
-            get_external_mlflow_model_spec(model).save(str(Path(folder) / "MLmodel"))
+            description = get_external_mlflow_model_spec(model)
+            description.signature = None  # MLflow's own is a dummy of one boolean, and the UI would show it
+            description.save(str(Path(folder) / "MLmodel"))
             client.log_model_artifacts(model.model_id, folder)
         model = client.finalize_logged_model(model.model_id, "READY")
     return model
@@ -88,13 +91,18 @@ def register(
     """Make the model a version of the registered model `name`, once, and point the aliases to it."""
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
-    versions = [v for v in client.search_model_versions(f"name = '{name}'") if v.model_id == model.model_id]
+    tags = {"sha256": model.tags["sha256"]}
+    # SQLite keeps no model id with a version, but its tags.
+    versions = [v for v in client.search_model_versions(f"name = '{name}'") if tags.items() <= v.tags.items()]
     if versions:
         version = versions[0]
     else:
-        tags = {"sha256": model.tags["sha256"]}
         # A models:/ source would be looked up by MLflow's global client, in whatever database that points to.
         version = client.create_model_version(name, model.artifact_location, run_id, tags, model_id=model.model_id)
+    listed = json.loads(model.tags.get("mlflow.modelVersions", "[]"))  # by this tag the UI shows a model's versions
+    here = {"name": name, "version": version.version}
+    if here not in listed:
+        client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": json.dumps([*listed, here])})
     if note and version.description != note:
         client.update_model_version(name, version.version, note)
     for alias in aliases:
