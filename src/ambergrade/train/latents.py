@@ -85,8 +85,11 @@ def group_by_bucket(captions: CaptionSet) -> dict[tuple[int, int], list[int]]:
 def fit_to_bucket(image: Image.Image, picture: CaptionedPicture) -> Image.Image:
     """One Lanczos resize that just covers the bucket, then the caption set's crop."""
     width, height = picture.bucket
-    scale = max(width / image.width, height / image.height)
-    size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    # Whole-number rounding, half up: the caption set's crop was reckoned from the same size.
+    if image.width * height >= image.height * width:
+        size = max(width, (2 * image.width * height + image.height) // (2 * image.height)), height
+    else:
+        size = width, max(height, (2 * image.height * width + image.width) // (2 * image.width))
     left, top = picture.crop
     if left + width > size[0] or top + height > size[1]:
         raise BadInput(

@@ -158,7 +158,7 @@ def fine_tune(
             bar.update(settings.batch)
             bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
 
-            if _due(run.seen, settings.log_every, settings) or (not settings.log_every):
+            if _due(run.seen, settings.log_every or settings.batch, settings):
                 row = run.log({part: settings.lr[part] * rate for part in settings.lr})
                 if on_log and accelerator.is_main_process:
                     on_log(row)

@@ -1,0 +1,85 @@
+"""The latent cache: the right pixels, the posterior's mean, the same bytes every time."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ambergrade.errors import BadInput
+from ambergrade.nouns import Caption, CaptionedPicture, CaptionSet
+from ambergrade.train.latents import cache_latents, fit_to_bucket, read_latents
+
+
+def captioned(number, bucket, crop=(0, 0)):
+    return CaptionedPicture(number, f"{number}.png", "", Caption(("1girl",), ()), (128, 96), bucket, crop)
+
+
+def open_picture(name):
+    """A 128 x 96 picture of the file's own."""
+    draw = np.random.default_rng(int(name.split(".")[0]))
+    return Image.fromarray(draw.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((128, 96))
+
+
+CAPTIONS = CaptionSet(
+    (captioned(0, (64, 64), (10, 0)), captioned(1, (96, 64)), captioned(2, (64, 64)), captioned(3, (64, 64), (21, 0))),
+    "test",
+)
+
+
+@pytest.fixture(scope="module")
+def cached(live_networks, tmp_path_factory):
+    path = tmp_path_factory.mktemp("latents") / "latents.safetensors"
+    cache_latents(live_networks.vae, CAPTIONS, open_picture, path, batch=2)
+    return path
+
+
+def test_a_latent_is_the_scaled_mean_of_the_cropped_picture(cached, live_networks):
+    latents = read_latents(cached)
+    assert {bucket: tuple(x.shape) for bucket, x in latents.by_bucket.items()} == {
+        (64, 64): (3, 4, 8, 8),
+        (96, 64): (1, 4, 8, 12),
+    }
+    assert latents.positions[64, 64].tolist() == [0, 2, 3]
+    # By hand: 128 x 96 covers 64 x 64 at 85 x 64; 10 px are cut from the left.
+    pixels = np.asarray(open_picture("0.png").resize((85, 64), Image.Resampling.LANCZOS))[:, 10:74].astype(np.float32)
+    with torch.no_grad():
+        sent = torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None]
+        expected = live_networks.vae.encode(sent).latent_dist.mode() * 0.13025
+    torch.testing.assert_close(latents.rows((64, 64), [0]), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(latents.rows((64, 64), [2, 0])[1], latents.rows((64, 64), [0])[0])
+
+
+def test_the_file_is_the_same_bytes_again(cached, live_networks, tmp_path):
+    cache_latents(live_networks.vae, CAPTIONS, open_picture, tmp_path / "again", batch=2)
+    assert (tmp_path / "again").read_bytes() == cached.read_bytes()
+
+
+def test_half_precision_halves_the_file(cached, live_networks, tmp_path):
+    cache_latents(live_networks.vae, CAPTIONS, open_picture, tmp_path / "half", dtype=torch.float16)
+    half = read_latents(tmp_path / "half")
+    assert half.by_bucket[64, 64].dtype == torch.float16
+    torch.testing.assert_close(half.rows((64, 64), [1]), read_latents(cached).rows((64, 64), [1]), atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (640, 480), (65, 1000), (1000, 64), (127, 128)])
+@pytest.mark.parametrize("bucket", [(64, 64), (96, 160), (160, 96)])
+def test_a_picture_just_covers_its_bucket(size, bucket):
+    assert fit_to_bucket(Image.new("RGB", size), captioned(0, bucket)).size == bucket
+
+
+def test_a_crop_outside_the_picture_names_the_post():
+    with pytest.raises(BadInput, match="Post 9"):
+        fit_to_bucket(Image.new("RGB", (64, 64)), captioned(9, (64, 64), (1, 0)))
+
+
+def test_latents_that_are_not_finite_name_the_post(live_networks, tmp_path):
+    class Overflowing:
+        device, dtype, config = torch.device("cpu"), torch.float32, live_networks.vae.config
+
+        def encode(self, pixels):
+            posterior = live_networks.vae.encode(pixels)
+            posterior.latent_dist.mean[1] = float("nan")
+            return posterior
+
+    with pytest.raises(BadInput, match="post 2"):
+        cache_latents(Overflowing(), CAPTIONS, open_picture, tmp_path / "x", batch=2)
