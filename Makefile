@@ -49,4 +49,4 @@ ui: $(READY)
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache src/*.egg-info
-	find bench pipelines src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path ./mlruns -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
