@@ -1,10 +1,10 @@
 """Errors a user can mend: what was asked, what was found, what to do.
 
-    AmbergradeError                 told in a few lines, exit code 1, never a traceback
-    ├── UnknownName                 a name that no folder, file or table holds; carries the nearest
-    ├── BadSetting                  a value that cannot be meant
-    ├── BadInput                    a file or database that is not what it should be
-    └── MissingObject               the store or the disk does not hold what a record promises
+AmbergradeError                 told in a few lines, exit code 1, never a traceback
+├── UnknownName                 a name that no folder, file or table holds; carries the nearest
+├── BadSetting                  a value that cannot be meant
+├── BadInput                    a file or database that is not what it should be
+└── MissingObject               the store or the disk does not hold what a record promises
 """
 
 from __future__ import annotations

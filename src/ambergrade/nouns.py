@@ -151,7 +151,7 @@ class PromptSet:
 
     @classmethod
     def read(cls, path: Path, name: str = "") -> PromptSet:
-        """Read JSON lines with the keys of Prompt; `id` and `text` must be there, `seed` defaults to the line number."""
+        """Read JSON lines with the keys of Prompt: `id` and `text` at least; `seed` defaults to the line's number."""
         prompts = []
         for number, line in enumerate(path.read_text().splitlines()):
             row = json.loads(line)

@@ -1,8 +1,8 @@
 """The store holds bytes by content; the ledger's records alone say which stages are finished.
 
-    <root>/store/sha256/ab/cdef…           written aside, fsynced, renamed, read-only
-    <root>/records/<stage>/<identity>.json written last: the commit point of a stage
-    <root>/work/<stage>/<identity>/        a stage's scratch folder; survives a kill, removed at the end
+<root>/store/sha256/ab/cdef…           written aside, fsynced, renamed, read-only
+<root>/records/<stage>/<identity>.json written last: the commit point of a stage
+<root>/work/<stage>/<identity>/        a stage's scratch folder; survives a kill, removed at the end
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Store:
         return self._place(sha256).exists()
 
     def put(self, source: Path) -> str:
-        """Take a copy of a file (a hard link where possible) and return its sha256."""
+        """Take a copy of a file and return its sha256."""
         sha256 = file_digest(source)
         place = self._place(sha256)
         if not place.exists():

@@ -257,7 +257,17 @@ def _anger(pen: Pen) -> None:
 def _fringe(pen: Pen, hair: Colour, sway: float) -> None:
     dark, light = _mix(hair, (50, 30, 60), 0.22), _mix(hair, (255, 255, 255), 0.5)
     crown = [(-30, 58), (-31, 38), (-20, 22), (0, 17), (20, 22), (31, 38), (30, 58)]
-    locks = [(25, 46), (21, 40), (15, 48), (8, 40), (1, 47), (-8, 39), (-15, 48), (-21, 40), (-25, 46)]
+    locks: list[tuple[float, float]] = [
+        (25, 46),
+        (21, 40),
+        (15, 48),
+        (8, 40),
+        (1, 47),
+        (-8, 39),
+        (-15, 48),
+        (-21, 40),
+        (-25, 46),
+    ]
     pen.shape(_smooth(crown, closed=False) + locks, hair, smooth=False)
     for side in (-1, 1):
         pen.shape([(side * 25, 44), (side * 30, 50), (side * 29, 70), (side * 24, 64)], hair)

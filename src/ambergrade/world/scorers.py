@@ -95,7 +95,8 @@ def write_rates(path: Path, rows: Sequence[tuple[str, float, float, int]]) -> No
 
 def backbone(channels: Sequence[int], classes: int) -> nn.Module:
     """timm's resnet18, narrower."""
-    return timm.create_model("resnet18", num_classes=classes, channels=tuple(channels), layers=(1, 1, 1, 1))
+    model: nn.Module = timm.create_model("resnet18", num_classes=classes, channels=tuple(channels), layers=(1, 1, 1, 1))
+    return model
 
 
 def fit(
@@ -122,7 +123,7 @@ def fit(
         pixels = pixels.flip(1) if bgr else pixels
         loss = F.binary_cross_entropy_with_logits(model(pixels), torch.from_numpy(targets[chosen]), weight=weights)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         if step % 100 == 0:
@@ -251,7 +252,7 @@ def fit_clip(
         target = torch.arange(batch)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -261,7 +262,7 @@ def fit_clip(
     return model.eval()
 
 
-def retrieval_at_1(model: nn.Module, folder: Path, pictures: Pixels, captions: Sequence[str]) -> float:
+def retrieval_at_1(model: Any, folder: Path, pictures: Pixels, captions: Sequence[str]) -> float:
     """Share of captions whose nearest picture among all is their own."""
     tokens = open_clip.get_tokenizer(f"local-dir:{folder}")
     images, texts = [], []
