@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -24,7 +25,7 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-from mlflow import MlflowClient, entities  # noqa: E402
+from mlflow import MlflowClient, __version__, entities  # noqa: E402
 from mlflow.db import upgrade  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.models.utils import get_external_mlflow_model_spec  # noqa: E402
@@ -40,6 +41,9 @@ __all__ = [
     "open_client",
     "tracking_uri",
 ]
+
+THIS_MLFLOW = int("".join(f"{int(part):03}" for part in re.findall(r"\d+", __version__)[:3]))
+"""The version as a number for SQLite's `user_version`: 3.17.2 is 3017002."""
 
 
 def tracking_uri(root: Path) -> str:
@@ -80,16 +84,13 @@ def open_client(uri: str) -> MlflowClient:
     """A client whose database exists and has this MLflow's schema. Raises what MLflow, alembic or SQLite raise."""
     with locked(uri):
         file = database_file(uri)
-        if file is not None and not file.exists():
-            _create(file)
+        if file is not None:
+            if not file.exists():
+                _create(file)
+            elif _mark(file) != THIS_MLFLOW:
+                _migrate(file)
         client = MlflowClient(uri)
-        try:
-            client.search_experiments(max_results=1)
-        except MlflowException as error:
-            if file is None or "out-of-date database schema" not in str(error):
-                raise
-            _migrate(file)
-            client.search_experiments(max_results=1)
+        client.search_experiments(max_results=1)  # a server that does not answer is found out here
     return client
 
 
@@ -100,15 +101,30 @@ def _create(file: Path) -> None:
     upgrade.callback(f"sqlite:///{aside}")
     with closing(sqlite3.connect(aside)) as database:
         database.execute("PRAGMA journal_mode=WAL")  # is kept in the file; halves the latency of a write
+        database.execute(f"PRAGMA user_version={THIS_MLFLOW}")
     aside.rename(file)
     uri = f"sqlite:///{file}"
     SqlAlchemyStore(uri, artifact_root(uri))  # makes the "Default" experiment, with its artifacts beside the database
 
 
-def _migrate(file: Path) -> None:
-    """Bring an older schema up to date, keeping a copy: a migration that is killed cannot be taken up again."""
+def _mark(file: Path) -> int:
+    """Which MLflow brought the database up to date, as far as we know."""
     with closing(sqlite3.connect(file)) as database:
-        (revision,) = database.execute("SELECT version_num FROM alembic_version").fetchone()
-        with closing(sqlite3.connect(file.with_name(f"{file.name}.before-{revision}"))) as copy:
-            database.backup(copy)
-    upgrade.callback(f"sqlite:///{file}")
+        return int(database.execute("PRAGMA user_version").fetchone()[0])
+
+
+def _migrate(file: Path) -> None:
+    """Bring a database of another MLflow up to date, after a copy: a migration that is killed cannot be taken up again.
+
+    MLflow itself would refuse the database or, where a table is missing, migrate it without a copy.
+    """
+    kept = file.with_name(f"{file.name}.before-mlflow-{__version__}")
+    with closing(sqlite3.connect(file)) as database:
+        if not kept.exists():  # else a migration was killed, and the copy is the better one
+            aside = kept.with_name(f".{kept.name}")
+            aside.unlink(missing_ok=True)
+            with closing(sqlite3.connect(aside)) as copy:
+                database.backup(copy)
+            aside.rename(kept)
+        upgrade.callback(f"sqlite:///{file}")
+        database.execute(f"PRAGMA user_version={THIS_MLFLOW}")
