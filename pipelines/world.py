@@ -139,7 +139,7 @@ def build_card(settings: dict[str, Any]) -> None:
     """Measure everything on held-out data and write docs/models.md."""
     from models_card import write_models_card
 
-    write_models_card(settings, *_corpus(settings))
+    write_models_card(settings)
 
 
 def _fit(

@@ -1,0 +1,108 @@
+"""The whole chain at its smallest, run as a user runs it: twice, killed in between, and in two places."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+COMMAND = [sys.executable, "pipelines/gamma.py", "experiment=gamma_smoke"]
+NAME = "kohaku-xl-gamma-smoke-rev1"
+
+
+def gamma(root: Path, *more: str) -> str:
+    done = subprocess.run([*COMMAND, f"root={root}", *more], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def manifest(root: Path) -> bytes:
+    return (root / "mlruns" / "releases" / NAME / "MANIFEST.json").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    root = tmp_path_factory.mktemp("gamma")
+    return root, gamma(root)
+
+
+def test_first_run_ends_in_a_release_that_sha256sum_accepts(first: tuple[Path, str]) -> None:
+    root, told = first
+    folder = root / "mlruns" / "releases" / NAME
+    assert "finished before" not in told
+    assert str(folder) in told
+    assert subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=folder).returncode == 0
+    recipe = (folder / "recipe.yaml").read_text()
+    assert "beta7 + a * (anxl3 - anxl2) + b * (base7 - beta7)" in recipe
+
+
+def test_second_run_finds_every_stage_finished(first: tuple[Path, str]) -> None:
+    root, told = first
+    before, start = manifest(root), time.monotonic()
+    again = gamma(root)
+    stages = [line for line in told.splitlines() if line.rstrip().endswith(tuple("0123456789abcdef")) and " s " in line]
+    assert len(stages) >= 8
+    assert again.count("finished before") == len(stages)
+    assert manifest(root) == before
+    assert time.monotonic() - start < 60  # 20 s on a quiet machine
+
+
+def test_mlflow_holds_the_chain(first: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{first[0]}/mlruns/mlflow.db")
+    experiment = client.get_experiment_by_name("gamma_smoke")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    kinds = [run.data.tags["ag.kind"] for run in runs]
+    assert kinds.count("chain") == 1
+    assert kinds.count("point") == 4
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    point = next(run for run in runs if run.data.tags["ag.kind"] == "point")
+    assert {"a", "b"} <= point.data.params.keys()
+    assert {"tag_balance", "tag_balance_lo", "tag_balance_hi", "clip_score", "fid"} <= point.data.metrics.keys()
+    version = client.get_model_version_by_alias("kohaku-xl-gamma-smoke", "candidate")
+    assert version.version == "1"
+
+
+def test_released_file_is_the_live_merge_and_loads_in_stock_diffusers(first: tuple[Path, str]) -> None:
+    import torch
+    from diffusers import StableDiffusionXLPipeline
+
+    from ambergrade.family import sdxl
+    from ambergrade.store import find_file
+
+    folder = first[0] / "mlruns" / "releases" / NAME
+    file = next(folder.glob("*.safetensors"))
+    config = find_file("builtin://sdxl_tiny")
+    pipeline = StableDiffusionXLPipeline.from_single_file(str(file), config=str(config), local_files_only=True)
+    ours = sdxl.load(file, config)
+    for key, value in ours.unet.state_dict().items():
+        assert torch.equal(pipeline.unet.state_dict()[key].float(), value), key
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_ends_in_the_same_release(first: tuple[Path, str], tmp_path: Path) -> None:
+    for after in (6, 11, 16, 22):
+        process = subprocess.Popen(
+            [*COMMAND, f"root={tmp_path}"],
+            cwd=REPOSITORY,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            process.wait(after)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    gamma(tmp_path)
+    assert manifest(tmp_path) == manifest(first[0])
+    records = list((tmp_path / "mlruns" / "records").rglob("*.json"))
+    assert all(json.loads(record.read_text())["identity"] == record.stem for record in records)
+    assert not list((tmp_path / "mlruns" / "work").rglob("*.safetensors"))
