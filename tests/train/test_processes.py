@@ -72,7 +72,7 @@ def test_two_processes_equal_one(tiny_config, beginning, captions, latents, tmp_
             [sys.executable, *launch, tmp_path / "worker.py", tmp_path, out, tiny_config, settings],
             env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
             check=True,
-            timeout=500,
+            timeout=1500,
         )
         ends.append(read_tensors(out / "end.safetensors"))
     one, two = ends

@@ -179,3 +179,9 @@ def test_the_schedule_is_followed_and_gradients_are_measured_before_clipping(net
     report = fine_tune(networks, captions, latents, replace(SETTINGS, images=12, clip=1e-6), scratch=tmp_path)
     assert [row.lr["unet"] for row in report.rows] == [0.0005, 0.001, 0.001]
     assert all(row.grad_norm > 1e-3 for row in report.rows)
+
+
+def test_a_run_that_diverges_stops_and_says_so(networks, captions, latents, tmp_path):
+    settings = replace(SETTINGS, images=40, lr={"unet": 1e30, "te1": 0, "te2": 0}, clip=0.0)
+    with pytest.raises(BadSetting, match="diverged after"):
+        fine_tune(networks, captions, latents, settings, scratch=tmp_path)

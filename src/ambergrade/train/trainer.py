@@ -7,7 +7,8 @@ and process count and micro-batch change only the order of sums.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -115,8 +116,6 @@ def fine_tune(
     if validation and run.before is None:
         report.before = run.before = validation_loss(networks, *validation)
     batches = Batches({bucket: len(rows) for bucket, rows in latents.positions.items()}, settings.batch, settings.seed)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    share = settings.batch // accelerator.num_processes
     denoiser.train()
     bar = tqdm(
         total=settings.images,
@@ -131,30 +130,28 @@ def fine_tune(
             rate = factor(run.seen + settings.batch, settings.images)
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr[group["part"]] * rate
-            total_loss = torch.zeros((), device=accelerator.device)
-            for part in range(accumulation):
-                # This process's slice of the global batch, and of that one micro-batch.
-                start = accelerator.process_index * share + part * settings.micro
-                places = range(start, start + settings.micro)
-                with accelerator.accumulate(model):
-                    micro = draw_micro_batch(
-                        networks,
-                        [captions.pictures[int(latents.positions[bucket][rows[place]])] for place in places],
-                        latents.rows(bucket, [rows[place] for place in places]),
-                        [run.seen + place for place in places],
-                        alphas,
-                        settings,
-                    ).to(accelerator.device)
-                    predicted = model(micro.noisy, micro.timesteps, micro.ids_1, micro.ids_2, micro.time_ids)
-                    loss = loss_per_image(predicted, micro.noise, micro.alpha_bar).mean()
-                    accelerator.backward(loss)
-                    total_loss += loss.detach()
-                    if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(parameters, settings.clip or float("inf"))
-                    stepper.step()
-                    stepper.zero_grad(set_to_none=True)
-            mean_loss = accelerator.reduce(total_loss / accumulation, "mean").item()
-            run.advance(settings.batch, mean_loss, float(norm))
+            first = accelerator.process_index * settings.batch // accelerator.num_processes
+            micro_batches = (
+                draw_micro_batch(
+                    networks,
+                    [captions.pictures[int(latents.positions[bucket][rows[place]])] for place in places],
+                    latents.rows(bucket, [rows[place] for place in places]),
+                    [run.seen + place for place in places],
+                    alphas,
+                    settings,
+                )
+                for places in (
+                    range(start, start + settings.micro)
+                    for start in range(first, first + accumulation * settings.micro, settings.micro)
+                )
+            )
+            mean_loss, norm = _optimizer_step(accelerator, model, stepper, micro_batches, loss_per_image, settings.clip)
+            if not math.isfinite(mean_loss + norm):
+                raise BadSetting(
+                    f"Training diverged after {run.seen} images: loss {mean_loss}, gradient norm {norm}.\n"
+                    "Lower lr, lengthen the schedule's warmup, or clip harder; states saved before can be resumed."
+                )
+            run.advance(settings.batch, mean_loss, norm)
             bar.update(settings.batch)
             bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
 
@@ -250,6 +247,32 @@ def parameter_groups(denoiser: Denoiser, lr: Mapping[str, float]) -> list[dict[s
             if chosen:
                 groups.append({"params": chosen, "lr": lr[part], "part": part, "decayed": decayed})
     return groups
+
+
+def _optimizer_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    stepper: torch.optim.Optimizer,
+    micro_batches: Iterable[MicroBatch],
+    loss_per_image: Callable[[Tensor, Tensor, Tensor], Tensor],
+    clip: float,
+) -> tuple[float, float]:
+    """Accumulate the micro-batches' gradients and step once; the mean loss over all processes and the gradient norm."""
+    losses: list[Tensor] = []
+    norm = torch.zeros(())
+    for micro in micro_batches:
+        micro = micro.to(accelerator.device)
+        with accelerator.accumulate(model):
+            predicted = model(micro.noisy, micro.timesteps, micro.ids_1, micro.ids_2, micro.time_ids)
+            loss = loss_per_image(predicted, micro.noise, micro.alpha_bar).mean()
+            accelerator.backward(loss)
+            losses.append(loss.detach())
+            if accelerator.sync_gradients:
+                parameters = [p for group in stepper.param_groups for p in group["params"]]
+                norm = accelerator.clip_grad_norm_(parameters, clip or math.inf)
+            stepper.step()
+            stepper.zero_grad(set_to_none=True)
+    return accelerator.reduce(torch.stack(losses).mean(), "mean").item(), float(norm)
 
 
 def _due(seen: int, every: int, settings: TrainSettings) -> bool:
