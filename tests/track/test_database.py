@@ -35,9 +35,9 @@ def test_processes_that_start_at_once_on_nothing_share_one_database_one_experime
     # MLflow keeps quiet on machines that look like a CI's or a test's: do not look like one.
     outside = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW", "CI", "GITHUB", "PYTEST", "DO_NOT"))}
     start = [sys.executable, "-c", textwrap.dedent(STARTER), str(tmp_path)]
-    children = [subprocess.Popen(start, cwd=cwd, env=outside, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    children = [subprocess.Popen(start, cwd=cwd, env=outside, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = {child.communicate(timeout=300)[0].strip() for child in children}
-    assert [child.returncode for child in children] == [0, 0, 0]
+    assert [child.returncode for child in children] == [0, 0]
     (line,) = said
     run_id, *rest = line.split()
     assert rest == ["1", "0", "None"]
