@@ -51,7 +51,7 @@ def main(cfg: Any) -> None:
         sheets = stages.sweep(chain, merger, stages.read_prompts(chain, "sweep"))
         folder = root / "mlruns" / "reports" / digest(what)[:12]
         verdict = stages.judge(chain, sheets, folder)
-        final = stages.finalists(chain, merger, verdict, stages.read_prompts(chain, "heldout"), folder)
+        final = stages.finalists(chain, merger, models, verdict, stages.read_prompts(chain, "heldout"), folder)
         made = stages.publish(chain, merger, verdict, final, models, captions)
         view = stages.close(chain, verdict, final, made)
 

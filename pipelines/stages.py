@@ -56,6 +56,8 @@ class Chain:
     settings: dict[str, Any]
     journal: Journal
     parent: Run
+    networks: sdxl.Networks | None = None
+    """The one set of live networks that pictures are drawn with; a merge changes its weights in place."""
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -89,8 +91,9 @@ class Chain:
         work: Callable[[Path, Run], Outputs],
         journal: Callable[[Run, Finished], None] = lambda run, done: None,
         params: Mapping[str, Any] | None = None,
+        told: str = "",
     ) -> Finished:
-        """Run a stage unless its record is there; journal it either way."""
+        """Run a stage unless its record is there; journal it either way, and print a line (`told`, else the title)."""
         identity = Ledger.identity(kind, version, settings, inputs)
         with self.journal.run(title, key=identity, kind=kind, parent=self.parent, params=params) as run:
             done = self.ledger.once(kind, version, settings, inputs, lambda scratch: work(scratch, run))
@@ -100,7 +103,7 @@ class Chain:
                 run.datasets(inputs)
                 journal(run, done)
         how = f"{done.seconds:8.1f} s" if done.fresh else "  finished before"
-        print(f"  {title:<34}{how:<18}{done.identity[:12]}", flush=True)
+        print(f"  {told or title:<34}{how:<18}{done.identity[:12]}", flush=True)
         return done
 
 
@@ -211,13 +214,11 @@ def train(chain: Chain, base: Checkpoint, captions: CaptionSet, validation: Capt
 class Merger:
     """The formula over its models: read once, then merged live at any point."""
 
-    def __init__(self, chain: Chain, models: Mapping[str, Checkpoint]) -> None:
-        chosen = chain.settings["merge"]
+    def __init__(self, chain: Chain, models: Mapping[str, Checkpoint], formula: str = "") -> None:
         self.chain = chain
-        self.formula = Formula.parse(chosen["formula"], models)
+        self.formula = Formula.parse(formula or chain.settings["merge"]["formula"], models)
         self.inputs = {alias: models[alias].digest for alias in self.formula.models}
         self._models = models
-        self._networks: sdxl.Networks | None = None
 
     @cached_property
     def resident(self) -> ResidentMerge:
@@ -230,14 +231,14 @@ class Merger:
 
     def live(self, point: Point) -> sdxl.Networks:
         """The networks with this point's weights in them; no file is written."""
-        if self._networks is None:
+        if self.chain.networks is None:
             first = self._models[self.formula.models[0]]
-            self._networks = sdxl.load(first.path, self.chain.family_config)
-        sdxl.assign(self._networks, self.resident.at(point))
-        return self._networks
+            self.chain.networks = sdxl.load(first.path, self.chain.family_config)
+        sdxl.assign(self.chain.networks, self.resident.at(point))
+        return self.chain.networks
 
 
-def evaluate(chain: Chain, merger: Merger, point: Point, prompts: PromptSet, title: str) -> Finished:
+def evaluate(chain: Chain, merger: Merger, point: Point, prompts: PromptSet, title: str, told: str = "") -> Finished:
     """Pictures of one point on a prompt set, and their score sheet."""
 
     def work(scratch: Path, run: Run) -> Outputs:
@@ -267,7 +268,7 @@ def evaluate(chain: Chain, merger: Merger, point: Point, prompts: PromptSet, tit
     about = {"recipe": merger.recipe(point).document, "sampler": asdict(chain.sampler)}
     inputs = {"prompts": prompts.digest, "scorers": chain.scorers}
     kind = "point" if prompts.name == "sweep" else "evaluation"
-    return chain.stage(title, kind, 1, about, inputs, work, journal, dict(point))
+    return chain.stage(title, kind, 1, about, inputs, work, journal, dict(point), told)
 
 
 def sweep(chain: Chain, merger: Merger, prompts: PromptSet) -> dict[tuple[float, ...], ScoreSheet]:
@@ -275,8 +276,9 @@ def sweep(chain: Chain, merger: Merger, prompts: PromptSet) -> dict[tuple[float,
     chosen = search(**chain.settings["search"])
     sheets: dict[tuple[float, ...], ScoreSheet] = {}
     while point := chosen.ask():
-        label = f"point {len(sheets) + 1}/{len(chosen)}: {label_of(point)}"
-        sheet = ScoreSheet.read(evaluate(chain, merger, point, prompts, label).files["scores"])
+        label, place = label_of(point), f"point {len(sheets) + 1:2}/{len(chosen)}"
+        done = evaluate(chain, merger, point, prompts, label, f"{place}: {label}")
+        sheet = ScoreSheet.read(done.files["scores"])
         chosen.tell(point, aggregates(sheet)[chosen.objective].value)
         sheets[tuple(point.values())] = sheet
     return sheets
@@ -365,27 +367,31 @@ def sheet_of_points(chain: Chain, points: Mapping[str, Finished], prompts: Promp
 class Finalists:
     """The last word: held-out prompts, the winner against the base, the card's point and the fine-tune."""
 
-    points: Mapping[str, Point]
-    """Label to coefficients, the winner first."""
-    done: Mapping[str, Finished]
     sheets: Mapping[str, ScoreSheet]
+    """By label, the winner's first."""
     prompts: PromptSet
     text: str
     contact_sheet: Path
 
 
-def finalists(chain: Chain, merger: Merger, verdict: Verdict, prompts: PromptSet, folder: Path) -> Finalists:
+def finalists(
+    chain: Chain, merger: Merger, models: Mapping[str, Checkpoint], verdict: Verdict, prompts: PromptSet, folder: Path
+) -> Finalists:
     """Score the winner anew on prompts it was not chosen on, beside what it is compared with."""
     settings = chain.settings
     winner = dict(zip(verdict.names, verdict.best, strict=True))
-    points: dict[str, Point] = {f"winner: {label_of(winner)}": winner}
-    points[settings["base"]] = dict.fromkeys(verdict.names, 0.0)  # every difference off: the base itself
     card = settings["merge"]["coefficients"]
+    first = f"winner: {label_of(winner)}"
+    entered: dict[str, tuple[Merger, Point]] = {first: (merger, winner)}
     if card != winner:
-        points[f"card: {label_of(card)}"] = card
-    done = {label: evaluate(chain, merger, point, prompts, label) for label, point in points.items()}
+        entered[f"card: {label_of(card)}"] = (merger, card)
+    for name in (settings["base"], settings["trained"]):
+        entered[name] = (Merger(chain, models, formula=name), {})
+    done = {
+        label: evaluate(chain, made, point, prompts, label, f"held out: {label}")
+        for label, (made, point) in entered.items()
+    }
     sheets = {label: ScoreSheet.read(found.files["scores"]) for label, found in done.items()}
-    first = next(iter(points))
     named = settings["leaderboard"]
     table = figures.leaderboard_text({label: aggregates(sheet) for label, sheet in sheets.items()}, named, winner=first)
     apart = differences(sheets[first], sheets[settings["base"]])
@@ -399,7 +405,7 @@ def finalists(chain: Chain, merger: Merger, verdict: Verdict, prompts: PromptSet
     figures.interval_plot(
         {name: {first: apart[name]} for name in named}, folder / "differences.png", baseline=settings["base"]
     )
-    return Finalists(points, done, sheets, prompts, text, folder / "contact_sheet.png")
+    return Finalists(sheets, prompts, text, folder / "contact_sheet.png")
 
 
 def publish(
@@ -426,7 +432,8 @@ def publish(
             for name in ("README.md", "recipe.yaml", "evaluation.json", "MANIFEST.json"):
                 run.file(made.path / name)
             run.picture("contact sheet", final.contact_sheet)
-            run.note((made.path / "README.md").read_text().partition("---\n\n")[2])
+            card = (made.path / "README.md").read_text().partition("---\n\n")[2]
+            run.note("\n".join(line for line in card.splitlines() if not line.startswith("![")))
             run.model(
                 about["name"],
                 merged.path,

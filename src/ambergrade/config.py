@@ -12,8 +12,8 @@ configuration errors answer at once:
 
     @config.main("train")                     # conf/train.yaml, found beside src/, not in the working folder
     def run(cfg):
-        from ambergrade.train.loop import TrainSettings, train
-        train(config.settings(TrainSettings, config.plain(cfg.trainer), where="trainer"), ...)
+        from ambergrade.captions.selection import Selection
+        chosen = config.settings(Selection, config.plain(cfg.selection), where="selection")
 
     if __name__ == "__main__":
         run()
