@@ -48,7 +48,7 @@ def main(cfg: Any) -> None:
         models[settings["trained"]] = stages.train(chain, models[settings["base"]], captions, validation)
 
         merger = stages.Merger(chain, models)
-        sheets = stages.sweep(chain, merger, stages.read_prompts(chain, "sweep"))
+        sheets = stages.sweep(chain, merger, models, stages.read_prompts(chain, "sweep"))
         folder = root / "mlruns" / "reports" / digest(what)[:12]
         verdict = stages.judge(chain, sheets, folder)
         final = stages.finalists(chain, merger, models, verdict, stages.read_prompts(chain, "heldout"), folder)

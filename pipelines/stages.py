@@ -6,6 +6,8 @@ Only here do rooms meet: a stage hands one room's output to the next, and decide
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -74,7 +76,12 @@ class Chain:
     @cached_property
     def metrics(self) -> list[Any]:
         """The suite's scorers, loaded when the first picture needs them and then kept."""
-        return [load_metric(**chosen) for chosen in self.settings["suite"]["metrics"].values()]
+        return [load_metric(**chosen, device=self.device) for chosen in self.settings["suite"]["metrics"].values()]
+
+    @cached_property
+    def device(self) -> str:
+        chosen: str = self.settings["compute"]["device"]
+        return ("cuda" if torch.cuda.is_available() else "cpu") if chosen == "auto" else chosen
 
     @cached_property
     def scorers(self) -> str:
@@ -153,7 +160,7 @@ def train(chain: Chain, base: Checkpoint, captions: CaptionSet, validation: Capt
     vae = sdxl.weights_digest({key: value for key, value in weights.items() if key.startswith("first_stage_model.")})
 
     def encode(scratch: Path, run: Run) -> Outputs:
-        networks = sdxl.load(base.path, chain.family_config)
+        networks = sdxl.load(base.path, chain.family_config, device=chain.device)
         files = {}
         for split, chosen in (("train", captions), ("heldout", validation)):
             files[split] = scratch / f"{split}.safetensors"
@@ -167,7 +174,7 @@ def train(chain: Chain, base: Checkpoint, captions: CaptionSet, validation: Capt
     trainer = TrainSettings.read(chain.settings["trainer"])
 
     def fit(scratch: Path, run: Run) -> Outputs:
-        networks = sdxl.load(base.path, chain.family_config)
+        networks = sdxl.load(base.path, chain.family_config, device=chain.device)
 
         def show(live: sdxl.Networks, seen: int) -> None:
             drawn = [picture.pixels for picture in stream.pictures(live, prompts, chain.sampler, progress=None)]
@@ -233,7 +240,7 @@ class Merger:
         """The networks with this point's weights in them; no file is written."""
         if self.chain.networks is None:
             first = self._models[self.formula.models[0]]
-            self.chain.networks = sdxl.load(first.path, self.chain.family_config)
+            self.chain.networks = sdxl.load(first.path, self.chain.family_config, device=self.chain.device)
         sdxl.assign(self.chain.networks, self.resident.at(point))
         return self.chain.networks
 
@@ -271,10 +278,20 @@ def evaluate(chain: Chain, merger: Merger, point: Point, prompts: PromptSet, tit
     return chain.stage(title, kind, 1, about, inputs, work, journal, dict(point), told)
 
 
-def sweep(chain: Chain, merger: Merger, prompts: PromptSet) -> dict[tuple[float, ...], ScoreSheet]:
-    """Score every point that the search proposes; the sheets by point."""
+def sweep(
+    chain: Chain, merger: Merger, models: Mapping[str, Checkpoint], prompts: PromptSet
+) -> dict[tuple[float, ...], ScoreSheet]:
+    """Score every point that the search proposes; the sheets by point.
+
+    With `compute.workers` above 1 a second process works through the points from the other end. It writes records
+    only; this one meets them as finished. A point's bits do not depend on who drew it.
+    """
     chosen = search(**chain.settings["search"])
     sheets: dict[tuple[float, ...], ScoreSheet] = {}
+    if chain.settings["compute"]["workers"] > 1:
+        shared = (chain.settings, dict(models), prompts, os.getpid())
+        spawn = multiprocessing.get_context("spawn")
+        spawn.Process(target=_sweep_backwards, args=shared, daemon=True).start()
     while point := chosen.ask():
         label, place = label_of(point), f"point {len(sheets) + 1:2}/{len(chosen)}"
         done = evaluate(chain, merger, point, prompts, label, f"{place}: {label}")
@@ -282,6 +299,20 @@ def sweep(chain: Chain, merger: Merger, prompts: PromptSet) -> dict[tuple[float,
         chosen.tell(point, aggregates(sheet)[chosen.objective].value)
         sheets[tuple(point.values())] = sheet
     return sheets
+
+
+def _sweep_backwards(settings: dict[str, Any], models: dict[str, Checkpoint], prompts: PromptSet, parent: int) -> None:
+    """The second process of a sweep: silent, not journaled, gone when its parent is."""
+    for stream_number in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream_number)
+    use_threads(settings["compute"])
+    journal = Journal(None, "", "", Path(settings["root"]))
+    chain = Chain(settings, journal, Run(journal, "", "", "", done=False, resumed=False))
+    merger = Merger(chain, models)
+    for point in reversed(list(iter(search(**settings["search"]).ask, None))):
+        if os.getppid() != parent:
+            return
+        evaluate(chain, merger, point, prompts, label_of(point))
 
 
 @dataclass(frozen=True)
