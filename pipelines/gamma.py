@@ -55,7 +55,7 @@ def main(cfg: Any) -> None:
         made = stages.publish(chain, merger, verdict, final, models, captions)
         view = stages.close(chain, verdict, final, made)
 
-    print(verdict.table)
+    print(f"\n{verdict.table}")
     print(f"\n{final.text}\n")
     print(f"contact sheet  {final.contact_sheet}")
     print(f"heat map       {verdict.heat_map}")

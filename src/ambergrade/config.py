@@ -32,6 +32,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import logging
 import os
 import re
 import sys
@@ -190,6 +191,9 @@ def _hand_to_hydra(task: Task, name: str, conf: Path, arguments: list[str], over
     def job(cfg: DictConfig) -> Any:
         try:
             plain(cfg)
+            # Hydra lets every library's INFO through under its own name; only its own lines are worth reading
+            logging.getLogger().setLevel(logging.WARNING)
+            logging.getLogger("hydra").setLevel(logging.INFO)
             return task(cfg)
         except AmbergradeError as error:
             # in a sweep the launcher keeps the error, runs the other jobs, and raises it at the end

@@ -1,6 +1,6 @@
 """Looks at the MLflow UI through headless Chromium: a made-up sweep, or your own record, as PNG files.
 
-python bench/ui_screenshots.py [--root DIR] [--out DIR] [--chromium /usr/bin/chromium]
+python docs/ui_screenshots.py [--root DIR] [--out DIR] [--chromium /usr/bin/chromium]
 
 Without --root it journals a made-up chain of 25 points with pictures and a registered model first.
 """
