@@ -31,13 +31,13 @@ def main(cfg: Any) -> None:
 
     stages.use_threads(settings["compute"])
     root, name = Path(settings["root"]), settings["name"]
-    if settings["data"].get("draw"):
-        stages.draw_world(settings)
     what = {key: value for key, value in settings.items() if key not in ("root", "compute", "debug")}
     journal = Journal.open(root, name)
     release_name = f"{settings['release']['name']} {settings['release']['version']}"
     with journal.run(release_name, key=digest(what), kind="chain", params=stages.parameters(settings)) as parent:
         print(f"{release_name}, {root / 'mlruns'}")
+        if settings["data"]["draw"]:
+            stages.draw_world(settings)
         if not parent.done:
             parent.text(yaml.safe_dump(settings, sort_keys=False), "config.yaml")
         chain = stages.Chain(settings, journal, parent)

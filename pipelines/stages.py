@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -120,10 +121,13 @@ def draw_world(settings: dict[str, Any]) -> None:
 
     wanted, folder = settings["data"]["draw"], Path(settings["data"]["folder"])
     marker = folder / "drawn.json"
-    if marker.exists() and json.loads(marker.read_text()) == wanted:
-        return
-    write_booru(folder, **wanted, workers=2)
-    write_json(marker, wanted)
+    there = marker.exists() and json.loads(marker.read_text()) == wanted
+    start = time.monotonic()
+    if not there:
+        write_booru(folder, **wanted, workers=settings["compute"]["workers"])
+        write_json(marker, wanted)
+    how = "  finished before" if there else f"{time.monotonic() - start:8.1f} s"
+    print(f"  {'mini-booru':<34}{how:<18}{digest(wanted)[:12]}", flush=True)
 
 
 def dataset(chain: Chain) -> tuple[CaptionSet, CaptionSet]:
