@@ -69,18 +69,22 @@ def build_family(settings: dict[str, Any]) -> None:
 
 
 def build_tagger(settings: dict[str, Any]) -> None:
-    """The tagger, in the layout of WD v3."""
+    """The tagger, in the layout of WD v3; it also sees what the autoencoder gives back, as generated pictures are."""
     import numpy as np
     import torch
+    from diffusers import AutoencoderKL
 
-    from ambergrade.world import scorers
+    from ambergrade.world import autoencoder, scorers
 
     scenes, pictures = _corpus(settings)
     chosen, held = settings["tagger"], settings["corpus"]["heldout"]
     truth = np.stack([scorers.labels(scene) for scene in scenes])
     torch.manual_seed(chosen["seed"])
     model = scorers.backbone(chosen["channels"], len(scorers.LABELS))
-    scorers.fit(model, pictures[:-held], truth[:-held], steps=chosen["steps"], seed=chosen["seed"], bgr=True)
+    vae = AutoencoderKL.from_pretrained(Path(settings["work"]) / "vae").eval()
+    soft = autoencoder.round_trip(vae, pictures[: chosen["soft"]])
+    seen, known = np.concatenate([pictures[:-held], soft]), np.concatenate([truth[:-held], truth[: chosen["soft"]]])
+    scorers.fit(model, seen, known, steps=chosen["steps"], seed=chosen["seed"], bgr=True, name="tagger")
     folder = Path(settings["out"]) / "tagger"
     scorers.write_timm(folder, model, chosen["channels"], len(scorers.LABELS))
     found = scorers.outputs(model, pictures[-held:], bgr=True)

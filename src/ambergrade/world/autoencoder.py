@@ -121,6 +121,16 @@ def psnr(vae: AutoencoderKL, pictures: Pixels) -> float:
     return float(torch.cat(values).mean())
 
 
+def round_trip(vae: AutoencoderKL, pictures: Pixels) -> Pixels:
+    """Pictures as the autoencoder gives them back: what generated ones look like at best."""
+    drawn = []
+    with torch.inference_mode():
+        for i in tqdm(range(0, len(pictures), 16), "round trip", unit="batch", disable=None):
+            sample = vae.decode(vae.encode(as_tensor(pictures[i : i + 16])).latent_dist.mean).sample
+            drawn.append(((sample.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
+    return np.concatenate(drawn)
+
+
 def as_tensor(pixels: Pixels) -> Tensor:
     """N × H × W × 3 uint8 to N × 3 × H × W in -1 … 1."""
     return torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
