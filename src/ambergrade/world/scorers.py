@@ -230,7 +230,7 @@ def write_clip_shell(folder: Path) -> None:
 
 def fit_clip(
     folder: Path, pictures: Pixels, captions: Sequence[Sequence[str]], *, steps: int, seed: int, batch: int = 128
-) -> nn.Module:
+) -> Any:
     """Train the model of `folder` on (picture, tags) pairs by the symmetric InfoNCE loss (Radford et al. 2021)."""
     torch.manual_seed(random_seed(seed, "clip init"))
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}", require_pretrained=False)
