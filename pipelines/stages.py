@@ -564,7 +564,7 @@ def release(
 
 def read_prompts(chain: Chain, which: str) -> PromptSet:
     chosen = chain.settings["prompts"]
-    return PromptSet.read(find_file(chosen[which]), which).first(chosen["count"])
+    return PromptSet.read(find_file(chosen[which]), which).first(chosen[f"{which}_count"])
 
 
 def open_checkpoint(path: Path, family: str) -> Checkpoint:
