@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,8 @@ class Chain:
     networks: sdxl.Networks | None = None
     """The one set of live networks that pictures are drawn with; a merge changes its weights in place."""
 
+    started: float = field(default_factory=time.time)
+
     @cached_property
     def ledger(self) -> Ledger:
         return Ledger(Path(self.settings["root"]) / "mlruns")
@@ -105,12 +107,13 @@ class Chain:
         identity = Ledger.identity(kind, version, settings, inputs)
         with self.journal.run(title, key=identity, kind=kind, parent=self.parent, params=params) as run:
             done = self.ledger.once(kind, version, settings, inputs, lambda scratch: work(scratch, run))
+            new = done.fresh or self.ledger.finished_since(kind, identity, self.started)  # by the second process
             if not run.done:
-                if not done.fresh:
+                if not new:
                     run.hit()
                 run.datasets(inputs)
                 journal(run, done)
-        how = f"{done.seconds:8.1f} s" if done.fresh else "  finished before"
+        how = f"{done.seconds:8.1f} s" if new else "  finished before"
         print(f"  {told or title:<34}{how:<18}{done.identity[:12]}", flush=True)
         return done
 

@@ -206,6 +206,11 @@ class Ledger:
         files = {name: self.store.path(sha256) for name, sha256 in digests.items()}
         return Finished(stage, identity, files, digests, record["values"], False, record["seconds"])
 
+    def finished_since(self, stage: str, identity: str, when: float) -> bool:
+        """Whether the record was written after `when` (seconds since the epoch), perhaps by another process."""
+        record = self._record(stage, identity)
+        return record.exists() and record.stat().st_mtime >= when
+
     def _record(self, stage: str, identity: str) -> Path:
         return self.root / "records" / stage / f"{identity}.json"
 
