@@ -93,16 +93,17 @@ def _distances(weights: Path, scenes: list[grammar.Scene], pictures: corpus.Pixe
 
     extractor = Extractor(load_timm(str(weights / "features")))
     with torch.inference_mode():
-        parts = [
+        batches = [
             extractor(torch.from_numpy(np.array(pictures[start : start + 100])).permute(0, 3, 1, 2))
             for start in range(0, len(pictures), 100)
         ]
-    features = torch.cat(parts).double().numpy()
+    features = torch.cat(batches).double().numpy()
     quality = np.array([scene.quality for scene in scenes])
     clean, damaged = features[quality > 0.75], features[quality < 0.25]
-    moments = [(part.mean(axis=0), np.cov(part.T)) for part in (clean[::2], clean[1::2], clean, damaged)]
-    one, other, whole, bad = moments
-    return float(frechet_distance(*one, *other)), float(frechet_distance(*whole, *bad))
+    n = min(len(clean) // 2, len(damaged))  # one n for both: the distance's bias goes with it
+    parts = (clean[::2][:n], clean[1::2][:n], damaged[:n])
+    one, other, bad = [(part.mean(axis=0), np.cov(part.T)) for part in parts]
+    return float(frechet_distance(*one, *other)), float(frechet_distance(*one, *bad))
 
 
 def _picture_rows(settings: dict[str, Any], weights: Path) -> list[str]:
