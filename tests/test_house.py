@@ -16,7 +16,7 @@ WEIGHTS = HOUSE / "src" / "ambergrade" / "world" / "weights"
 MOST_WEIGHTS = 20e6  # bytes
 YAMLS = sorted(CONF.rglob("*.yaml"))
 # Spelled in two halves, so that this file does not name them itself.
-HOSTS = ["pypi" + ".org", "pythonhosted" + ".org", "download.pytorch" + ".org", "registry.npmjs" + ".org"]
+HOSTS = ["pypi" + ".org", "pythonhosted" + ".org", "download.pytorch" + ".org", "registry" + ".npmjs.org"]
 
 
 def plug_package(kind: str) -> Path | None:
