@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -401,8 +401,3 @@ def _smooth(points: Points, closed: bool = True, steps: int = 6) -> list[tuple[f
     if not closed:
         flat = np.vstack([flat, knots[-1]])
     return [(float(x), float(y)) for x, y in flat]
-
-
-def portrait(scene: Scene) -> Scene:
-    """The same scene at its best: no defects, today's palette."""
-    return replace(scene, quality=1.0, year=2024)
