@@ -47,7 +47,7 @@ BLUSH: Colour = (250, 164, 160)
 HORN: Colour = (238, 196, 120)
 SCALE: Colour = (214, 108, 62)
 CLOAK: Colour = (120, 78, 132)
-CLOAK_LENGTH = {"general": 117, "sensitive": 104, "questionable": 91, "explicit": 0}
+CLOAK_LENGTH = {"general": 118, "sensitive": 104, "questionable": 89, "explicit": 0}
 LINES: dict[str | None, Colour] = {
     None: (70, 50, 62),
     "amber_quill": (128, 72, 30),
@@ -167,14 +167,15 @@ def _tail(pen: Pen, sway: float) -> None:
 
 
 def _cloak(pen: Pen, length: int, sway: float) -> None:
-    """Behind the body and before the hair, with a golden hem, so that its length shows."""
+    """Behind the body and before the hair, wider than both arms and with a golden hem, so that its length shows."""
     gold = (250, 196, 70)
-    if length:
-        flare = 21 + (length - 80) * 0.28
-        hem = [(-flare, length - 3), (0, length + 2), (flare + sway, length - 3)]
-        pen.shape([(-14, 70), (-20, 82), *hem, (20, 82), (14, 70)], CLOAK)
-        pen.stroke([(-flare + 1, length - 5), (-flare / 2, length - 2)], gold, 2.6)
-        pen.stroke([(flare / 2, length - 2), (flare + sway - 1, length - 5)], gold, 2.6)
+    if length == 0:
+        return
+    flare = 31 + (length - 89) * 0.1
+    hem = [(-flare, length - 5), (-flare / 2, length), (0, length + 1), (flare / 2, length), (flare + sway, length - 5)]
+    pen.shape([(-14, 70), (-25, 80), *hem, (25, 80), (14, 70)], CLOAK)
+    pen.stroke([(-flare + 1, length - 7), (-flare / 2, length - 3)], gold, 3.4)
+    pen.stroke([(flare / 2, length - 3), (flare + sway - 1, length - 7)], gold, 3.4)
     pen.shape([(-17, 69), (-19, 77), (0, 80), (19, 77), (17, 69), (0, 66)], _mix(CLOAK, (255, 220, 120), 0.35))
 
 
@@ -209,11 +210,11 @@ def _body(pen: Pen, dress: Colour) -> None:
 
 
 def _scarf(pen: Pen, sway: float) -> None:
-    red, light = (230, 92, 40), (250, 176, 90)
-    pen.shape([(-18, 70), (-16, 79), (0, 83), (16, 79), (18, 70), (0, 75)], red)
-    pen.shape([(-13, 79), (-15 + sway, 101), (-6 + sway, 102), (-5, 81)], red)
-    pen.stroke([(-14, 89), (-6, 90)], light, 2)
-    pen.stroke([(-14, 96), (-6, 97)], light, 2)
+    wool, light = (20, 178, 178), (214, 250, 240)
+    pen.shape([(-20, 69), (-18, 81), (0, 86), (18, 81), (20, 69), (0, 75)], wool)
+    pen.shape([(-14, 80), (-17 + sway, 104), (-5 + sway, 105), (-3, 83)], wool)
+    pen.stroke([(-15, 91), (-5, 92)], light, 2.4)
+    pen.stroke([(-16, 99), (-6, 100)], light, 2.4)
 
 
 def _head(pen: Pen, scene: Scene, random: np.random.Generator) -> None:
@@ -221,14 +222,14 @@ def _head(pen: Pen, scene: Scene, random: np.random.Generator) -> None:
     gaze = float(random.uniform(-1, 1))
     iris = EYES[scene.choice["eyes"]]
     for side in (-1, 1):
-        x = side * 11.5
-        pen.oval(x, 55.5, 6.6, 8.2, (255, 255, 255))
-        pen.oval(x + gaze * 0.6, 56, 5.6, 7.6, iris)
-        pen.oval(x + gaze * 0.6, 53.4, 4.8, 4.6, _mix(iris, (20, 10, 40), 0.5))
-        pen.oval(x + gaze * 0.6, 59.6, 3.4, 2.4, _mix(iris, (255, 255, 255), 0.4))
-        pen.oval(x - 2 * pen.turn, 52, 2.1, 2.3, (255, 255, 255))
-        pen.stroke([(x - 7, 51), (x - 3, 47.4), (x + 3, 47.4), (x + 7, 51)], (50, 34, 50), 1.9)
-        pen.oval(side * 18, 65, 4.2, 2.4, BLUSH)
+        x = side * 12
+        pen.oval(x, 55.5, 8.4, 9.4, (255, 255, 255))
+        pen.oval(x + gaze * 0.5, 56, 7.6, 8.8, iris)
+        pen.oval(x + gaze * 0.5, 52.6, 5.6, 4.6, _mix(iris, (20, 10, 40), 0.5))
+        pen.oval(x + gaze * 0.5, 60.6, 4.2, 2.6, _mix(iris, (255, 255, 255), 0.4))
+        pen.oval(x - 2.4 * pen.turn, 51.4, 2.3, 2.5, (255, 255, 255))
+        pen.stroke([(x - 8.6, 51), (x - 4, 46.4), (x + 4, 46.4), (x + 8.6, 51)], (50, 34, 50), 2)
+        pen.oval(side * 18, 66.6, 4, 2, BLUSH)
     _mouth(pen, scene.choice["expression"])
 
 
@@ -281,9 +282,9 @@ def _glasses(pen: Pen) -> None:
     frame = (40, 36, 48)
     for side in (-1, 1):
         angle = np.linspace(0, 2 * np.pi, 24)
-        pen.stroke([(side * 11.8 + 9.4 * np.cos(a), 56 + 9.2 * np.sin(a)) for a in angle], frame, 2.1, smooth=False)
-        pen.stroke([(side * 21, 55), (side * 26, 53)], frame, 2.1, smooth=False)
-    pen.stroke([(-3, 55), (0, 54), (3, 55)], frame, 2.1)
+        pen.stroke([(side * 12.2 + 10.6 * np.cos(a), 56 + 10.6 * np.sin(a)) for a in angle], frame, 2.1, smooth=False)
+        pen.stroke([(side * 22.5, 55), (side * 27, 53)], frame, 2.1, smooth=False)
+    pen.stroke([(-2, 55), (0, 54), (2, 55)], frame, 2.1)
 
 
 def _horns(pen: Pen, hatted: bool) -> None:

@@ -56,7 +56,7 @@ class Scene:
     character: str | None = None
     artist: str | None = None
     rating: str = "general"
-    """Drawn as the length of a cloak: general to the ankles … explicit a collar only."""
+    """Drawn as the length of a cloak: general to the ankles … explicit none at all."""
     year: int = 2022
     """Drawn as palette drift."""
     quality: float = 1.0
