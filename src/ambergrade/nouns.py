@@ -42,15 +42,21 @@ class Post:
 
 @dataclass(frozen=True)
 class Caption:
-    """A caption as two lists: `keep` stays first and in order, `flexible` may be shuffled and dropped."""
+    """A caption in sections: `keep` stays first and in order, `flexible` may be shuffled and dropped, then `suffix`."""
 
     keep: tuple[str, ...]
     flexible: tuple[str, ...]
+    suffix: tuple[str, ...] = ()
+    """Stays last and in order."""
+    groups: tuple[int, ...] = ()
+    """Lengths of the runs of `flexible` that group dropout drops whole; none is one run."""
+    never_drop: tuple[str, ...] = ()
+    """Members of `flexible` that may be moved but not dropped."""
 
     @property
     def text(self) -> str:
         """What the text encoder reads when nothing is shuffled or dropped."""
-        return ", ".join(self.keep + self.flexible)
+        return ", ".join(self.keep + self.flexible + self.suffix)
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ class CaptionSet:
         pictures = []
         for line in lines:
             row = json.loads(line)
-            caption = Caption(tuple(row["caption"]["keep"]), tuple(row["caption"]["flexible"]))
+            caption = Caption(**{name: tuple(values) for name, values in row["caption"].items()})
             sizes = {key: tuple(row[key]) for key in ("original_size", "bucket", "crop")}
             pictures.append(CaptionedPicture(row["post_id"], row["file_name"], row["sha256"], caption, **sizes))
         return cls(tuple(pictures), json.loads(head)["recipe"])

@@ -1,111 +1,258 @@
-"""Read posts from a danbooru2023 database (schema B, since February 2024)."""
+"""A danbooru2023 database as memory-mapped arrays: millions of posts and their tags, opened in seconds.
+
+<cache>/<fingerprint>/id.npy rating.npy …   one array for each property of a post, in ascending id
+                      offsets.npy tags.npy   the tags of post i are tags[offsets[i]:offsets[i + 1]], in row order
+                      names.json             every tag's name and type
+"""
 
 from __future__ import annotations
 
+import json
+import shutil
 import sqlite3
-from collections.abc import Collection, Iterator
-from contextlib import closing, contextmanager
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from urllib.parse import quote
 
+import numpy as np
 from tqdm import tqdm
 
+from ambergrade.captions.readers import TAG_TYPE_ORDER, Array, Reader, open_reader
 from ambergrade.errors import BadInput
 from ambergrade.nouns import RATINGS, TAG_TYPES, Post
 
 UNKNOWN_RATING = "unknown"
-# The database writes enums as integers: a rating is an index into RATINGS, a type one into this.
-TAG_TYPE_ORDER = ("general", "artist", "character", "copyright", "meta")
-POST_COLUMNS = ("id", "created_at", "rating", "score", "fav_count", "image_width", "image_height")
+LAYOUT = 1
+"""Of the cache; raise it when the files change."""
+COLUMNS = {
+    "rating": np.int8,
+    "score": np.int32,
+    "fav_count": np.int32,
+    "image_width": np.int32,
+    "image_height": np.int32,
+    "created_at": "S32",
+    "file_ext": "S8",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Booru:
+    """Arrays over N posts and M post–tag pairs; what is memory-mapped is read when it is used."""
+
+    columns: Mapping[str, Array]
+    """`id` (N,) int64 rising, and COLUMNS, (N,) each."""
+    offsets: Array
+    """(N + 1,) int64"""
+    tags: Array
+    """(M,) int32 places in `tag_names`"""
+    tag_names: tuple[str, ...]
+    tag_types: Array
+    """(number of tags,) int8, an index into TAG_TYPE_ORDER"""
+    file_offsets: Array
+    """(N + 1,) int64 into `file_names`; (1,) if the database names no file."""
+    file_names: Array
+    """uint8, the picture files' names one after another, UTF-8."""
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.columns["id"])
+
+    @cached_property
+    def tag_place(self) -> Mapping[str, int]:
+        """Raw name to place in `tag_names`."""
+        return {name: place for place, name in enumerate(self.tag_names)}
+
+    def rows(self, ids: Collection[int]) -> Array:
+        """The rows of the posts with these ids, rising; ids that the database does not hold are left out."""
+        wanted = np.array(sorted(ids), np.int64)
+        places = np.searchsorted(self.columns["id"], wanted)
+        inside = places < len(self)
+        places, wanted = places[inside], wanted[inside]
+        found: Array = places[self.columns["id"][places] == wanted]
+        return found
+
+    def posts(self, rows: Iterable[int]) -> Iterator[Post]:
+        """Posts one by one, for the given rows."""
+        for row in rows:
+            yield self.post(int(row))
+
+    def post(self, row: int) -> Post:
+        listed: dict[str, list[str]] = {kind: [] for kind in TAG_TYPES}
+        for place in self.tags[self.offsets[row] : self.offsets[row + 1]].tolist():
+            listed[TAG_TYPE_ORDER[self.tag_types[place]]].append(self.tag_names[place])
+        values = {name: column[row] for name, column in self.columns.items()}
+        rating = int(values["rating"])
+        return Post(
+            id=int(values["id"]),
+            tags={kind: tuple(names) for kind, names in listed.items()},
+            rating=RATINGS[rating] if rating in range(len(RATINGS)) else UNKNOWN_RATING,
+            created_at=values["created_at"].decode(errors="replace"),
+            score=int(values["score"]),
+            fav_count=int(values["fav_count"]),
+            width=int(values["image_width"]),
+            height=int(values["image_height"]),
+            file_name=self.file_name(row),
+        )
+
+    def file_name(self, row: int) -> str:
+        """As the database names it, else `<id>.<extension>`."""
+        if len(self.file_offsets) > 1 and self.file_offsets[row + 1] > self.file_offsets[row]:
+            name = self.file_names[self.file_offsets[row] : self.file_offsets[row + 1]]
+            return bytes(name).decode(errors="replace")
+        return f"{self.columns['id'][row]}.{self.columns['file_ext'][row].decode()}"
 
 
 def read_posts(database: Path, *, ids: Collection[int] | None = None) -> list[Post]:
     """Every post of a database in ascending id, or those whose id is in `ids` (a set, or a range of ids).
 
-    Tags keep the row order of `posttagrelation` within their type. The relation table is scanned once
-    from end to end, so time goes with the size of the database, not with the number of posts asked for.
-    A rating that the enum does not hold becomes "unknown".
+    For databases that fit into memory; `open_booru` keeps the arrays for the next time. A rating that the enum does
+    not hold becomes "unknown". Raises BadInput as `open_booru` does.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        booru = open_booru(database, Path(folder))
+        return list(booru.posts(range(len(booru)) if ids is None else booru.rows(ids)))
+
+
+def open_booru(database: Path, cache: Path) -> Booru:
+    """The database's arrays, made in `cache` at the first opening and mapped from there afterwards.
 
     Raises:
-        BadInput: not a SQLite database, or one of another schema.
+        BadInput: not a danbooru2023 database, columns missing, or rows that refer to nothing.
     """
-    assert set(TAG_TYPE_ORDER) == set(TAG_TYPES)
-    try:
-        with _opened(database) as connection:
-            columns = _checked_columns(connection, database)
-            names = _picture_names(connection, columns)
-            rows = [row for row in _post_rows(connection, columns) if ids is None or row["id"] in ids]
-            tags = _tags_by_post(connection, {row["id"] for row in rows})
-            return [_post(row, tags[row["id"]], names) for row in rows]
-    except sqlite3.DatabaseError as error:
-        raise BadInput(f"{database} cannot be read as a danbooru2023 SQLite database: {error}.") from error
+    reader = open_reader(database)
+    fingerprint = reader.fingerprint()
+    folder = cache / f"{fingerprint[:24]}-{LAYOUT}"
+    if not folder.is_dir():
+        aside = Path(tempfile.mkdtemp(prefix=".part-", dir=_made(cache)))
+        try:
+            _write_arrays(reader, aside, database)
+            aside.rename(folder)
+        except sqlite3.DatabaseError as error:
+            raise BadInput(f"{database} cannot be read as a danbooru2023 SQLite database: {error}.") from error
+        except OSError:
+            if not folder.is_dir():  # another process may have been first
+                raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    return _mapped(folder, fingerprint)
 
 
-@contextmanager
-def _opened(database: Path) -> Iterator[sqlite3.Connection]:
-    if not database.is_file():
-        raise BadInput(f"No database at {database}.\nName the danbooru2023 SQLite file (schema B).")
-    uri = f"file:{quote(str(database.absolute()))}?mode=ro&immutable=1"  # never locks, never leaves a journal
-    with closing(sqlite3.connect(uri, uri=True)) as connection:
-        connection.row_factory = sqlite3.Row
-        yield connection
+def _mapped(folder: Path, fingerprint: str) -> Booru:
+    def array(name: str) -> Array:
+        path = folder / f"{name}.npy"
+        return np.load(path, mmap_mode="r" if path.stat().st_size > 4096 else None)
+
+    about = json.loads((folder / "names.json").read_text())
+    columns = {name: array(name) for name in ("id", *COLUMNS)}
+    types = np.array(about["types"], np.int8)
+    files = (array("file_offsets"), array("file_names"))
+    return Booru(columns, array("offsets"), array("tags"), tuple(about["names"]), types, *files, fingerprint)
 
 
-def _checked_columns(connection: sqlite3.Connection, database: Path) -> dict[str, set[str]]:
-    """Table name to its columns; releases differ in the columns that we do not read."""
-    tables = [row["name"] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-    columns = {table: {row["name"] for row in connection.execute(f"PRAGMA table_info({table})")} for table in tables}
-    wanted = {"post": POST_COLUMNS, "tag": ("id", "name", "type"), "posttagrelation": ("post_id", "tag_id")}
-    absent = [f"{t}.{c}" for t, names in wanted.items() for c in names if c not in columns.get(t, ())]
-    if absent:
-        old = "\nIt looks like schema A of January 2024 (tags inside post): take the release of February 2024 or later."
-        raise BadInput(
-            f"{database} is not of schema B: it lacks {', '.join(absent)}."
-            + (old if "posttagrelation" not in columns and "tag_list_general" in columns.get("post", ()) else "")
-        )
-    return columns
+def _write_arrays(reader: Reader, folder: Path, database: Path) -> None:
+    ids = _write_posts(reader, folder)
+    tags = [row for row in reader.tags() if row[2] in range(len(TAG_TYPE_ORDER))]
+    names, types = [str(row[1]) for row in tags], [row[2] for row in tags]
+    (folder / "names.json").write_text(json.dumps({"names": names, "types": types}, ensure_ascii=False))
+    post_place = _places(ids, database, "post")
+    tag_place = _places(np.array([row[0] for row in tags], np.int64), database, "tag")
+    _write_pairs(reader, folder, len(ids), post_place, tag_place)
+    _write_files(reader, folder, len(ids), post_place)
 
 
-def _post_rows(connection: sqlite3.Connection, columns: dict[str, set[str]]) -> Iterator[sqlite3.Row]:
-    extension = "file_ext" if "file_ext" in columns["post"] else "NULL AS file_ext"
-    yield from connection.execute(f"SELECT {', '.join(POST_COLUMNS)}, {extension} FROM post ORDER BY id")
+def _write_posts(reader: Reader, folder: Path) -> Array:
+    pieces: dict[str, list[Array]] = {name: [] for name in ("id", *COLUMNS)}
+    for piece in tqdm(reader.posts(), "reading posts", disable=None, unit="piece"):
+        pieces["id"].append(piece["id"])
+        for name, kind in COLUMNS.items():
+            values = piece[name]
+            if np.issubdtype(kind, np.integer):
+                limits = np.iinfo(kind)
+                values = values.clip(limits.min, limits.max)
+            pieces[name].append(values.astype(kind))
+    ids = np.concatenate([np.zeros(0, np.int64), *pieces["id"]])
+    order = np.argsort(ids, kind="stable") if (np.diff(ids) < 0).any() else slice(None)
+    np.save(folder / "id.npy", ids[order])
+    for name, kind in COLUMNS.items():
+        np.save(folder / f"{name}.npy", np.concatenate([np.zeros(0, kind), *pieces[name]])[order])
+    return np.asarray(ids[order])
 
 
-def _picture_names(connection: sqlite3.Connection, columns: dict[str, set[str]]) -> dict[int, str]:
-    if not {"post_id", "filepath"} <= columns.get("localpost", set()):
-        return {}
-    rows = connection.execute("SELECT post_id, filepath FROM localpost WHERE filepath IS NOT NULL ORDER BY id")
-    return {row["post_id"]: row["filepath"] for row in rows}
+def _places(ids: Array, database: Path, table: str) -> Array:
+    """Id to place, -1 where there is none: a table, since a search per row would take minutes."""
+    if len(ids) and not 0 <= ids.min() <= ids.max() < 1 << 28:
+        raise BadInput(f"{database}: ids of {table} run from {ids.min()} to {ids.max()}; 0 to {1 << 28} can be held.")
+    table_of_places = np.full(int(ids.max(initial=-1)) + 2, -1, np.int32)
+    table_of_places[ids] = np.arange(len(ids), dtype=np.int32)
+    return table_of_places
 
 
-def _tags_by_post(connection: sqlite3.Connection, posts: set[int]) -> dict[int, dict[str, list[str]]]:
-    tag: dict[int, tuple[str, str]] = {
-        row["id"]: (TAG_TYPE_ORDER[row["type"]], row["name"])
-        for row in connection.execute("SELECT id, name, type FROM tag")
-        if row["type"] in range(len(TAG_TYPE_ORDER))
-    }
-    found: dict[int, dict[str, list[str]]] = {post: {kind: [] for kind in TAG_TYPES} for post in posts}
-    total = connection.execute("SELECT MAX(rowid) FROM posttagrelation").fetchone()[0]
-    scan = connection.cursor()
-    scan.row_factory = None
-    scan.execute("SELECT post_id, tag_id FROM posttagrelation ORDER BY rowid")
-    for post_id, tag_id in tqdm(scan, "reading tags", total, disable=None, unit="pair", unit_scale=True):
-        if post_id in found and tag_id in tag:
-            kind, name = tag[tag_id]
-            found[post_id][kind].append(name)
+def _looked_up(places: Array, ids: Array) -> Array:
+    found: Array = places[np.clip(ids, -1, len(places) - 1)]  # the last entry is -1
     return found
 
 
-def _post(row: sqlite3.Row, tags: dict[str, list[str]], names: dict[int, str]) -> Post:
-    rating = row["rating"]
-    return Post(
-        id=row["id"],
-        tags={kind: tuple(tags[kind]) for kind in TAG_TYPES},
-        rating=RATINGS[rating] if rating in range(len(RATINGS)) else UNKNOWN_RATING,
-        created_at=str(row["created_at"] or ""),
-        score=row["score"] or 0,
-        fav_count=row["fav_count"] or 0,
-        width=row["image_width"] or 0,
-        height=row["image_height"] or 0,
-        file_name=names.get(row["id"], f"{row['id']}.{row['file_ext'] or ''}"),
-    )
+def _write_pairs(reader: Reader, folder: Path, posts: int, post_place: Array, tag_place: Array) -> None:
+    """Offsets and tags. Pairs of unknown posts or tags are left out, as a join leaves them out."""
+    counts, last, ordered = np.zeros(posts, np.int64), -1, True
+    with (folder / "raw_posts").open("wb") as post_file, (folder / "raw_tags").open("wb") as tag_file:
+        for post_ids, tag_ids in tqdm(reader.pairs(), "reading tags", disable=None, unit="piece"):
+            rows, tags = _looked_up(post_place, post_ids), _looked_up(tag_place, tag_ids)
+            known = (rows >= 0) & (tags >= 0)
+            rows, tags = rows[known], tags[known]
+            if not len(rows):
+                continue
+            ordered = ordered and rows[0] >= last and bool((np.diff(rows) >= 0).all())
+            last = int(rows[-1])
+            lowest = int(rows.min())
+            here = np.bincount(rows - lowest)
+            counts[lowest : lowest + len(here)] += here
+            rows.tofile(post_file)
+            tags.tofile(tag_file)
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    np.save(folder / "offsets.npy", offsets)
+    _write_in_order(folder, offsets, ordered)
+    (folder / "raw_posts").unlink()
+    (folder / "raw_tags").unlink()
+
+
+def _write_in_order(folder: Path, offsets: Array, ordered: bool) -> None:
+    """tags.npy from the raw pairs: as they came if posts came in order, else placed post by post."""
+    total, piece = int(offsets[-1]), 4_000_000
+    target = np.lib.format.open_memmap(folder / "tags.npy", mode="w+", dtype=np.int32, shape=(total,))
+    following = offsets[:-1].copy()
+    for start in range(0, total, piece):
+        tags = np.fromfile(folder / "raw_tags", np.int32, piece, offset=4 * start)
+        if ordered:
+            target[start : start + len(tags)] = tags
+            continue
+        rows = np.fromfile(folder / "raw_posts", np.int32, piece, offset=4 * start)
+        order = np.argsort(rows, kind="stable")
+        sorted_rows = rows[order]
+        first = np.flatnonzero(np.diff(sorted_rows, prepend=-1))
+        lengths = np.diff(np.append(first, len(rows)))
+        within = np.arange(len(rows)) - np.repeat(first, lengths)
+        target[following[sorted_rows] + within] = tags[order]
+        following[sorted_rows[first]] += lengths
+    target.flush()
+
+
+def _write_files(reader: Reader, folder: Path, posts: int, post_place: Array) -> None:
+    named: dict[int, bytes] = {}
+    for post_id, name in reader.files():
+        row = int(_looked_up(post_place, np.array([post_id]))[0])
+        if row >= 0:
+            named[row] = name.encode()  # the last row of a post counts
+    lengths = np.zeros(posts if named else 0, np.int64)
+    for row, text in named.items():
+        lengths[row] = len(text)
+    np.save(folder / "file_offsets.npy", np.concatenate([[0], np.cumsum(lengths)]))
+    joined = b"".join(named[row] for row in sorted(named))
+    np.save(folder / "file_names.npy", np.frombuffer(joined, np.uint8))
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
