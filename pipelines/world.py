@@ -43,8 +43,10 @@ def build_vae(settings: dict[str, Any]) -> None:
     # Noise cannot be learned: of the most damaged pictures one in three is enough.
     kept = [place for place, scene in enumerate(scenes[:-held]) if scene.quality > 0.45 or place % 3 == 0]
     folder, held_out, pictures = Path(settings["work"]) / "vae", pictures[-held:], pictures[kept]
-    vae = autoencoder.train(pictures, steps=settings["vae"]["steps"])
+    vae = autoencoder.train(pictures, steps=settings["vae"]["steps"], on_log=_tell)
     autoencoder.fit_scale(vae, pictures)
+    vae.save_pretrained(folder)  # latents are settled: what trains on them may begin
+    print(f"encoder done, PSNR {autoencoder.psnr(vae, held_out):.2f} dB", flush=True)
     vae = autoencoder.train(
         pictures,
         steps=settings["vae"]["decoder_steps"],
@@ -53,9 +55,16 @@ def build_vae(settings: dict[str, Any]) -> None:
         hint_weight=0.0,
         start=vae,
         decoder_only=True,
+        on_log=_tell,
     )
     vae.save_pretrained(folder)
     print(f"PSNR {autoencoder.psnr(vae, held_out):.2f} dB")
+
+
+def _tell(step: int, values: dict[str, float]) -> None:
+    """A line now and then, for a log that is not a terminal."""
+    if step % 250 == 0:
+        print(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()), flush=True)
 
 
 def build_family(settings: dict[str, Any]) -> None:
@@ -175,7 +184,7 @@ def _fit(
     from ambergrade.family import sdxl
     from ambergrade.generate.contact_sheet import picture_grid, write_png
     from ambergrade.generate.stream import pictures
-    from ambergrade.nouns import PromptSet, SamplerSettings
+    from ambergrade.nouns import CaptionSet, PromptSet, SamplerSettings
     from ambergrade.train.latents import cache_latents, read_latents
     from ambergrade.train.settings import TrainSettings
     from ambergrade.train.trainer import fine_tune
@@ -185,13 +194,16 @@ def _fit(
     chosen = settings[name]
     if not booru.exists():
         write_booru(booru, seed=chosen["seed"], count=chosen["posts"], tag_noise=guess, workers=settings["workers"])
-    posts = select(read_posts(booru / "booru.sqlite"), Selection(**selection))
-    recipe = CaptionRecipe.from_dict(settings["captions"])
-    captions, report = build(posts, recipe, booru / "pictures", aspect_buckets(128, 32, 96, 160))
-    print(report.text)
-    latents = scratch / "latents.safetensors"
-    if not latents.exists():
+    manifest, latents = scratch / "captions.jsonl", scratch / "latents.safetensors"
+    if not manifest.exists():
+        posts = select(read_posts(booru / "booru.sqlite"), Selection(**selection))
+        recipe = CaptionRecipe.from_dict(settings["captions"])
+        found, report = build(posts, recipe, booru / "pictures", aspect_buckets(128, 32, 96, 160))
+        print(report.text)
         scratch.mkdir(parents=True, exist_ok=True)
+        found.write(manifest)
+    captions = CaptionSet.read(manifest)
+    if not latents.exists():
         cache_latents(networks.vae, captions, lambda file: open_picture(booru / "pictures" / file), latents)
     sampler = SamplerSettings(**settings["sampler"])
     prompts = PromptSet.read(booru / "prompts" / "heldout.jsonl").first(16)
@@ -203,6 +215,8 @@ def _fit(
     def tell(row: Any) -> None:
         print(f"{name} {row.seen} images, loss {row.loss:.4f}, gradient {row.grad_norm:.2f}", flush=True)
 
+    if chosen.get("text_steps"):
+        _teach_text(networks, captions, chosen["text_steps"], scratch / "text.safetensors")
     fine_tune(
         networks,
         captions,
@@ -216,6 +230,22 @@ def _fit(
     about = {"modelspec.title": name, "modelspec.architecture": "stable-diffusion-xl-v1-base"}
     assert all(torch.isfinite(value).all() for value in half.values() if value.is_floating_point())
     sdxl.write_checkpoint(Path(settings["out"]) / f"{name}.safetensors", half, about)
+
+
+def _teach_text(networks: Any, captions: Any, steps: int, path: Path) -> None:
+    """Words before pictures; done once, so that a training that was killed goes on at once."""
+    from ambergrade.family.files import read_tensors, write_tensors
+    from ambergrade.world.text import teach
+
+    encoders = {"te1": networks.text_encoder, "te2": networks.text_encoder_2}
+    if not path.exists():
+        words = [[*picture.caption.keep, *picture.caption.flexible] for picture in captions.pictures]
+        print(f"text encoders taught, loss {teach(networks, words, steps=steps):.4f}", flush=True)
+        states = {f"{name}.{key}": v for name, module in encoders.items() for key, v in module.state_dict().items()}
+        write_tensors(path, states, {})
+    found = read_tensors(path)
+    for name, module in encoders.items():
+        module.load_state_dict({k.removeprefix(f"{name}."): v for k, v in found.items() if k.startswith(f"{name}.")})
 
 
 def _corpus(settings: dict[str, Any]) -> tuple[Any, Any]:
