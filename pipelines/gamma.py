@@ -22,6 +22,7 @@ def main(cfg: Any) -> None:
     settings = config.plain(cfg)
     paths = {alias: find_file(source) for alias, source in settings["models"].items()}  # before anything slow
     print("loading …", flush=True)
+    import report
     import stages
     import yaml
 
@@ -50,10 +51,10 @@ def main(cfg: Any) -> None:
         merger = stages.Merger(chain, models)
         sheets = stages.sweep(chain, merger, models, stages.read_prompts(chain, "sweep"))
         folder = root / "mlruns" / "reports" / digest(what)[:12]
-        verdict = stages.judge(chain, sheets, folder)
-        final = stages.finalists(chain, merger, models, verdict, stages.read_prompts(chain, "heldout"), folder)
-        made = stages.publish(chain, merger, verdict, final, models, captions)
-        view = stages.close(chain, verdict, final, made)
+        verdict = report.judge(chain, sheets, folder)
+        final = report.finalists(chain, merger, models, verdict, stages.read_prompts(chain, "heldout"), folder)
+        made = report.publish(chain, merger, verdict, final, models, captions)
+        view = report.close(chain, verdict, final, made)
 
     print(f"\n{verdict.table}")
     print(f"\n{final.text}\n")

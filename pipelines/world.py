@@ -114,7 +114,10 @@ def build_features(settings: dict[str, Any]) -> None:
     truth = np.stack([scorers.appearance(scene) for scene in scenes])
     torch.manual_seed(chosen["seed"])
     model = scorers.backbone(chosen["channels"], truth.shape[1])
-    scorers.fit(model, pictures[:-held], truth[:-held], steps=chosen["steps"], seed=chosen["seed"], name="features")
+    weight = np.ones(truth.shape[1], dtype=np.float32)
+    weight[len(scorers.LABELS) :] = 5  # quality, year, artist: a distance must see how a picture looks, not only what
+    fit = {"steps": chosen["steps"], "seed": chosen["seed"], "weight": weight, "soften": False, "name": "features"}
+    scorers.fit(model, pictures[:-held], truth[:-held], **fit)
     scorers.write_timm(Path(settings["out"]) / "features", model, chosen["channels"], truth.shape[1])
 
 

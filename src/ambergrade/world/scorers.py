@@ -110,16 +110,20 @@ def fit(
     rate: float = 4e-3,
     weight: npt.NDArray[np.float32] | None = None,
     bgr: bool = False,
+    soften: bool = True,
     name: str = "scorer",
 ) -> nn.Module:
-    """Fit `model` by binary cross-entropy to multi-hot (or 0–1) `targets`, under small shifts and re-softening."""
+    """Fit `model` by binary cross-entropy to multi-hot (or 0–1) `targets`, under small shifts and re-softening.
+
+    `weight` (classes,) weighs the targets. A model that is told of damage must not be softened: blur is damage.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
     weights = torch.from_numpy(weight) if weight is not None else None
     bar = tqdm(range(steps), name, unit="step", disable=None)
     model.train()
     for step in bar:
-        chosen, pixels = augmented(pictures, seed, step, batch)
+        chosen, pixels = augmented(pictures, seed, step, batch, soften=soften)
         pixels = pixels.flip(1) if bgr else pixels
         loss = F.binary_cross_entropy_with_logits(model(pixels), torch.from_numpy(targets[chosen]), weight=weights)
         optimizer.zero_grad(set_to_none=True)
@@ -131,7 +135,9 @@ def fit(
     return model.eval()
 
 
-def augmented(pictures: Pixels, seed: int, step: int, batch: int) -> tuple[npt.NDArray[np.int64], Tensor]:
+def augmented(
+    pictures: Pixels, seed: int, step: int, batch: int, *, soften: bool = True
+) -> tuple[npt.NDArray[np.int64], Tensor]:
     """(indices, N × 3 × H × W in -1 … 1): a batch keyed by (seed, step), shifted by up to 6 pixels, half softened.
 
     Softening (down and up again by 1.3 to 2) is the blur a VAE leaves, so that generated pictures are read as well.
@@ -141,6 +147,8 @@ def augmented(pictures: Pixels, seed: int, step: int, batch: int) -> tuple[npt.N
     pixels = torch.from_numpy(np.ascontiguousarray(pictures[chosen])).permute(0, 3, 1, 2).float() / 127.5 - 1
     dy, dx = (int(d) for d in random.integers(-6, 7, 2))
     pixels = F.pad(pixels, (6, 6, 6, 6), mode="replicate")[:, :, 6 + dy : 134 + dy, 6 + dx : 134 + dx]
+    if not soften:
+        return chosen, pixels
     half = batch // 2
     small = F.interpolate(pixels[:half], scale_factor=float(random.uniform(0.5, 0.77)), mode="area")
     softened = F.interpolate(small, size=pixels.shape[-2:], mode="bilinear", align_corners=False)
