@@ -1,15 +1,22 @@
-"""Safetensors files: read strictly, written canonically, so that equal weights are equal bytes."""
+"""Safetensors files: read strictly, written canonically, so that equal weights are equal bytes.
+
+A checkpoint is a single file or a diffusers folder. In a folder the keys of a component's files begin with its name and
+a slash (`unet/conv_in.weight`); what no network holds lies in a file of our own beside the components.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,12 +34,102 @@ DTYPES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
 }
+TORCH = {word: dtype for dtype, word in DTYPES.items()}
 PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
+PASSIVE_FILE = "passive.safetensors"
+"""In a folder: the tensors that no network holds, under their single-file names. diffusers does not look at it."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor as a header describes it."""
+
+    file: Path
+    key: str
+    """In that file."""
+    dtype: str
+    """As safetensors spells it; `TORCH` has torch's."""
+    shape: tuple[int, ...]
+    start: int
+    """Offset of its first byte in the file."""
+    size: int
+    """Bytes."""
+
+    def read(self) -> Tensor:
+        """The values, in memory of their own."""
+        if not self.size:  # a marker such as v_pred
+            return torch.empty(self.shape, dtype=TORCH[self.dtype])
+        with self.file.open("rb") as file:
+            file.seek(self.start)
+            data = np.fromfile(file, np.uint8, self.size)
+        if len(data) != self.size:
+            raise BadInput(f"{self.file} became shorter while it was read. Fetch or write it again.")
+        return torch.from_numpy(data).view(TORCH[self.dtype]).reshape(self.shape)
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The file itself or, of one component's folder, a plain file before variants such as `.fp16`, or all its shards.
+
+    Raises MissingObject where there is none.
+    """
+    if path.is_file():
+        return [path]
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise MissingObject(f"{path} holds no .safetensors file. A diffusers folder needs one in each component.")
+    fewest_dots = min(file.name.count(".") for file in files)
+    return [file for file in files if file.name.count(".") == fewest_dots]
+
+
+def entries(path: Path, components: Iterable[str] = ()) -> dict[str, Entry]:
+    """Every tensor of a single file or, of a folder, of the `components` that it has, from the headers alone."""
+    if not path.is_dir():
+        return _header(path)
+    found: dict[str, Entry] = {}
+    for name in sorted(set(components)):
+        for file in weight_files(path / name) if (path / name).is_dir() else []:
+            found |= {f"{name}/{key}": entry for key, entry in _header(file).items()}
+    if not found:
+        known = ", ".join(sorted(set(components)))
+        raise MissingObject(f"{path} is no diffusers folder: it has none of the folders {known}.")
+    return found | (_header(path / PASSIVE_FILE) if (path / PASSIVE_FILE).is_file() else {})
+
+
+def _header(path: Path) -> dict[str, Entry]:
+    _refuse(path)
+    try:
+        with safe_open(path, "pt"):  # the library checks the header against the file
+            pass
+    except SafetensorError as error:
+        raise BadInput(f"{path} is not a whole safetensors file: {error}.\nFetch or write it again.") from error
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    found = {}
+    for key, value in header.items():
+        if value["dtype"] not in TORCH:
+            raise BadInput(f"'{key}' in {path.name} is of dtype {value['dtype']}; known: {', '.join(TORCH)}.")
+        start, end = value["data_offsets"]
+        found[key] = Entry(path, key, value["dtype"], tuple(value["shape"]), 8 + length + start, end - start)
+    return found
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of one safetensors file. Raises BadInput for a pickle or a damaged file."""
+    _refuse(path)
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise BadInput(f"{path} is not a whole safetensors file: {error}.\nFetch or write it again.") from error
+    return tensors
+
+
+def _refuse(path: Path) -> None:
+    """Refuse a path that is not there and a pickle."""
     if not path.is_file():
         raise MissingObject(f"No file at {path}.")
     if path.suffix in PICKLES:
@@ -42,11 +139,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             "weights_only=True); s.save_file(w.get('state_dict', w), sys.argv[2])\" "
             f"{path} {path.with_suffix('.safetensors')}"
         )
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except SafetensorError as error:
-        raise BadInput(f"{path} is not a whole safetensors file: {error}.\nFetch or write it again.") from error
-    return tensors
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -55,23 +147,40 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     The header is sorted and padded to 8 bytes. The data lie by item size (largest first, so that every
     tensor is aligned), then by name. The library's own writer orders metadata at random.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    entries: dict[str, object] = {}
+    layout = {name: (DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
+    write_streamed(path, layout, tensors.__getitem__, metadata)
+    return weights_digest(tensors)
+
+
+def write_streamed(
+    path: Path,
+    layout: Mapping[str, tuple[str, tuple[int, ...]]],
+    read: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """The file that `write_tensors` writes, with one tensor in memory at a time.
+
+    `layout` maps names to dtype (as safetensors spells it) and shape; `read(name)` gives the tensor.
+    """
+    item = {name: TORCH[dtype].itemsize for name, (dtype, _) in layout.items()}
+    order = sorted(layout, key=lambda name: (-item[name], name))
+    header: dict[str, object] = {}
     offset = 0
     for name in order:
-        tensor = tensors[name]
-        end = offset + tensor.numel() * tensor.element_size()
-        entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        dtype, shape = layout[name]
+        end = offset + math.prod(shape) * item[name]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
-    header = {"__metadata__": dict(sorted(metadata.items())), **dict(sorted(entries.items()))}
+    header = {"__metadata__": dict(sorted(metadata.items())), **dict(sorted(header.items()))}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with written_aside(path) as aside, aside.open("wb") as file:
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
         for name in order:
-            file.write(tensor_bytes(tensors[name]))
-    return weights_digest(tensors)
+            tensor = read(name)
+            assert (DTYPES[tensor.dtype], tuple(tensor.shape)) == layout[name], name
+            file.write(tensor_bytes(tensor))
 
 
 def weights_digest(tensors: Mapping[str, Tensor]) -> str:

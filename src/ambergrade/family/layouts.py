@@ -1,230 +1,229 @@
-"""SDXL's two layouts: the keys of diffusers' modules and those of the original single file (A1111, SGM).
+"""What a family of models is, and how its two layouts hold the same weights.
 
-Only the block structure matters, and it is read from the keys themselves: any widths, any number of text
-layers. Sources of the original names: the modules of Stability-AI/generative-models (UNet, VAE),
-transformers' CLIPTextModel before version 5 (text encoder 1) and open_clip's TextTransformer (2).
+The *single file* (A1111, ComfyUI, kohya) has the names of the original code; the *folder* (diffusers, transformers) has
+one file or more for each component. A tensor's own name is its single file's. A plan of `Source`s says where each
+tensor lies in a checkpoint of either layout; it is made from names and shapes alone, so headers suffice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ambergrade.errors import BadInput
 
-PREFIXES = {
-    "unet": "model.diffusion_model.",
-    "vae": "first_stage_model.",
-    "text_encoder": "conditioner.embedders.0.transformer.text_model.",
-    "text_encoder_2": "conditioner.embedders.1.model.",
-}
-PASSIVE = (
-    "conditioner.embedders.0.transformer.text_model.embeddings.position_ids",
-    "conditioner.embedders.1.model.logit_scale",
-)
-"""Keys of SDXL's own file that no text encoder reads; they are kept so that files stay mergeable key by key."""
+Shape = tuple[int, ...]
+Form = Literal["as is", "1x1 conv", "matrix", "transposed", "stacked", "third"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a single-file tensor comes from."""
+    """Where a tensor comes from in a checkpoint, and what is done to it."""
 
     keys: tuple[str, ...]
-    """diffusers keys: one, or query, key and value for `stacked`."""
-    form: Literal["as is", "1x1 conv", "transposed", "stacked"] = "as is"
+    """The checkpoint's keys: one, or query, key and value for `stacked`."""
+    form: Form = "as is"
+    """`1x1 conv` adds two axes of length 1, `matrix` drops them; `stacked` joins three along the first axis, `third`
+    takes one of three equal parts of it."""
+    part: int = 0
+    """Of `third`: 0 query, 1 key, 2 value."""
+
+    def shape(self, shapes: Mapping[str, Shape]) -> Shape:
+        """The tensor's shape, given those of the checkpoint. Raises BadInput where the form cannot be taken."""
+        first, *others = (tuple(shapes[key]) for key in self.keys)
+        match self.form:
+            case "as is":
+                return first
+            case "1x1 conv" if len(first) == 2:
+                return (*first, 1, 1)
+            case "matrix" if len(first) == 4 and first[2:] == (1, 1):
+                return first[:2]
+            case "transposed" if len(first) == 2:
+                return first[::-1]
+            case "stacked" if first and all(other == first for other in others):
+                return (3 * first[0], *first[1:])
+            case "third" if first and first[0] % 3 == 0:
+                return (first[0] // 3, *first[1:])
+        found = ", ".join(f"{key} {tuple(shapes[key])}" for key in self.keys)
+        raise BadInput(f"A tensor cannot be read as '{self.form}' from {found}: the shape does not allow it.")
+
+    def take(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The tensor itself; a view of the checkpoint's but for `stacked`."""
+        parts = [tensors[key] for key in self.keys]
+        match self.form:
+            case "1x1 conv":
+                return parts[0][:, :, None, None]
+            case "matrix":
+                return parts[0][:, :, 0, 0]
+            case "transposed":
+                return parts[0].T
+            case "stacked":
+                return torch.cat(parts)
+            case "third":
+                return parts[0].chunk(3)[self.part]
+        return parts[0]
 
 
-def layout(component: str, keys: Iterable[str]) -> dict[str, Source]:
-    """Single-file key to its source, for the diffusers keys of one of `PREFIXES`' components."""
-    keys = list(keys)
-    if component == "unet":
-        table = {name: Source((key,)) for key, name in _unet(keys).items()}
-    elif component == "vae":
-        table = _vae(keys)
-    elif component == "text_encoder":
-        # transformers 5 dropped the module `text_model` here, and only here.
-        table = {key.removeprefix("text_model."): Source((key,)) for key in keys}
-    elif component == "text_encoder_2":
-        table = _open_clip(keys)
-    else:
-        raise ValueError(f"Unknown component {component!r}; known: {', '.join(PREFIXES)}.")
-    return {PREFIXES[component] + name: source for name, source in table.items()}
+@dataclass(frozen=True)
+class Kind:
+    """A kind of network: its names in both layouts and its shapes, by rule. See `original.py` and `tables.py`."""
+
+    to_single: Callable[[Iterable[str]], dict[str, Source]]
+    """diffusers keys to single-file key (without the component's prefix) and its source."""
+    to_diffusers: Callable[[Iterable[str]], list[str]]
+    """Single-file keys (without the prefix) to diffusers keys; what has no rule gives none."""
+    shapes: Callable[[Mapping[str, Any]], dict[str, Shape]]
+    """A `config.json` of diffusers or transformers to every key of its module and the shape."""
 
 
-def to_single_file(component: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Component:
+    """One network of a family."""
+
+    kind: Kind
+    prefix: str
+    """Begins its keys in a single file."""
+    config: Mapping[str, Any]
+    """The published numbers, named as in diffusers' or transformers' `config.json`."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models whose tensors have the same names; the widths may differ."""
+
+    name: str
+    architecture: str
+    """ModelSpec's word for it."""
+    components: Mapping[str, Component]
+    """By folder name of the diffusers layout."""
+    passive: Collection[str] = ()
+    """Single-file keys that no network reads; kept, so that files stay mergeable key by key."""
+    variants: Mapping[str, str] = field(default_factory=dict)
+    """Beginnings of keys that some files have instead of our own, the longer ones first."""
+
+    def own_name(self, key: str) -> str:
+        """A single-file key with a known variant of its beginning evened out."""
+        for theirs, ours in self.variants.items():
+            if key.startswith(theirs) and not key.startswith(ours):
+                return ours + key.removeprefix(theirs)
+        return key
+
+    def component_of(self, name: str) -> str | None:
+        """Which component a single-file key belongs to; None for what no network holds."""
+        if name in self.passive:
+            return None
+        found = [part for part, component in self.components.items() if name.startswith(component.prefix)]
+        return found[0] if found else None
+
+    def table(self, configs: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Shape]:
+        """Every single-file key that a network holds, with its shape; of the published widths or those of `configs`.
+
+        `configs` maps components to the contents of their `config.json`.
+        """
+        found: dict[str, Shape] = {}
+        for part, component in self.components.items():
+            shapes = component.kind.shapes((configs or {}).get(part, component.config))
+            found |= {name: source.shape(shapes) for name, source in self.to_single(part, shapes).items()}
+        return found
+
+    @cached_property
+    def published(self) -> dict[str, Shape]:
+        """`table()`, of the published widths."""
+        return self.table()
+
+    def to_single(self, part: str, keys: Iterable[str]) -> dict[str, Source]:
+        """Single-file key to its source, for the diffusers keys of one component."""
+        component = self.components[part]
+        return {component.prefix + name: source for name, source in component.kind.to_single(keys).items()}
+
+    def to_diffusers(self, part: str, shapes: Mapping[str, Shape]) -> dict[str, Source]:
+        """diffusers key to its source, for those of the single-file keys that belong to the component.
+
+        Keys that no rule knows are left out; `shapes` tells 1x1 convolutions that were saved as matrices.
+        """
+        component = self.components[part]
+        mine = [name for name in shapes if self.component_of(name) == part]
+        keys = component.kind.to_diffusers(name.removeprefix(component.prefix) for name in mine)
+        found: dict[str, Source] = {}
+        for name, source in self.to_single(part, keys).items():
+            if name in shapes:
+                found |= _reversed(name, source, shapes[name])
+        return found
+
+
+def _reversed(name: str, source: Source, shape: Shape) -> dict[str, Source]:
+    """The sources of a single-file tensor's sources."""
+    if source.form == "stacked":
+        return {key: Source((name,), "third", part) for part, key in enumerate(source.keys)}
+    back: dict[Form, Form] = {"1x1 conv": "matrix", "transposed": "transposed", "as is": "as is"}
+    form = back[source.form]
+    if form == "matrix" and len(shape) == 2:
+        form = "as is"
+    return {source.keys[0]: Source((name,), form)}
+
+
+def to_single_file(family: Family, part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """One component's tensors under single-file keys; most share memory with `state`."""
-    return {name: _join(source, state) for name, source in layout(component, state).items()}
+    return {name: source.take(state) for name, source in family.to_single(part, state).items()}
 
 
 def from_single_file(
-    component: str, keys: Iterable[str], tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]
+    family: Family, part: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape]
 ) -> dict[str, Tensor]:
-    """One component's tensors under the diffusers `keys`.
+    """One component's tensors under the diffusers keys that its module has.
 
-    `shapes` maps diffusers keys to the shapes the module has. Raises BadInput naming what is missing, unexpected
-    or misshapen.
+    `shapes` maps those keys to the module's shapes. Raises BadInput naming what is missing, unexpected or misshapen.
     """
-    table = layout(component, keys)
-    mine = {name for name in tensors if name.startswith(PREFIXES[component])} - set(PASSIVE)
-    complaints = [f"missing: {name}" for name in sorted(table.keys() - mine)]
-    complaints += [f"unexpected: {name}" for name in sorted(mine - table.keys())]
+    wanted = family.to_single(part, shapes)
+    mine = {name: tuple(tensor.shape) for name, tensor in tensors.items() if family.component_of(name) == part}
+    complaints = [f"missing: {name}" for name in sorted(wanted.keys() - mine.keys())]
+    complaints += [f"unexpected: {name}" for name in sorted(mine.keys() - wanted.keys())]
     state: dict[str, Tensor] = {}
-    for name in sorted(table.keys() & mine):
-        for key, tensor in _split(table[name], tensors[name]).items():
-            if tensor.shape != shapes[key]:
-                complaints.append(
-                    f"shape: {name} gives {tuple(tensor.shape)}, the {component} has {tuple(shapes[key])}"
-                )
-            state[key] = tensor
+    for name in sorted(wanted.keys() & mine.keys()):
+        for key, source in _reversed(name, wanted[name], mine[name]).items():
+            if source.shape(mine) != tuple(shapes[key]):
+                complaints.append(f"shape: {name} gives {source.shape(mine)}, the {part} has {tuple(shapes[key])}")
+            else:
+                state[key] = source.take(tensors)
     if complaints:
-        more = f"\n… and {len(complaints) - 6} more" if len(complaints) > 6 else ""
         raise BadInput(
-            f"These weights do not fit the {component}:\n" + "\n".join(complaints[:6]) + more + "\n"
+            f"These weights do not fit the {part}:\n{listed(complaints)}\n"
             "Check that the checkpoint and the family's config folder belong together."
         )
     return state
 
 
-def _join(source: Source, state: Mapping[str, Tensor]) -> Tensor:
-    parts = [state[key] for key in source.keys]
-    if source.form == "stacked":
-        return torch.cat(parts)
-    if source.form == "1x1 conv":
-        return parts[0][:, :, None, None]
-    return parts[0].T if source.form == "transposed" else parts[0]
+def renamed(plan: Mapping[str, Source], rename: Callable[[str], str]) -> dict[str, Source]:
+    """The same plan where the checkpoint's keys are called otherwise."""
+    return {name: replace(source, keys=tuple(map(rename, source.keys))) for name, source in plan.items()}
 
 
-def _split(source: Source, tensor: Tensor) -> dict[str, Tensor]:
-    if source.form == "stacked":
-        return dict(zip(source.keys, tensor.chunk(3), strict=True))
-    if source.form == "1x1 conv":
-        tensor = tensor[:, :, 0, 0] if tensor.ndim == 4 else tensor
-    elif source.form == "transposed":
-        tensor = tensor.T
-    return {source.keys[0]: tensor}
+def listed(complaints: Collection[str], most: int = 6) -> str:
+    """The first lines of a list and how many more there are."""
+    more = f"\n… and {len(complaints) - most} more" if len(complaints) > most else ""
+    return "\n".join(list(complaints)[:most]) + more
 
 
-def _unet(keys: list[str]) -> dict[str, str]:
-    """diffusers key to single-file key. Input block 0 is conv_in; each level then has `depth` blocks and, but for
-    the last, one that samples down; the output blocks mirror them with one more, sampling up in their last."""
-    depth = len({key.split(".")[3] for key in keys if key.startswith("down_blocks.0.resnets.")})
-    modules = {
-        "time_embedding.linear_1": "time_embed.0",
-        "time_embedding.linear_2": "time_embed.2",
-        "add_embedding.linear_1": "label_emb.0.0",
-        "add_embedding.linear_2": "label_emb.0.2",
-        "conv_in": "input_blocks.0.0",
-        "conv_norm_out": "out.0",
-        "conv_out": "out.2",
-        "mid_block.resnets.0": "middle_block.0",
-        "mid_block.attentions.0": "middle_block.1",
-        "mid_block.resnets.1": "middle_block.2",
-    }
-    resnet = {
-        "norm1": "in_layers.0",
-        "conv1": "in_layers.2",
-        "time_emb_proj": "emb_layers.1",
-        "norm2": "out_layers.0",
-        "conv2": "out_layers.3",
-        "conv_shortcut": "skip_connection",
-    }
-    attended = {".".join(key.split(".")[:2]) for key in keys if ".attentions." in key}
+def looks_transposed(tensor: Tensor, reference: Tensor) -> bool:
+    """Whether a square matrix is nearer to the transpose of a relative's than to the relative's own.
 
-    def place(module: str) -> str:
-        """E.g. `up_blocks.0.attentions.1` to `output_blocks.1.1`."""
-        if module in modules:
-            return modules[module]
-        side, level, kind, index = module.split(".")
-        block = int(level) * (depth + 1) + int(index)
-        if side == "down_blocks":
-            return {
-                "resnets": f"input_blocks.{block + 1}.0",
-                "attentions": f"input_blocks.{block + 1}.1",
-                "downsamplers": f"input_blocks.{(int(level) + 1) * (depth + 1)}.0",
-            }[kind]
-        return {
-            "resnets": f"output_blocks.{block}.0",
-            "attentions": f"output_blocks.{block}.1",
-            "upsamplers": f"output_blocks.{int(level) * (depth + 1) + depth}.{1 + (f'{side}.{level}' in attended)}",
-        }[kind]
-
-    renamed = {}
-    for key in keys:
-        parts = key.split(".")
-        length = {"down_blocks": 4, "up_blocks": 4, "mid_block": 3, "time_embedding": 2, "add_embedding": 2}
-        cut = length.get(parts[0], 1)
-        module, rest = ".".join(parts[:cut]), parts[cut:]
-        if "resnets" in parts:
-            rest[0] = resnet[rest[0]]
-        if "downsamplers" in parts:
-            rest[0] = "op"
-        renamed[key] = ".".join([place(module), *rest])
-    return renamed
+    CLIP-G's `text_projection` is square, so a tool that forgets to transpose it between the layouts makes no error,
+    only worse pictures. Relatives are those trained from one ancestor: their correlation is close to 1 one way and to
+    0 the other; between strangers both are close to 0 and the answer is no.
+    """
+    if tensor.ndim != 2 or tensor.shape[0] != tensor.shape[1] or tensor.shape != reference.shape:
+        return False
+    ours, theirs = tensor.double(), reference.double()
+    straight, crossed = _correlation(ours, theirs), _correlation(ours, theirs.T)
+    return crossed > 0.5 and crossed > straight + 0.25
 
 
-def _vae(keys: list[str]) -> dict[str, Source]:
-    """The decoder's levels count from the picture in the single file, from the latent in diffusers."""
-    top = max(int(key.split(".")[2]) for key in keys if key.startswith("decoder.up_blocks."))
-    attention = {
-        "group_norm": "norm",
-        "to_q": "q",
-        "to_k": "k",
-        "to_v": "v",
-        "to_out": "proj_out",
-        "query": "q",  # the names that diffusers wrote before 0.18
-        "key": "k",
-        "value": "v",
-        "proj_attn": "proj_out",
-    }
-    table = {}
-    for key in keys:
-        parts = key.split(".")
-        form: Literal["as is", "1x1 conv"] = "as is"
-        match parts:
-            case [side, "down_blocks", level, "resnets", index, *rest]:
-                name = [side, "down", level, "block", index, *rest]
-            case [side, "up_blocks", level, "resnets", index, *rest]:
-                name = [side, "up", str(top - int(level)), "block", index, *rest]
-            case [side, "down_blocks", level, "downsamplers", "0", *rest]:
-                name = [side, "down", level, "downsample", *rest]
-            case [side, "up_blocks", level, "upsamplers", "0", *rest]:
-                name = [side, "up", str(top - int(level)), "upsample", *rest]
-            case [side, "mid_block", "resnets", index, *rest]:
-                name = [side, "mid", f"block_{int(index) + 1}", *rest]
-            case [side, "mid_block", "attentions", "0", module, *_, leaf]:
-                name = [side, "mid", "attn_1", attention[module], leaf]
-                form = "1x1 conv" if leaf == "weight" and module != "group_norm" else "as is"
-            case [side, "conv_norm_out", leaf]:
-                name = [side, "norm_out", leaf]
-            case _:
-                name = parts
-        table[".".join(name).replace("conv_shortcut", "nin_shortcut")] = Source((key,), form)
-    return table
-
-
-def _open_clip(keys: list[str]) -> dict[str, Source]:
-    modules = {
-        "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
-        "text_model.embeddings.position_embedding.weight": "positional_embedding",
-        "text_model.final_layer_norm.weight": "ln_final.weight",
-        "text_model.final_layer_norm.bias": "ln_final.bias",
-    }
-    parts = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "fc1": "c_fc", "fc2": "c_proj", "self_attn": "attn"}
-    table = {}
-    for key in keys:
-        if key == "text_projection.weight":
-            table["text_projection"] = Source((key,), "transposed")
-        elif key in modules:
-            table[modules[key]] = Source((key,))
-        elif "q_proj" in key:
-            layer, leaf = key.split(".")[3], key.split(".")[-1]
-            stacked = tuple(key.replace("q_proj", f"{part}_proj") for part in "qkv")
-            table[f"transformer.resblocks.{layer}.attn.in_proj_{leaf}"] = Source(stacked, "stacked")
-        elif "k_proj" not in key and "v_proj" not in key:
-            words = key.removeprefix("text_model.encoder.layers.").split(".")
-            table[".".join(["transformer.resblocks", *(parts.get(word, word) for word in words)])] = Source((key,))
-    return table
+def _correlation(x: Tensor, y: Tensor) -> float:
+    x, y = x - x.mean(), y - y.mean()
+    length = float(x.norm() * y.norm())
+    return float((x * y).sum()) / length if length else 0.0

@@ -1,4 +1,7 @@
-"""SDXL's four networks, of any widths: loaded from a single file, kept live, written back."""
+"""SDXL: what the family is, and its four networks, of any widths: loaded from a file, kept live, written back.
+
+diffusers and transformers are imported where networks are made, so that reading names and shapes costs little.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,23 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ambergrade.errors import BadInput, MissingObject
-from ambergrade.family.files import read_tensors, weights_digest, write_tensors
-from ambergrade.family.layouts import PASSIVE, PREFIXES, from_single_file, to_single_file
+from ambergrade.family import original
+from ambergrade.family.files import PASSIVE_FILE, read_tensors, weight_files, weights_digest, write_tensors
+from ambergrade.family.layouts import Component, Family, from_single_file, to_single_file
 from ambergrade.identity import random_seed
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
 __all__ = [
+    "FAMILY",
     "Networks",
     "assign",
     "encode_text",
@@ -34,6 +40,54 @@ __all__ = [
     "weights_digest",
     "write_checkpoint",
 ]
+
+POSITION_IDS = "conditioner.embedders.0.transformer.text_model.embeddings.position_ids"
+LOGIT_SCALE = "conditioner.embedders.1.model.logit_scale"
+FAMILY = Family(
+    name="sdxl",
+    architecture="stable-diffusion-xl-v1-base",
+    components={
+        "unet": Component(
+            original.UNET,
+            "model.diffusion_model.",
+            {
+                "block_out_channels": [320, 640, 1280],
+                "layers_per_block": 2,
+                "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+                "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+                "transformer_layers_per_block": [1, 2, 10],
+                "attention_head_dim": [5, 10, 20],
+                "cross_attention_dim": 768 + 1280,
+                "use_linear_projection": True,
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 256,
+                "projection_class_embeddings_input_dim": 1280 + 6 * 256,
+            },
+        ),
+        "vae": Component(original.VAE, "first_stage_model.", original.VAE_CONFIG),
+        "text_encoder": Component(
+            original.CLIP, "conditioner.embedders.0.transformer.text_model.", original.CLIP_L_CONFIG
+        ),
+        "text_encoder_2": Component(
+            original.OPEN_CLIP,
+            "conditioner.embedders.1.model.",
+            {
+                "hidden_size": 1280,
+                "intermediate_size": 5120,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 20,
+                "projection_dim": 1280,
+                "vocab_size": 49408,
+                "max_position_embeddings": 77,
+            },
+        ),
+    },
+    # v_pred, ztsnr and edm_vpred mark what a model predicts; denoiser.sigmas is generative-models' noise schedule.
+    passive=frozenset(
+        {POSITION_IDS, LOGIT_SCALE, "v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min", "denoiser.sigmas"}
+        | {"alphas_cumprod"}
+    ),
+)
 
 
 @dataclass
@@ -51,8 +105,8 @@ class Networks:
     """Tensors of the file that no network holds (`logit_scale`, `position_ids`, …), written back as they were."""
 
     def modules(self) -> dict[str, nn.Module]:
-        """Component name (as in `layouts.PREFIXES`) to module."""
-        return {name: getattr(self, name) for name in PREFIXES}
+        """Component name (as in `FAMILY.components`) to module."""
+        return {name: getattr(self, name) for name in FAMILY.components}
 
 
 def load(
@@ -62,12 +116,14 @@ def load(
 
     Raises BadInput for a pickle, a damaged file, or weights that do not fit the config.
     """
+    from accelerate import init_empty_weights
+
     weights = read_checkpoint(checkpoint)
     with init_empty_weights():
         networks = _build(config)
     for name, module in networks.modules().items():
-        shapes = {key: value.shape for key, value in module.state_dict().items()}
-        state = from_single_file(name, shapes, weights, shapes)
+        shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+        state = from_single_file(FAMILY, name, weights, shapes)
         # A copy even where dtype and device agree: what is read may be mapped from the file.
         state = {key: value.to(device, dtype, copy=True).contiguous() for key, value in state.items()}
         module.load_state_dict(state, assign=True)
@@ -81,8 +137,8 @@ def from_config(config: Path, seed: int) -> Networks:
     networks = _build(config, lambda name: torch.manual_seed(random_seed(seed, "init", name)))
     length = networks.text_encoder.config.max_position_embeddings
     networks.passive = {
-        PASSIVE[0]: torch.arange(length)[None],
-        PASSIVE[1]: torch.tensor(math.log(1 / 0.07)),  # CLIP's own start (Radford et al. 2021, section 2.5)
+        POSITION_IDS: torch.arange(length)[None],
+        LOGIT_SCALE: torch.tensor(math.log(1 / 0.07)),  # CLIP's own start (Radford et al. 2021, section 2.5)
     }
     return networks
 
@@ -91,7 +147,7 @@ def tensors(networks: Networks) -> dict[str, Tensor]:
     """All weights under single-file keys. Most share memory with the live modules: clone what must not change."""
     found = dict(networks.passive)
     for name, module in networks.modules().items():
-        found |= to_single_file(name, {key: value.detach() for key, value in module.state_dict().items()})
+        found |= to_single_file(FAMILY, name, {key: value.detach() for key, value in module.state_dict().items()})
     return found
 
 
@@ -103,8 +159,8 @@ def assign(networks: Networks, tensors: Mapping[str, Tensor]) -> None:
     """
     states = {}
     for name, module in networks.modules().items():
-        shapes = {key: value.shape for key, value in module.state_dict().items()}
-        states[name] = from_single_file(name, shapes, tensors, shapes)
+        shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+        states[name] = from_single_file(FAMILY, name, tensors, shapes)
     for name, module in networks.modules().items():
         live = module.state_dict()
         for key, value in states[name].items():
@@ -117,12 +173,12 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     if not path.is_dir():
         return read_tensors(path)
     found: dict[str, Tensor] = {}
-    for name in PREFIXES:
+    for name in FAMILY.components:
         state: dict[str, Tensor] = {}
-        for file in _weight_files(path / name):
+        for file in weight_files(path / name):
             state |= read_tensors(file)
-        found |= to_single_file(name, state)
-    return found
+        found |= to_single_file(FAMILY, name, state)
+    return found | (read_tensors(path / PASSIVE_FILE) if (path / PASSIVE_FILE).is_file() else {})
 
 
 def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -166,6 +222,8 @@ def pipeline(networks: Networks, scheduler: Any) -> StableDiffusionXLPipeline:
 
     An absent negative prompt is the encoded empty text, as in training's caption dropout, not zeros.
     """
+    from diffusers import StableDiffusionXLPipeline
+
     return StableDiffusionXLPipeline(
         vae=networks.vae,
         text_encoder=networks.text_encoder,
@@ -183,6 +241,9 @@ def _build(config: Path, before: Callable[[str], object] = lambda name: None) ->
     """Modules of the config folder as their constructors make them; `before(component)` is called first."""
     if not (config / "model_index.json").is_file():
         raise MissingObject(f"{config} is no config folder of a diffusers SDXL pipeline: it has no model_index.json.")
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
     made: dict[str, Any] = {}
     with torch.random.fork_rng(devices=[]):
         for name, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
@@ -218,14 +279,4 @@ def _check_tokenizer(folder: Path, tokenizer: CLIPTokenizer, config: CLIPTextCon
 
 
 def _passive(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    prefixes = tuple(PREFIXES.values())
-    return {key: value for key, value in tensors.items() if key in PASSIVE or not key.startswith(prefixes)}
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors of one component: a plain file before variants such as `.fp16`, or all shards of one."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise MissingObject(f"{folder} holds no .safetensors file. A diffusers folder needs one in each component.")
-    fewest_dots = min(file.name.count(".") for file in files)
-    return [file for file in files if file.name.count(".") == fewest_dots]
+    return {key: value for key, value in tensors.items() if FAMILY.component_of(key) is None}
