@@ -1,0 +1,252 @@
+"""LoRA files: differences against lycoris' own merge and closed forms, names against the real modules."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ambergrade.errors import BadInput
+from ambergrade.family import sd15, sdxl
+from ambergrade.merge.lora import difference, targets
+
+lycoris = pytest.importorskip("lycoris.modules", reason="the extra 'lora' is not installed")
+
+WEIGHTS = sdxl.FAMILY.table()
+ATTENTION = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight"
+ATTENTION_DIFFUSERS = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+CONV = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("LoConModule", {}),
+    "lora with tucker": ("LoConModule", {"use_tucker": True}),
+    "dora": ("LoConModule", {"weight_decompose": True}),
+    "loha": ("LohaModule", {}),
+    "loha with tucker": ("LohaModule", {"use_tucker": True}),
+    "loha dora": ("LohaModule", {"weight_decompose": True}),
+    "lokr": ("LokrModule", {"factor": 4}),
+    "lokr of two pairs": ("LokrModule", {"factor": 4, "decompose_both": True}),
+    "lokr with tucker": ("LokrModule", {"factor": 4, "use_tucker": True}),
+    "lokr full": ("LokrModule", {"factor": 4, "full_matrix": True}),
+    "lokr dora": ("LokrModule", {"factor": 4, "weight_decompose": True}),
+}
+
+
+def made_by_the_library(kind: str, layer: nn.Module, alpha: float = 2.0) -> tuple[dict[str, Tensor], Tensor]:
+    """A file's tensors under kohya's names, and what the library's own merge adds to the weight."""
+    name, settings = KINDS[kind]
+    module = getattr(lycoris, name)("lora_unet_x", layer, 1.0, 2, alpha, **settings)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for key, parameter in module.named_parameters():
+            if "dora" not in key:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+            else:
+                parameter.mul_(1.3)
+        module.eval()
+        merged = module.get_merged_weight(1.0, shape=layer.weight.shape)[0]
+        state = {f"lora_unet_x.{key}": value.detach().clone() for key, value in module.custom_state_dict().items()}
+        return state, (merged - layer.weight).detach()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layer", ["linear", "conv", "1x1 conv"])
+def test_a_file_made_by_lycoris_adds_what_lycoris_adds(kind: str, layer: str) -> None:
+    torch.manual_seed(3)
+    sizes: dict[str, nn.Module] = {
+        "linear": nn.Linear(24, 16),
+        "conv": nn.Conv2d(12, 16, 3, padding=1),
+        "1x1 conv": nn.Conv2d(12, 16, 1),
+    }
+    module = sizes[layer]
+    tensors, expected = made_by_the_library(kind, module)
+    assert expected.abs().max() > 0.01
+    found = difference("model.diffusion_model.x.weight", tensors, module.weight.detach())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_lora_is_up_times_down() -> None:
+    up, down = random(16, 2), random(2, 24, seed=1)
+    tensors = {"m.lora_up.weight": up, "m.lora_down.weight": down, "m.alpha": torch.tensor(8.0)}
+    expected = (8 / 2) * (up.double() @ down.double())
+    torch.testing.assert_close(difference("x.weight", tensors, torch.zeros(16, 24)), expected.float())
+    half = {key: value.half() for key, value in tensors.items()}
+    # Exact where the file is fp16: each product has 22 bits, their sum fits float64, one rounding is left.
+    exact = 4 * (half["m.lora_up.weight"].double() @ half["m.lora_down.weight"].double())
+    assert torch.equal(difference("x.weight", half, torch.zeros(16, 24)), exact.float())
+
+
+def test_loha_is_an_elementwise_product_and_lokr_a_kronecker_product() -> None:
+    parts = {
+        key: random(*shape, seed=i)
+        for i, (key, shape) in enumerate({"w1_a": (6, 2), "w1_b": (2, 8), "w2_a": (6, 2), "w2_b": (2, 8)}.items())
+    }
+    tensors = {f"m.hada_{key}": value for key, value in parts.items()} | {"m.alpha": torch.tensor(1.0)}
+    expected = 0.5 * (parts["w1_a"] @ parts["w1_b"]) * (parts["w2_a"] @ parts["w2_b"])
+    torch.testing.assert_close(difference("x.weight", tensors, torch.zeros(6, 8)), expected)
+    one, two = random(2, 3), random(3, 4, seed=1)
+    whole = {
+        "m.lokr_w1": one,
+        "m.lokr_w2": two,
+        "m.alpha": torch.tensor(99.0),
+    }  # whole factors have no rank to divide by
+    torch.testing.assert_close(difference("x.weight", whole, torch.zeros(6, 12)), torch.kron(one, two))
+    low = {"m.lokr_w1": one, "m.lokr_w2_a": two[:, :1], "m.lokr_w2_b": two[:1], "m.alpha": torch.tensor(0.5)}
+    expected = 0.5 * torch.kron(one, two[:, :1] @ two[:1])
+    torch.testing.assert_close(difference("x.weight", low, torch.zeros(6, 12)), expected)
+
+
+@pytest.mark.parametrize("form", ["rows", "columns", "peft"])
+def test_dora_gives_each_row_or_column_its_length(form: str) -> None:
+    base, up, down = (
+        random(6, 6),
+        random(6, 2, seed=1),
+        random(2, 6, seed=2),
+    )  # square, so that the shape decides nothing
+    lengths = random(6, seed=3).abs() + 0.5
+    keys = {"rows": ("dora_scale", (6, 1)), "columns": ("dora_scale", (1, 6)), "peft": ("lora_magnitude_vector", (6,))}
+    leaf, shape = keys[form]
+    tensors = {"m.lora_B.weight": up, "m.lora_A.weight": down, f"m.{leaf}": lengths.reshape(shape)}
+    merged = base + difference("x.weight", tensors, base)
+    torch.testing.assert_close(merged.norm(dim=0 if form == "columns" else 1), lengths)
+    direction = nn.functional.normalize(base + up @ down, dim=0 if form == "columns" else 1)
+    torch.testing.assert_close(nn.functional.normalize(merged, dim=0 if form == "columns" else 1), direction)
+
+
+@pytest.mark.parametrize(
+    ("module", "weight"),
+    [
+        ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", ATTENTION),  # kohya's SDXL
+        ("lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q", ATTENTION),
+        (f"unet.{ATTENTION_DIFFUSERS}", ATTENTION),
+        (f"base_model.model.{ATTENTION_DIFFUSERS}", ATTENTION),
+        ("diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q", ATTENTION),
+        ("lora_unet_input_blocks_1_0_in_layers_2", CONV),
+        ("lora_unet_down_blocks_0_resnets_0_conv1", CONV),
+        (
+            "lora_te1_text_model_encoder_layers_3_mlp_fc1",
+            "conditioner.embedders.0.transformer.text_model.encoder.layers.3.mlp.fc1.weight",
+        ),
+        (
+            "text_encoder.text_model.encoder.layers.3.mlp.fc1",
+            "conditioner.embedders.0.transformer.text_model.encoder.layers.3.mlp.fc1.weight",
+        ),
+        (
+            "lora_te2_text_model_encoder_layers_31_self_attn_k_proj",
+            "conditioner.embedders.1.model.transformer.resblocks.31.attn.in_proj_weight",
+        ),
+        ("text_encoder_2.text_projection", "conditioner.embedders.1.model.text_projection"),
+    ],
+)
+def test_names_of_kohya_peft_and_comfyui_find_their_weight(module: str, weight: str) -> None:
+    leaves = (
+        ("lora_down.weight", "lora_up.weight", "alpha") if "lora_" in module else ("lora_A.weight", "lora_B.weight")
+    )
+    entries = {f"{module}.{leaf}": (4, 4) for leaf in leaves}
+    assert targets(entries, WEIGHTS) == {weight: tuple(sorted(entries))}
+
+
+def test_diffusers_names_before_peft_and_those_of_sd15() -> None:
+    entries = {
+        f"unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.{way}.weight": (4, 4)
+        for way in ("up", "down")
+    }
+    assert targets(entries, WEIGHTS) == {ATTENTION: tuple(sorted(entries))}
+    entries = {
+        f"lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_{way}.weight": (4, 4) for way in ("up", "down")
+    }
+    name = "cond_stage_model.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight"
+    assert targets(entries, sd15.FAMILY.table()) == {name: tuple(sorted(entries))}
+
+
+def test_every_layer_that_kohya_trains_has_a_name() -> None:
+    """kohya's networks/lora.py takes every Linear and Conv2d of the attention blocks, and of the resnets for LoCon."""
+    names = [
+        f"lora_unet_{key.removeprefix('model.diffusion_model.').removesuffix('.weight').replace('.', '_')}"
+        for key, shape in WEIGHTS.items()
+        if key.startswith("model.diffusion_model.") and key.endswith(".weight") and len(shape) > 1
+    ]
+    assert len(names) == 794
+    entries = {f"{name}.{leaf}": (1, 1) for name in names for leaf in ("lora_up.weight", "lora_down.weight")}
+    assert len(targets(entries, WEIGHTS)) == 794
+
+
+def test_a_stacked_weight_takes_three_modules_each_in_its_place() -> None:
+    name = "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight"
+    parts = {}
+    for index, part in enumerate("qv"):
+        module = f"lora_te2_text_model_encoder_layers_0_self_attn_{part}_proj"
+        parts[f"{module}.lora_up.weight"] = random(5, 1, seed=index)
+        parts[f"{module}.lora_down.weight"] = random(1, 5, seed=index + 9)
+    assert targets({key: tuple(value.shape) for key, value in parts.items()}, WEIGHTS) == {name: tuple(sorted(parts))}
+    found = difference(name, parts, torch.zeros(15, 5))
+    query, key, value = found.chunk(3)
+    torch.testing.assert_close(query, random(5, 1) @ random(1, 5, seed=9))
+    assert torch.equal(key, torch.zeros(5, 5))
+    torch.testing.assert_close(value, random(5, 1, seed=1) @ random(1, 5, seed=10))
+
+
+def test_the_text_projection_is_changed_as_it_multiplies() -> None:
+    tensors = {
+        "lora_te2_text_projection.lora_up.weight": random(3, 1),
+        "lora_te2_text_projection.lora_down.weight": random(1, 4),
+    }
+    found = difference("conditioner.embedders.1.model.text_projection", tensors, torch.zeros(4, 3))
+    torch.testing.assert_close(found, (random(3, 1) @ random(1, 4)).T)
+
+
+def test_unused_and_lacking_keys_are_told() -> None:
+    entries = {
+        "lora_unet_input_blocks_4_1_proj_in.lora_up.weight": (4, 4),
+        "lora_unet_input_blocks_4_1_proj_im.lora_up.weight": (4, 4),
+        "lora_unet_input_blocks_4_1_proj_in.oft_blocks": (4, 4),
+        "lora_te3_text_model.lora_up.weight": (4, 4),
+        "lora_unet_out_2.lokr_w1_a": (1, 1),
+    }
+    with pytest.raises(BadInput) as caught:
+        targets(entries, WEIGHTS)
+    message = str(caught.value)
+    assert (
+        "proj_im.lora_up.weight: the model has no such module; the nearest is lora_unet_input_blocks_4_1_proj_in"
+        in message
+    )
+    assert "oft_blocks: not a key of LoRA" in message
+    assert "lora_te3_text_model.lora_up.weight: the model has no such module" in message
+    assert "lora_unet_input_blocks_4_1_proj_in: lacks down" in message
+    assert "lora_unet_out_2: lacks lokr_w1_b" in message
+    assert "lora_unet_out_2: lacks lokr_w2_a" in message
+    twice = {f"lora_unet_{name}.lora_{way}.weight": (4, 4) for name in ("out_2", "conv_out") for way in ("up", "down")}
+    with pytest.raises(BadInput, match="changes the same weight as lora_unet_conv_out"):
+        targets(twice, WEIGHTS)
+
+
+def test_a_scale_that_only_the_header_knows_is_refused() -> None:
+    entries = {f"unet.{ATTENTION_DIFFUSERS}.lora_{part}.weight": (4, 4) for part in "AB"}
+    same = {"lora_adapter_metadata": json.dumps({"unet.r": 4, "unet.lora_alpha": 4, "unet.alpha_pattern": {}})}
+    assert targets(entries, WEIGHTS, same)
+    other = {"lora_adapter_metadata": json.dumps({"unet.r": 4, "unet.lora_alpha": 8})}
+    with pytest.raises(BadInput, match=r"unet\.lora_alpha = 8, rank 4"):
+        targets(entries, WEIGHTS, other)
+
+
+def test_shapes_that_do_not_fit_are_told() -> None:
+    tensors = {"m.lora_up.weight": random(16, 2), "m.lora_down.weight": random(2, 9)}
+    with pytest.raises(BadInput, match=r"m does not fit 'x\.weight' \(16, 24\): up \(16, 2\), down \(2, 9\)"):
+        difference("x.weight", tensors, torch.zeros(16, 24))
+
+
+def test_zero_alpha_counts_as_the_rank() -> None:
+    tensors = {"m.lora_up.weight": random(4, 2), "m.lora_down.weight": random(2, 4)}
+    plain = difference("x.weight", tensors, torch.zeros(4, 4))
+    assert torch.equal(plain, difference("x.weight", tensors | {"m.alpha": torch.tensor(0.0)}, torch.zeros(4, 4)))
+    assert math.isclose(float(plain[0, 0]), float((random(4, 2) @ random(2, 4))[0, 0]), rel_tol=1e-5)
