@@ -63,3 +63,16 @@ def test_telling_a_point_that_was_never_proposed_is_refused():
 def test_an_unknown_search_is_told_with_its_nearest():
     with pytest.raises(UnknownName, match="grid"):
         search("gird")
+
+
+def test_recalled_points_are_not_asked_for_again_and_strange_ones_are_passed_over():
+    grid = search("grid", values=VALUES, objective="x")
+    grid.recall({"b": 0.0, "a": 0.4}, 5.0)
+    grid.recall({"a": 7.0, "b": 0.0}, 9.0)
+    assert {"a": 0.4, "b": 0.0} not in asked(grid)
+    assert (len(grid), grid.best) == (6, ({"a": 0.4, "b": 0.0}, 5.0))
+
+
+def test_words_can_be_values():
+    grid = search("grid", values={"merge": ["gamma_rev1", "gamma_rev2"], "a": [0.5]}, objective="x")
+    assert asked(grid) == [{"merge": "gamma_rev1", "a": 0.5}, {"merge": "gamma_rev2", "a": 0.5}]

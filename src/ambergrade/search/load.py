@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from ambergrade.errors import UnknownName
+from ambergrade.search.points import Point, Value
 
 
 class Search(Protocol):
-    """What every search answers to."""
+    """What every search answers to.
+
+    `ask` may be called several times before the next `tell`: a batch is as many asks as there are slots. A search that
+    was killed is made anew and hears by `recall` what the record holds; then it goes on, to the same total.
+    """
 
     objective: str
     """Name of the metric whose score it wants to hear."""
     higher_is_better: bool
 
     def __len__(self) -> int:
-        """How many points it proposes in all."""
+        """How many points it proposes in all, recalled ones included."""
 
-    def ask(self) -> dict[str, float] | None:
-        """The next point, or None when there is none."""
+    def ask(self) -> Point | None:
+        """The next point, one that was neither asked for nor recalled; None when there is none."""
 
-    def tell(self, point: dict[str, float], score: float) -> None:
+    def tell(self, point: Mapping[str, Value], score: float) -> None:
         """Hear the score of a proposed point; NaN for one that could not be scored."""
 
+    def recall(self, point: Mapping[str, Value], score: float) -> None:
+        """Hear the score of a point of an earlier process, before the first `ask`. It counts, and is not asked again.
+
+        A point that this search cannot propose (other values, other names) is passed over.
+        """
+
     @property
-    def best(self) -> tuple[dict[str, float], float] | None:
+    def best(self) -> tuple[Point, float] | None:
         """The best scored point so far and its score."""
 
 

@@ -6,8 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 from ambergrade.errors import BadSetting
-
-Point = dict[str, float]
+from ambergrade.search.points import Point, Value, best_of, key_of, plain
 
 
 class Grid:
@@ -23,11 +22,11 @@ class Grid:
 
     def __init__(
         self,
-        values: Mapping[str, Sequence[float]],
+        values: Mapping[str, Sequence[Value]],
         *,
         objective: str,
         higher_is_better: bool = True,
-        start: Mapping[str, float] | None = None,
+        start: Mapping[str, Value] | None = None,
     ) -> None:
         """Raise BadSetting for a name without values, a repeated value, or a start point with other names."""
         complaints = [f"{name} has no values" for name, listed in values.items() if not len(listed)]
@@ -40,37 +39,39 @@ class Grid:
             raise BadSetting(f"A grid cannot be made: {'; '.join(complaints)}.\nList values like a: [0.4, 0.8, 1.2].")
         self.objective = objective
         self.higher_is_better = higher_is_better
-        rows = [tuple(map(float, row)) for row in itertools.product(*values.values())]
+        rows = [tuple(map(plain, row)) for row in itertools.product(*values.values())]
         if start is not None:
-            rows.insert(0, tuple(float(start[name]) for name in values))
+            rows.insert(0, tuple(plain(start[name]) for name in values))
         self.points: tuple[Point, ...] = tuple(dict(zip(values, row, strict=True)) for row in dict.fromkeys(rows))
-        self._asked = 0
-        self._scores: dict[int, float] = {}
+        self._waiting = {key_of(point): point for point in self.points}
+        self._known = dict(self._waiting)
+        self._scores: dict[str, float] = {}
 
     def __len__(self) -> int:
         return len(self.points)
 
     def ask(self) -> Point | None:
         """The next point; None when all were asked for."""
-        if self._asked == len(self.points):
+        if not self._waiting:
             return None
-        self._asked += 1
-        return dict(self.points[self._asked - 1])
+        return dict(self._waiting.pop(next(iter(self._waiting))))
 
-    def tell(self, point: Mapping[str, float], score: float) -> None:
+    def tell(self, point: Mapping[str, Value], score: float) -> None:
         """Hear a point's score. NaN says that it could not be scored; such a point is never the best."""
-        if dict(point) not in self.points:
+        if key_of(point) not in self._known:
             raise BadSetting(f"{dict(point)} was never proposed by this grid of {len(self)} points.")
-        self._scores[self.points.index(dict(point))] = float(score)
+        self._scores[key_of(point)] = float(score)
+
+    def recall(self, point: Mapping[str, Value], score: float) -> None:
+        """Hear a point's score from the record: it is not asked for again. A point off the grid is passed over."""
+        if self._waiting.pop(key_of(point), None):
+            self.tell(point, score)
 
     @property
     def best(self) -> tuple[Point, float] | None:
         """The best scored point and its score, the earlier one among equals; None before the first score."""
-        scored = {number: score for number, score in sorted(self._scores.items()) if score == score}
-        if not scored:
-            return None
-        number = (max if self.higher_is_better else min)(scored, key=lambda n: scored[n])
-        return dict(self.points[number]), scored[number]
+        scored = ((point, self._scores[key]) for key, point in self._known.items() if key in self._scores)
+        return best_of(scored, higher_is_better=self.higher_is_better)
 
 
 Search = Grid  # the name under which every search module is found
