@@ -7,16 +7,16 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from ambergrade.errors import BadInput, BadSetting, MissingObject
 from ambergrade.family.detect import EMA, Layout, detect, families
 from ambergrade.family.files import PASSIVE_FILE, Entry, entries, write_streamed
 from ambergrade.family.layouts import Source, listed, renamed
 from ambergrade.store import write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS = {"unet": "diffusion_pytorch_model.safetensors", "vae": "diffusion_pytorch_model.safetensors"}
 """The file names that diffusers reads; text encoders have transformers' `model.safetensors`."""
@@ -97,6 +97,8 @@ def to_single_file(folder: Path, checkpoint: Path, metadata: Mapping[str, str] |
     _require_whole(folder, layout)
     if layout.kind == "single file":
         raise BadSetting(f"{folder} is a single file already.")
+    import torch
+
     marks = {name: torch.empty(0) for name in _scheduler_marks(folder) if name not in layout.sources}
     write(checkpoint, opened, layout.sources, metadata or {}, marks)
     return layout

@@ -6,6 +6,7 @@ a slash (`unet/conv_in.weight`); what no network holds lies in a file of our own
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -13,34 +14,61 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor
 
 from ambergrade.errors import BadInput, MissingObject
 from ambergrade.store import written_aside
 
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    DTYPES: dict[torch.dtype, str]
+    TORCH: dict[str, torch.dtype]
+
+NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
 }
-TORCH = {word: dtype for dtype, word in DTYPES.items()}
+"""safetensors' words for dtypes, to torch's names."""
 PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
 PASSIVE_FILE = "passive.safetensors"
 """In a folder: the tensors that no network holds, under their single-file names. diffusers does not look at it."""
+
+
+@functools.cache
+def torch_dtypes() -> dict[str, torch.dtype]:
+    """safetensors' words to torch's dtypes."""
+    import torch
+
+    return {word: getattr(torch, name) for word, name in NAMES.items()}
+
+
+def __getattr__(name: str) -> object:
+    """`TORCH`, the dtypes of safetensors' words, and `DTYPES`, the words of dtypes: made when first asked for, since
+    headers are read without torch, which takes seconds and hundreds of MB to import."""
+    if name == "TORCH":
+        return torch_dtypes()
+    if name == "DTYPES":
+        return {dtype: word for word, dtype in torch_dtypes().items()}
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _word(tensor: Tensor) -> str:
+    return next(word for word, dtype in torch_dtypes().items() if dtype == tensor.dtype)
 
 
 @dataclass(frozen=True)
@@ -51,7 +79,7 @@ class Entry:
     key: str
     """In that file."""
     dtype: str
-    """As safetensors spells it; `TORCH` has torch's."""
+    """As safetensors spells it; `torch_dtypes` has torch's."""
     shape: tuple[int, ...]
     start: int
     """Offset of its first byte in the file."""
@@ -60,14 +88,17 @@ class Entry:
 
     def read(self) -> Tensor:
         """The values, in memory of their own."""
+        import torch
+
+        dtype = torch_dtypes()[self.dtype]
         if not self.size:  # a marker such as v_pred
-            return torch.empty(self.shape, dtype=TORCH[self.dtype])
+            return torch.empty(self.shape, dtype=dtype)
         with self.file.open("rb") as file:
             file.seek(self.start)
             data = np.fromfile(file, np.uint8, self.size)
         if len(data) != self.size:
             raise BadInput(f"{self.file} became shorter while it was read. Fetch or write it again.")
-        return torch.from_numpy(data).view(TORCH[self.dtype]).reshape(self.shape)
+        return torch.from_numpy(data).view(dtype).reshape(self.shape)
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -101,7 +132,7 @@ def entries(path: Path, components: Iterable[str] = ()) -> dict[str, Entry]:
 def _header(path: Path) -> dict[str, Entry]:
     _refuse(path)
     try:
-        with safe_open(path, "pt"):  # the library checks the header against the file
+        with safe_open(path, "np"):  # the library checks the header against the file
             pass
     except SafetensorError as error:
         raise BadInput(f"{path} is not a whole safetensors file: {error}.\nFetch or write it again.") from error
@@ -111,8 +142,8 @@ def _header(path: Path) -> dict[str, Entry]:
     header.pop("__metadata__", None)
     found = {}
     for key, value in header.items():
-        if value["dtype"] not in TORCH:
-            raise BadInput(f"'{key}' in {path.name} is of dtype {value['dtype']}; known: {', '.join(TORCH)}.")
+        if value["dtype"] not in NAMES:
+            raise BadInput(f"'{key}' in {path.name} is of dtype {value['dtype']}; known: {', '.join(NAMES)}.")
         start, end = value["data_offsets"]
         found[key] = Entry(path, key, value["dtype"], tuple(value["shape"]), 8 + length + start, end - start)
     return found
@@ -120,6 +151,8 @@ def _header(path: Path) -> dict[str, Entry]:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of one safetensors file. Raises BadInput for a pickle or a damaged file."""
+    from safetensors.torch import load_file
+
     _refuse(path)
     try:
         tensors: dict[str, Tensor] = load_file(path)
@@ -147,7 +180,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     The header is sorted and padded to 8 bytes. The data lie by item size (largest first, so that every
     tensor is aligned), then by name. The library's own writer orders metadata at random.
     """
-    layout = {name: (DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
+    layout = {name: (_word(tensor), tuple(tensor.shape)) for name, tensor in tensors.items()}
     write_streamed(path, layout, tensors.__getitem__, metadata)
     return weights_digest(tensors)
 
@@ -162,7 +195,7 @@ def write_streamed(
 
     `layout` maps names to dtype (as safetensors spells it) and shape; `read(name)` gives the tensor.
     """
-    item = {name: TORCH[dtype].itemsize for name, (dtype, _) in layout.items()}
+    item = {name: torch_dtypes()[dtype].itemsize for name, (dtype, _) in layout.items()}
     order = sorted(layout, key=lambda name: (-item[name], name))
     header: dict[str, object] = {}
     offset = 0
@@ -179,7 +212,7 @@ def write_streamed(
         file.write(text)
         for name in order:
             tensor = read(name)
-            assert (DTYPES[tensor.dtype], tuple(tensor.shape)) == layout[name], name
+            assert (_word(tensor), tuple(tensor.shape)) == layout[name], name
             file.write(tensor_bytes(tensor))
 
 
@@ -188,12 +221,14 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
     hasher = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
-        hasher.update(f"{name}\0{DTYPES[tensor.dtype]}\0{list(tensor.shape)}\0".encode())
+        hasher.update(f"{name}\0{_word(tensor)}\0{list(tensor.shape)}\0".encode())
         hasher.update(tensor_bytes(tensor))
     return hasher.hexdigest()
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The tensor's values, row by row, as the machine's (little-endian) bytes."""
+    import torch
+
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from ambergrade.errors import BadInput
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Shape = tuple[int, ...]
 Form = Literal["as is", "1x1 conv", "matrix", "transposed", "stacked", "third"]
@@ -63,6 +63,8 @@ class Source:
             case "transposed":
                 return parts[0].T
             case "stacked":
+                import torch  # slow to import, and names and shapes do without it
+
                 return torch.cat(parts)
             case "third":
                 return parts[0].chunk(3)[self.part]

@@ -1,6 +1,6 @@
 """SDXL: what the family is, and its four networks, of any widths: loaded from a file, kept live, written back.
 
-diffusers and transformers are imported where networks are made, so that reading names and shapes costs little.
+torch, diffusers and transformers are imported where networks are made, so that reading headers costs little.
 """
 
 from __future__ import annotations
@@ -12,9 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
 from ambergrade.errors import BadInput, MissingObject
 from ambergrade.family import original
 from ambergrade.family.files import PASSIVE_FILE, read_tensors, weight_files, weights_digest, write_tensors
@@ -22,7 +19,9 @@ from ambergrade.family.layouts import Component, Family, from_single_file, to_si
 from ambergrade.identity import random_seed
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+    from torch import Tensor, nn
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 __all__ = [
@@ -110,12 +109,14 @@ class Networks:
 
 
 def load(
-    checkpoint: Path, config: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    checkpoint: Path, config: Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> Networks:
-    """Networks of a single file or a diffusers folder; `config` is the family's diffusers-layout folder.
+    """Networks of a single file or a diffusers folder, fp32 unless `dtype` says otherwise.
 
+    `config` is the family's diffusers-layout folder.
     Raises BadInput for a pickle, a damaged file, or weights that do not fit the config.
     """
+    import torch
     from accelerate import init_empty_weights
 
     weights = read_checkpoint(checkpoint)
@@ -125,7 +126,7 @@ def load(
         shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
         state = from_single_file(FAMILY, name, weights, shapes)
         # A copy even where dtype and device agree: what is read may be mapped from the file.
-        state = {key: value.to(device, dtype, copy=True).contiguous() for key, value in state.items()}
+        state = {key: value.to(device, dtype or torch.float32, copy=True).contiguous() for key, value in state.items()}
         module.load_state_dict(state, assign=True)
         module.to(device).eval()
     networks.passive = _passive(weights)
@@ -134,6 +135,8 @@ def load(
 
 def from_config(config: Path, seed: int) -> Networks:
     """Networks of a config folder with random fp32 weights, each component keyed by (seed, its name)."""
+    import torch
+
     networks = _build(config, lambda name: torch.manual_seed(random_seed(seed, "init", name)))
     length = networks.text_encoder.config.max_position_embeddings
     networks.passive = {
@@ -151,20 +154,22 @@ def tensors(networks: Networks) -> dict[str, Tensor]:
     return found
 
 
-@torch.no_grad()
 def assign(networks: Networks, tensors: Mapping[str, Tensor]) -> None:
     """Copy values, given under single-file keys, into the live modules in place.
 
     Raises BadInput naming keys that are missing or unexpected and shapes that differ; nothing is copied then.
     """
+    import torch
+
     states = {}
     for name, module in networks.modules().items():
         shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
         states[name] = from_single_file(FAMILY, name, tensors, shapes)
-    for name, module in networks.modules().items():
-        live = module.state_dict()
-        for key, value in states[name].items():
-            live[key].copy_(value)
+    with torch.no_grad():
+        for name, module in networks.modules().items():
+            live = module.state_dict()
+            for key, value in states[name].items():
+                live[key].copy_(value)
     networks.passive = _passive(tensors)
 
 
@@ -205,6 +210,8 @@ def encode_tokens(
     text_encoder: nn.Module, text_encoder_2: nn.Module, ids_1: Tensor, ids_2: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(B, T, C1+C2) penultimate states of both encoders without final norm, and (B, P) pooled of the second."""
+    import torch
+
     first = text_encoder(ids_1, output_hidden_states=True)
     second = text_encoder_2(ids_2, output_hidden_states=True)
     return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
@@ -241,6 +248,7 @@ def _build(config: Path, before: Callable[[str], object] = lambda name: None) ->
     """Modules of the config folder as their constructors make them; `before(component)` is called first."""
     if not (config / "model_index.json").is_file():
         raise MissingObject(f"{config} is no config folder of a diffusers SDXL pipeline: it has no model_index.json.")
+    import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
