@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,11 @@ from ambergrade.captions.manifest import build
 from ambergrade.captions.pictures import open_picture
 from ambergrade.captions.recipe import CaptionRecipe
 from ambergrade.captions.selection import Selection, select
+from ambergrade.errors import BadSetting
 from ambergrade.family import sdxl
 from ambergrade.generate import stream
 from ambergrade.generate.contact_sheet import picture_grid, write_png
-from ambergrade.identity import digest, file_digest
+from ambergrade.identity import digest, file_digest, random_seed
 from ambergrade.merge.formula import Formula
 from ambergrade.merge.recipe import Recipe, metadata
 from ambergrade.merge.resident import ResidentMerge
@@ -43,9 +45,8 @@ from ambergrade.track.journal import Journal, Run
 from ambergrade.train.latents import cache_latents, read_latents
 from ambergrade.train.settings import TrainSettings
 from ambergrade.train.trainer import fine_tune
-
-WHERE = ("save_every", "log_every", "sample_every")
-"""Trainer settings that change no result, so no identity either."""
+from ambergrade.train.verify import verify_gradients, verify_resume
+from ambergrade.train.worker import Job, launch
 
 Point = Mapping[str, float]
 
@@ -158,13 +159,14 @@ def dataset(chain: Chain) -> tuple[CaptionSet, CaptionSet]:
     return CaptionSet.read(done.files["train.jsonl"]), CaptionSet.read(done.files["heldout.jsonl"])
 
 
-def train(chain: Chain, base: Checkpoint, captions: CaptionSet, validation: CaptionSet) -> Checkpoint:
-    """Fine-tune the base: cache latents, train, write the single file in the base's precision."""
-    data, name = chain.settings["data"], chain.settings["trained"]
-    weights = sdxl.read_checkpoint(base.path)
+def encode(
+    chain: Chain, base: Checkpoint, weights: Mapping[str, torch.Tensor], captions: CaptionSet, validation: CaptionSet
+) -> tuple[str, Finished]:
+    """(digest of the VAE, latents of both sets by it)."""
+    data = chain.settings["data"]
     vae = sdxl.weights_digest({key: value for key, value in weights.items() if key.startswith("first_stage_model.")})
 
-    def encode(scratch: Path, run: Run) -> Outputs:
+    def work(scratch: Path, run: Run) -> Outputs:
         networks = sdxl.load(base.path, chain.family_config, device=chain.device)
         files = {}
         for split, chosen in (("train", captions), ("heldout", validation)):
@@ -173,12 +175,25 @@ def train(chain: Chain, base: Checkpoint, captions: CaptionSet, validation: Capt
         return Outputs(files)
 
     inputs = {"vae": vae, "train": captions.digest, "heldout": validation.digest}
-    latents = chain.stage("latents", "latents", 1, {}, inputs, encode)
+    return vae, chain.stage("latents", "latents", 1, {}, inputs, work)
 
+
+def train(chain: Chain, base: Checkpoint, captions: CaptionSet, validation: CaptionSet) -> Checkpoint:
+    """Fine-tune the base: cache latents, train, write the single file in the base's precision."""
+    name = chain.settings["trained"]
+    weights = sdxl.read_checkpoint(base.path)
+    vae, latents = encode(chain, base, weights, captions, validation)
     prompts = read_prompts(chain, "sweep").first(8)
     trainer = TrainSettings.read(chain.settings["trainer"])
+    processes = int(chain.settings.get("processes", 1))
 
     def fit(scratch: Path, run: Run) -> Outputs:
+        if processes > 1:
+            job = training_job(chain, base, captions, validation, latents, trainer, scratch)
+            launch(job, processes, cpu=chain.device == "cpu")
+            made = json.loads((scratch / "report.json").read_text())
+            tuned, losses = sdxl.read_checkpoint(scratch / "trained.safetensors"), made
+            return written(scratch, tuned, losses, made["seen"])
         networks = sdxl.load(base.path, chain.family_config, device=chain.device)
 
         def show(live: sdxl.Networks, seen: int) -> None:
@@ -199,14 +214,19 @@ def train(chain: Chain, base: Checkpoint, captions: CaptionSet, validation: Capt
             on_sample=show,
             validation=(validation, read_latents(latents.files["heldout"])),
         )
-        tuned = sdxl.tensors(networks)
-        kept = {key: value.to(weights[key].dtype) for key, value in tuned.items()}
-        about = {"modelspec.title": name, "modelspec.architecture": "stable-diffusion-xl-v1-base"}
-        sdxl.write_checkpoint(scratch / f"{name}.safetensors", kept, about)
         assert report.before is not None
         assert report.after is not None
         losses = {"before": asdict(report.before), "after": asdict(report.after)}
-        return Outputs({"checkpoint": scratch / f"{name}.safetensors"}, {"validation": losses, "images": report.seen})
+        return written(scratch, sdxl.tensors(networks), losses, report.seen)
+
+    def written(scratch: Path, tuned: Mapping[str, torch.Tensor], losses: Mapping[str, Any], seen: int) -> Outputs:
+        kept = {key: value.to(weights[key].dtype) for key, value in tuned.items()}
+        about = {"modelspec.title": name, "modelspec.architecture": "stable-diffusion-xl-v1-base"}
+        if trainer.loss["name"] == "v":
+            about["modelspec.prediction_type"] = "v"
+        sdxl.write_checkpoint(scratch / f"{name}.safetensors", kept, about)
+        both = {when: losses[when] for when in ("before", "after")}
+        return Outputs({"checkpoint": scratch / f"{name}.safetensors"}, {"validation": both, "images": seen})
 
     def journal(run: Run, done: Finished) -> None:
         losses = done.values["validation"]
@@ -214,13 +234,70 @@ def train(chain: Chain, base: Checkpoint, captions: CaptionSet, validation: Capt
         made = sdxl.weights_digest(sdxl.read_checkpoint(done.files["checkpoint"]))
         run.model(name, done.files["checkpoint"], made, parents={chain.settings["base"]: base.digest})
 
-    about = {key: value for key, value in asdict(trainer).items() if key not in WHERE}
+    about = trainer.what
     inputs = {"base": base.digest, "train": captions.digest, "heldout": validation.digest, "latents": vae}
     params = {**_flat(about), "base": chain.settings["base"], "pictures": len(captions.pictures)}
     done = chain.stage(f"train {name}", "train", 1, about, inputs, fit, journal, params)
     losses = done.values["validation"]
     print(f"    validation loss {losses['before']['mean']:.4f} -> {losses['after']['mean']:.4f}")
     return open_checkpoint(done.files["checkpoint"], base.family)
+
+
+def training_job(
+    chain: Chain,
+    base: Checkpoint,
+    captions: CaptionSet,
+    validation: CaptionSet,
+    latents: Finished,
+    trainer: TrainSettings,
+    folder: Path,
+) -> Job:
+    """The training as a file that ranks read, with the sets beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sets = {"train": captions, "heldout": validation}
+    for split, chosen in sets.items():
+        chosen.write(folder / f"{split}.jsonl")
+    lists = {split: str(folder / f"{split}.jsonl") for split in sets}
+    cached = {split: str(latents.files[split]) for split in sets}
+    return Job(
+        checkpoint=str(base.path),
+        config=str(chain.family_config),
+        captions=lists["train"],
+        latents=cached["train"],
+        settings=asdict(trainer),
+        out=str(folder),
+        validation=(lists["heldout"], cached["heldout"]),
+        threads=chain.settings["compute"]["threads"] or 1,
+    )
+
+
+def prove(chain: Chain, base: Checkpoint, captions: CaptionSet, validation: CaptionSet) -> None:
+    """Exact resume, or whole gradients, on this machine with these settings. Raises BadSetting where it fails."""
+    settings, processes = chain.settings, chain.settings["processes"]
+    trainer = TrainSettings.read(settings["trainer"])
+    images = settings["steps"] * trainer.batch
+    trainer = replace(trainer, images=images, save_every=2 * trainer.batch)
+    _, latents = encode(chain, base, sdxl.read_checkpoint(base.path), captions, validation)
+    with tempfile.TemporaryDirectory() as folder:
+        job = training_job(chain, base, captions, validation, latents, trainer, Path(folder))
+        job = replace(job, validation=None)
+        cpu = chain.device == "cpu"
+        if settings["verify"] == "resume":
+            draw = np.random.default_rng(random_seed(trainer.seed, "kills"))
+            points = draw.choice(np.arange(1, settings["steps"]), settings["kills"], replace=False)
+            found = verify_resume(job, processes, sorted(int(p) * trainer.batch for p in points), cpu=cpu)
+            print(f"  {images} images on {processes} process(es), killed after {', '.join(map(str, found.kills))}")
+            print(f"  left alone {found.whole}\n  resumed    {found.resumed}")
+            holds = found.holds
+        else:
+            compared = verify_gradients(job, processes, cpu=cpu)
+            print(f"  gradient of {processes} process(es) x {compared.accumulation} passes against one of all at once")
+            for part, value in compared.difference.items():
+                print(f"  {part:<5} {value:.1e}")
+            holds = compared.holds
+    if not holds:
+        raise BadSetting(f"verify={settings['verify']} does not hold on this machine: do not train on it.")
+    print(f"verify={settings['verify']} holds")
 
 
 class Merger:
@@ -235,7 +312,8 @@ class Merger:
     @cached_property
     def resident(self) -> ResidentMerge:
         inputs = {alias: sdxl.read_checkpoint(self._models[alias].path) for alias in self.formula.models}
-        return ResidentMerge(self.formula, inputs, dtype=self.chain.settings["merge"]["dtype"])
+        chosen = self.chain.settings["merge"]
+        return ResidentMerge(self.formula, inputs, dtype=chosen["dtype"], policies=chosen["policies"])
 
     def recipe(self, point: Point) -> Recipe:
         chosen = self.chain.settings["merge"]
@@ -246,7 +324,7 @@ class Merger:
         if self.chain.networks is None:
             first = self._models[self.formula.models[0]]
             self.chain.networks = sdxl.load(first.path, self.chain.family_config, device=self.chain.device)
-        sdxl.assign(self.chain.networks, self.resident.at(point))
+        self.resident.assign(self.chain.networks.modules(), point)
         return self.chain.networks
 
 

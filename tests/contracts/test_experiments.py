@@ -24,7 +24,11 @@ def names(kind: str) -> list[str]:
     return sorted(path.stem for path in (config.CONF / kind).glob("*.yaml"))
 
 
-@pytest.mark.parametrize("name", names("experiment"))
+# experiments of the other pipelines are tested beside those
+CHAINS = [name for name in names("experiment") if name.startswith("gamma")]
+
+
+@pytest.mark.parametrize("name", CHAINS)
 def test_experiment_composes_into_settings_that_every_room_accepts(name: str) -> None:
     overrides = [f"experiment={name}", *LEFT_TO_THE_USER.get(name, [])]
     settings = config.plain(config.compose("gamma", overrides))

@@ -72,3 +72,23 @@ def test_dropout_happens_as_often_as_asked():
     assert all(words[:3] == ["1girl", "kohaku", "artist"] for words in texts)
     dropped = 8 - sum(len(words) - 3 for words in texts) / 1000
     assert abs(dropped / 8 - 0.25) < 4 * (0.25 * 0.75 / 8000) ** 0.5
+
+
+def test_a_group_is_dropped_whole_and_the_spared_never():
+    caption = Caption(("1girl",), tuple("abcdef"), ("last",), groups=(3, 2, 1), never_drop=("b",))
+    shown = [
+        caption_text(caption, 0, n, shuffle=True, tag_dropout=0.0, caption_dropout=0.0, group_dropout=0.25).split(", ")
+        for n in range(2000)
+    ]
+    assert all(words[0] == "1girl" and words[-1] == "last" and "b" in words for words in shown)
+    assert all(("a" in words) == ("c" in words) and ("d" in words) == ("e" in words) for words in shown)
+    for tag in "adf":
+        assert abs(sum(tag not in words for words in shown) / 2000 - 0.25) < 4 * (0.1875 / 2000) ** 0.5
+    spared = [caption_text(caption, 0, n, shuffle=False, tag_dropout=0.9, caption_dropout=0.0) for n in range(200)]
+    assert all("b" in text.split(", ") for text in spared)
+
+
+def test_group_dropout_leaves_the_other_draws_alone():
+    plainly = [plain(n, shuffle=True, tag_dropout=0.2) for n in range(50)]
+    grouped = [plain(n, shuffle=True, tag_dropout=0.2, group_dropout=1e-9) for n in range(50)]
+    assert plainly == grouped

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -26,7 +27,7 @@ from ambergrade.nouns import RATINGS, TAG_TYPES, Post
 UNKNOWN_RATING = "unknown"
 LAYOUT = 1
 """Of the cache; raise it when the files change."""
-COLUMNS = {
+COLUMNS: Mapping[str, Any] = {
     "rating": np.int8,
     "score": np.int32,
     "fav_count": np.int32,
@@ -142,7 +143,8 @@ def open_booru(database: Path, cache: Path) -> Booru:
 def _mapped(folder: Path, fingerprint: str) -> Booru:
     def array(name: str) -> Array:
         path = folder / f"{name}.npy"
-        return np.load(path, mmap_mode="r" if path.stat().st_size > 4096 else None)
+        loaded: Array = np.load(path, mmap_mode="r" if path.stat().st_size > 4096 else None)
+        return loaded
 
     about = json.loads((folder / "names.json").read_text())
     columns = {name: array(name) for name in ("id", *COLUMNS)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
 
@@ -62,17 +63,60 @@ class Batches:
 
 
 def caption_text(
-    caption: Caption, seed: int, image: int, *, shuffle: bool, tag_dropout: float, caption_dropout: float
+    caption: Caption,
+    seed: int,
+    image: int,
+    *,
+    shuffle: bool,
+    tag_dropout: float,
+    caption_dropout: float,
+    group_dropout: float = 0.0,
 ) -> str:
-    """The caption as image number `image` of the run (from 0) shows it.
+    """The caption as image number `image` of the run (from 0) shows it."""
+    return ", ".join(
+        caption_tags(
+            caption,
+            seed,
+            image,
+            shuffle=shuffle,
+            tag_dropout=tag_dropout,
+            caption_dropout=caption_dropout,
+            group_dropout=group_dropout,
+        )
+    )
 
-    `keep` stays first, whole and in order; of `flexible` each tag is dropped with probability `tag_dropout`, the
-    rest are shuffled. With probability `caption_dropout` the text is empty: what guidance is contrasted with.
+
+def caption_tags(
+    caption: Caption,
+    seed: int,
+    image: int,
+    *,
+    shuffle: bool,
+    tag_dropout: float,
+    caption_dropout: float,
+    group_dropout: float = 0.0,
+) -> list[str]:
+    """The tags that image number `image` of the run (from 0) shows.
+
+    `keep` stays first, whole and in order, `suffix` last; of `flexible` each tag is dropped with probability
+    `tag_dropout` and each group whole with `group_dropout`, but for those in `never_drop`; the rest are shuffled.
+    With probability `caption_dropout` nothing is shown: what guidance is contrasted with.
     """
     draw = random.Random(random_seed(seed, "caption", image))
     if draw.random() < caption_dropout:
-        return ""
-    flexible = [tag for tag in caption.flexible if draw.random() >= tag_dropout]
+        return []
+    spared = frozenset(caption.never_drop)
+    flexible = [tag for tag in caption.flexible if draw.random() >= tag_dropout or tag in spared]
+    if group_dropout:
+        # keyed apart, so that the draws above are the same with and without it
+        chance = random.Random(random_seed(seed, "caption groups", image))
+        gone: Counter[str] = Counter()
+        start = 0
+        for length in caption.groups or (len(caption.flexible),):
+            if chance.random() < group_dropout:
+                gone.update(tag for tag in caption.flexible[start : start + length] if tag not in spared)
+            start += length
+        flexible = [tag for tag in flexible if not gone[tag]]
     if shuffle:
         draw.shuffle(flexible)
-    return ", ".join([*caption.keep, *flexible])
+    return [*caption.keep, *flexible, *caption.suffix]

@@ -8,21 +8,33 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from ambergrade.errors import BadSetting
 from ambergrade.identity import random_seed
 from ambergrade.nouns import CaptionedPicture
 
+PREDICTIONS = ("epsilon", "v_prediction")
+
 
 def alpha_bars(scheduler_config: Mapping[str, Any]) -> Tensor:
-    """ᾱ_t, (T,) fp32, of the family's schedule as stock DDPM computes it."""
+    """ᾱ_t, (T,) fp32, of the family's schedule as stock DDPM computes it.
+
+    With `rescale_betas_zero_snr` ᾱ_T is 0 (Lin et al. 2023, algorithm 1). Raises BadSetting for what training does
+    not know: another prediction type, or ε-prediction of a picture that is all noise, which says nothing.
+    """
     prediction = scheduler_config.get("prediction_type", "epsilon")
-    if prediction != "epsilon" or scheduler_config.get("rescale_betas_zero_snr"):
+    if prediction not in PREDICTIONS:
+        known = ", ".join(PREDICTIONS)
+        raise BadSetting(f"The scheduler config asks for prediction_type {prediction!r}; known: {known}.")
+    if prediction == "epsilon" and scheduler_config.get("rescale_betas_zero_snr"):
         raise BadSetting(
-            f"The scheduler config asks for prediction_type {prediction!r}, rescale_betas_zero_snr "
-            f"{bool(scheduler_config.get('rescale_betas_zero_snr'))}; training knows epsilon without rescaling only."
+            "Zero-terminal SNR (rescale_betas_zero_snr) goes with v-prediction: at the last timestep the picture is\n"
+            "all noise, and its ε is given away. Train with loss=v."
         )
     alphas: Tensor = DDPMScheduler.from_config(dict(scheduler_config)).alphas_cumprod
+    if scheduler_config.get("rescale_betas_zero_snr"):
+        alphas[-1] = 0.0  # diffusers leaves what the last product rounds to
     return alphas
 
 
@@ -32,9 +44,51 @@ def add_noise(clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
     return signal * clean + (1 - alpha_bar).sqrt()[:, None, None, None] * noise
 
 
+def target(prediction: str, clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """What the UNet is to say, (B, C, H, W): ε, or v = √ᾱ ε - √(1-ᾱ) x (Salimans & Ho 2022, appendix D)."""
+    if prediction == "epsilon":
+        return noise
+    signal = alpha_bar.sqrt()[:, None, None, None]
+    return signal * noise - (1 - alpha_bar).sqrt()[:, None, None, None] * clean
+
+
 def draw_noise(shape: Sequence[int], seed: int, images: Sequence[int], purpose: str = "noise") -> Tensor:
     """(len(images), *shape) normal noise, each image's its own by (seed, purpose, image), on the CPU."""
     return torch.stack([torch.randn(*shape, generator=generator(seed, purpose, image)) for image in images])
+
+
+def offset_noise(noise: Tensor, strength: float, seed: int, images: Sequence[int]) -> Tensor:
+    """Noise with one more draw for each whole channel: ε + strength · δ, δ (B, C, 1, 1).
+
+    It lets a model learn the mean brightness (Guttenberg 2023, "Diffusion with offset noise"). Variance 1 + strength².
+    """
+    return noise + strength * draw_noise((noise.shape[1], 1, 1), seed, images, "noise offset")
+
+
+def pyramid_noise(noise: Tensor, discount: float, seed: int, images: Sequence[int], levels: int = 10) -> Tensor:
+    """Noise of many scales (Whitaker 2023, "Multi-resolution noise"), brought back to unit variance per image.
+
+    Level i is coarser by r_i, drawn in 2–4 of the level before, is stretched to the full size (bilinear) and weighs
+    discount^i; it ends where a side is one latent pixel.
+    """
+    made = []
+    for flat, image in zip(noise, images, strict=True):
+        draw = generator(seed, "pyramid noise", image)
+        (channels, height, width), total, shrink = flat.shape, flat.clone(), 1.0
+        for level in range(1, levels + 1):
+            shrink *= 2 + 2 * float(torch.rand((), generator=draw))
+            size = max(1, int(height / shrink)), max(1, int(width / shrink))
+            coarse = torch.randn(1, channels, *size, generator=draw)
+            total += discount**level * interpolate(coarse, (height, width), mode="bilinear")[0]
+            if 1 in size:
+                break
+        made.append(total / total.std())
+    return torch.stack(made)
+
+
+def input_noise(noise: Tensor, strength: float, seed: int, images: Sequence[int]) -> Tensor:
+    """The noise that is mixed in, while the plain one stays the target: ε + strength · ξ (Ning et al. 2023)."""
+    return noise + strength * draw_noise(noise.shape[1:], seed, images, "input noise")
 
 
 def draw_timesteps(count: int, seed: int, images: Sequence[int]) -> Tensor:

@@ -6,13 +6,18 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ambergrade.errors import BadSetting, UnknownName
 
 PARTS = ("unet", "te1", "te2")
+PRECISIONS = ("fp32", "bf16", "bf16-sr", "bf16-plain")
+TOKENS = (75, 150, 225)
+CHECKPOINTING = ("none", "selective", "full")
+WHERE = ("save_every", "log_every", "sample_every", "checkpointing")
+"""Settings that change no result, so no identity either."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +46,32 @@ class TrainSettings:
     """Probability of the empty caption."""
     tag_dropout: float = 0.0
     """Probability, per flexible tag, of leaving it out."""
+    group_dropout: float = 0.0
+    """Probability, per group of flexible tags (the recipe's parts), of leaving it out whole."""
+    tokens: int = 75
+    """Most tokens of a caption: 75, 150 or 225, in one, two or three windows of the text encoders."""
+    loss_weights: Mapping[str, float] = field(default_factory=dict)
+    """Tag as spelled in the caption to a factor of its pictures' loss; the factors of several tags multiply."""
+    noise_offset: float = 0.0
+    """Strength of the noise that a whole channel shares; 0.0357 is usual."""
+    pyramid_noise: float = 0.0
+    """Weight of each coarser level of noise relative to the finer; 0 is off, 0.3 usual."""
+    input_noise: float = 0.0
+    """Strength of extra noise that the model sees and is not asked for; 0.1 is usual."""
+    zero_terminal_snr: bool = False
+    """Rescale the schedule so that its last step is all noise; needs a v-prediction loss."""
     ema: float = 0.0
     """Decay per step of an fp32 average of the weights, which then is the result; 0 is off."""
     precision: str = "fp32"
-    """`fp32`, or `bf16`: fp32 weights under bf16 autocast."""
+    """`fp32`; `bf16`: fp32 weights under bf16 autocast; `bf16-sr`: bf16 weights, rounded stochastically by the
+    optimizer; `bf16-plain`: bf16 weights, refused where most steps would be rounded away."""
+    checkpointing: str = "none"
+    """What is computed again in the backward pass to save memory: `none`, `selective` (the UNet's deepest level and
+    middle, where most activations of attention lie) or `full` (all blocks, and the text encoders). Same numbers."""
+    compile: bool = False
+    """Compile the UNet's repeated blocks."""
+    lora: Mapping[str, Any] | None = None
+    """Null: full fine-tuning. Else `rank`, `alpha`: low-rank adapters of the parts with a learning rate (peft)."""
     seed: int = 0
     save_every: int = 0
     """Images between resumable states; 0 is none. Changes no result, as do the next two."""
@@ -60,9 +87,16 @@ class TrainSettings:
             complaints.append(f"images {self.images} is no multiple of batch {self.batch}: the nearest is {near}")
         if set(self.lr) != set(PARTS) or any(rate < 0 for rate in self.lr.values()) or not any(self.lr.values()):
             complaints.append(f"lr needs {', '.join(PARTS)}, none negative and one above 0, found {dict(self.lr)}")
-        if self.precision not in ("fp32", "bf16"):
-            complaints.append(f"precision is fp32 or bf16, found {self.precision!r}")
-        for name in ("caption_dropout", "tag_dropout", "ema"):
+        for name, known in (("precision", PRECISIONS), ("tokens", TOKENS), ("checkpointing", CHECKPOINTING)):
+            if getattr(self, name) not in known:
+                complaints.append(f"{name} is one of {', '.join(map(str, known))}; found {getattr(self, name)!r}")
+        negative = [n for n in ("noise_offset", "pyramid_noise", "input_noise", "clip") if getattr(self, n) < 0]
+        negative += [f"loss_weights.{tag}" for tag, weight in self.loss_weights.items() if weight < 0]
+        if negative:
+            complaints.append(f"{', '.join(negative)} must not be negative")
+        if self.lora is not None and set(self.lora) != {"rank", "alpha"}:
+            complaints.append(f"lora needs rank and alpha, found {dict(self.lora)}")
+        for name in ("caption_dropout", "tag_dropout", "group_dropout", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 complaints.append(f"{name} lies in 0 ≤ {name} < 1, found {getattr(self, name)}")
         for name in ("schedule", "loss", "optimizer"):
@@ -83,6 +117,11 @@ class TrainSettings:
             raise BadSetting(f"Training settings lack {', '.join(absent)}.")
         return cls(**values)
 
+    @property
+    def what(self) -> dict[str, Any]:
+        """The settings that decide the result, without those that say where and how often."""
+        return {key: value for key, value in asdict(self).items() if key not in WHERE}
+
     def accumulation(self, processes: int) -> int:
         """Passes per optimizer step on each of `processes`. Raises BadSetting saying which `micro` fit."""
         steps, rest = divmod(self.batch, self.micro * processes)
@@ -95,16 +134,21 @@ class TrainSettings:
         return steps
 
 
+def plug_module(kind: str, chosen: Mapping[str, Any]) -> Any:
+    """The file `train/<kind>/<chosen name>.py`. Raises UnknownName for one that is not there."""
+    folder = Path(__file__).parent / kind
+    known = [path.stem for path in folder.glob("*.py") if path.stem != "__init__"]
+    if chosen["name"] not in known:
+        raise UnknownName(f"file in train/{kind}:", chosen["name"], known)
+    return importlib.import_module(f"ambergrade.train.{kind}.{chosen['name']}")
+
+
 def plug(kind: str, function: str, chosen: Mapping[str, Any]) -> Callable[..., Any]:
     """`function` of the file `train/<kind>/<chosen name>.py`, with its parameters filled in.
 
     Raises UnknownName for a file or a parameter that is not there.
     """
-    folder = Path(__file__).parent / kind
-    known = [path.stem for path in folder.glob("*.py") if path.stem != "__init__"]
-    if chosen["name"] not in known:
-        raise UnknownName(f"file in train/{kind}:", chosen["name"], known)
-    found = getattr(importlib.import_module(f"ambergrade.train.{kind}.{chosen['name']}"), function)
+    found = getattr(plug_module(kind, chosen), function)
     parameters = {key: value for key, value in chosen.items() if key != "name"}
     takes = [p.name for p in inspect.signature(found).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for key in parameters:

@@ -6,45 +6,47 @@ and process count and micro-batch change only the order of sums.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ambergrade.errors import BadSetting
-from ambergrade.family.files import read_tensors, write_tensors
-from ambergrade.family.sdxl import Networks, encode_tokens, tokenize
+from ambergrade.family.sdxl import Networks
 from ambergrade.identity import digest
-from ambergrade.nouns import CaptionedPicture, CaptionSet
-from ambergrade.train.batches import Batches, caption_text
-from ambergrade.train.diffusion import add_noise, alpha_bars, draw_noise, draw_timesteps, time_ids
+from ambergrade.nouns import Caption, CaptionedPicture, CaptionSet
+from ambergrade.train import lora
+from ambergrade.train.batches import Batches, caption_tags
+from ambergrade.train.diffusion import (
+    add_noise,
+    alpha_bars,
+    draw_noise,
+    draw_timesteps,
+    input_noise,
+    offset_noise,
+    pyramid_noise,
+    target,
+    time_ids,
+)
 from ambergrade.train.latents import Latents
-from ambergrade.train.settings import TrainSettings, plug
+from ambergrade.train.rounding import lost_share
+from ambergrade.train.run import LogRow, Run
+from ambergrade.train.settings import TrainSettings, plug, plug_module
+from ambergrade.train.tokens import encode, tokenize_captions
 from ambergrade.train.validation import ValidationLoss, validation_loss
 
-STATE = "state.safetensors"
+__all__ = ["Denoiser", "LogRow", "TrainReport", "fine_tune", "freeze", "parameter_groups"]
 
-
-@dataclass(frozen=True)
-class LogRow:
-    """Training as it went, averaged over the images since the row before."""
-
-    seen: int
-    """Images seen so far."""
-    loss: float
-    grad_norm: float
-    """Before clipping."""
-    lr: dict[str, float]
-    """Of the last step, by part."""
+STATES = "state"
+"""Folder of resumable states within a run's scratch folder."""
+MOST_LOST = 0.5
+"""Plain bf16 is refused when more than this share of a part's weights would not feel a step."""
 
 
 @dataclass
@@ -69,9 +71,11 @@ class Denoiser(nn.Module):
 
     def forward(self, noisy: Tensor, timesteps: Tensor, ids_1: Tensor, ids_2: Tensor, time_ids: Tensor) -> Tensor:
         """The predicted noise, (B, C, H, W)."""
-        states, pooled = encode_tokens(self.te1, self.te2, ids_1, ids_2)
+        states, pooled = encode(self.te1, self.te2, ids_1, ids_2)
         added = {"text_embeds": pooled, "time_ids": time_ids}
-        predicted: Tensor = self.unet(noisy, timesteps, states, added_cond_kwargs=added, return_dict=False)[0]
+        predicted: Tensor = self.unet(
+            noisy.to(self.unet.dtype), timesteps, states, added_cond_kwargs=added, return_dict=False
+        )[0]
         return predicted
 
 
@@ -84,15 +88,17 @@ def fine_tune(
     scratch: Path,
     on_log: Callable[[LogRow], None] | None = None,
     on_sample: Callable[[Networks, int], None] | None = None,
+    on_gradient: Callable[[Mapping[str, Tensor]], None] | None = None,
     validation: tuple[CaptionSet, Latents] | None = None,
 ) -> TrainReport:
     """Train in place and report. With `settings.ema` the networks end as their average.
 
     Every `save_every` images the whole state goes to `scratch`; called again after a kill with the same arguments
     (and the weights it began with), the run goes on from there and ends in the same bits. `on_log(row)` hears each
-    new row, `on_sample(networks, images seen)` gets the (averaged) networks to draw with, `validation` is a held-out
-    set, measured before and after. Launched by accelerate with several processes, each takes a slice of the same
-    batches. Raises BadSetting when the batch cannot be divided or `scratch` holds another run.
+    new row, `on_sample(networks, images seen)` gets the (averaged) networks to draw with, `on_gradient(name to
+    gradient)` sees each step's clipped gradient, `validation` is a held-out set, measured before and after. Launched
+    by accelerate with several processes, each takes a slice of the same batches. Raises BadSetting when the batch
+    cannot be divided, plain bf16 could not learn, or `scratch` holds another run.
     """
     accelerator = Accelerator(
         gradient_accumulation_steps=1, mixed_precision="bf16" if settings.precision == "bf16" else "no"
@@ -101,20 +107,29 @@ def fine_tune(
     accelerator.gradient_accumulation_steps = accumulation
     loss_per_image = plug("losses", "loss", settings.loss)
     factor = plug("schedules", "factor", settings.schedule)
+    set_prediction(networks, settings)
     alphas = alpha_bars(networks.scheduler_config)
 
     denoiser = Denoiser(networks)
-    freeze(denoiser, settings.lr)
+    adapters = lora.inject(denoiser, settings.lr, settings.seed, **settings.lora) if settings.lora else None
+    if adapters is None:
+        freeze(denoiser, settings.lr)
+    choose_precision(denoiser, settings)
+    save_memory(networks, settings)
     groups = parameter_groups(denoiser, settings.lr)
     optimizer: torch.optim.Optimizer = plug("optimizers", "optimizer", settings.optimizer)(groups)
     model, stepper = accelerator.prepare(denoiser, optimizer)
     networks.vae.to(accelerator.device)
-    run = _Run(denoiser, optimizer, settings.ema, digest([asdict(settings), captions.digest]))
-    run.restore(scratch / STATE)
+    run = Run(denoiser, optimizer, settings.ema, digest([settings.what, captions.digest]))
+    run.restore(scratch / STATES)
+
+    def heard(run: Run) -> None:
+        if on_gradient:
+            on_gradient({name: p.grad for name, p in run.names.items() if p.grad is not None})
 
     report = TrainReport(run.seen, run.rows, run.before)
     if validation and run.before is None:
-        report.before = run.before = validation_loss(networks, *validation)
+        report.before = run.before = validation_loss(networks, *validation, tokens=settings.tokens)
     batches = Batches({bucket: len(rows) for bucket, rows in latents.positions.items()}, settings.batch, settings.seed)
     denoiser.train()
     bar = tqdm(
@@ -145,7 +160,9 @@ def fine_tune(
                     for start in range(first, first + accumulation * settings.micro, settings.micro)
                 )
             )
-            mean_loss, norm = _optimizer_step(accelerator, model, stepper, micro_batches, loss_per_image, settings.clip)
+            mean_loss, norm = _optimizer_step(
+                accelerator, model, stepper, micro_batches, loss_per_image, settings.clip, lambda: heard(run)
+            )
             if not math.isfinite(mean_loss + norm):
                 raise BadSetting(
                     f"Training diverged after {run.seen} images: loss {mean_loss}, gradient norm {norm}.\n"
@@ -166,13 +183,15 @@ def fine_tune(
                     denoiser.train()
             if _due(run.seen, settings.save_every, settings):
                 if accelerator.is_main_process:
-                    run.save(scratch / STATE)
+                    run.save(scratch / STATES)
                 accelerator.wait_for_everyone()
     run.finish()
-    denoiser.eval().requires_grad_(True)
+    if adapters is not None:
+        lora.merge(denoiser, adapters, scratch)
+    denoiser.float().eval().requires_grad_(True)
     report.seen, report.rows = run.seen, run.rows
     if validation:
-        report.after = validation_loss(networks, *validation)
+        report.after = validation_loss(networks, *validation, tokens=settings.tokens)
     return report
 
 
@@ -182,7 +201,8 @@ class MicroBatch:
 
     noisy: Tensor
     """(B, C, H, W)"""
-    noise: Tensor
+    target: Tensor
+    """What the UNet is to predict."""
     timesteps: Tensor
     """(B,) int64"""
     alpha_bar: Tensor
@@ -192,6 +212,8 @@ class MicroBatch:
     ids_2: Tensor
     time_ids: Tensor
     """(B, 6)"""
+    weights: Tensor
+    """(B,) factors of the images' losses."""
 
     def to(self, device: torch.device) -> MicroBatch:
         return MicroBatch(**{name: value.to(device) for name, value in vars(self).items()})
@@ -206,22 +228,99 @@ def draw_micro_batch(
     settings: TrainSettings,
 ) -> MicroBatch:
     """Noise, timesteps and captions of pictures with latents `clean`; `images` are their numbers in the run."""
-    texts = [
-        caption_text(
+    tags = [
+        caption_tags(
             picture.caption,
             settings.seed,
             image,
             shuffle=settings.shuffle,
             tag_dropout=settings.tag_dropout,
             caption_dropout=settings.caption_dropout,
+            group_dropout=settings.group_dropout,
         )
         for picture, image in zip(pictures, images, strict=True)
     ]
     noise = draw_noise(clean.shape[1:], settings.seed, images)
+    if settings.noise_offset:
+        noise = offset_noise(noise, settings.noise_offset, settings.seed, images)
+    if settings.pyramid_noise:
+        noise = pyramid_noise(noise, settings.pyramid_noise, settings.seed, images)
+    mixed = input_noise(noise, settings.input_noise, settings.seed, images) if settings.input_noise else noise
     timesteps = draw_timesteps(len(alphas), settings.seed, images)
     alpha_bar = alphas[timesteps]
-    ids_1, ids_2 = tokenize(networks, texts)
-    return MicroBatch(add_noise(clean, noise, alpha_bar), noise, timesteps, alpha_bar, ids_1, ids_2, time_ids(pictures))
+    return MicroBatch(
+        add_noise(clean, mixed, alpha_bar),
+        target(networks.scheduler_config.get("prediction_type", "epsilon"), clean, noise, alpha_bar),
+        timesteps,
+        alpha_bar,
+        *tokenize_captions(networks, tags, settings.tokens),
+        time_ids(pictures),
+        torch.tensor([loss_weight(picture.caption, settings.loss_weights) for picture in pictures]),
+    )
+
+
+def loss_weight(caption: Caption, weights: Mapping[str, float]) -> float:
+    """The factor of a picture's loss: the product over the tags of its whole caption."""
+    return math.prod(weights.get(tag, 1.0) for tag in (*caption.keep, *caption.flexible, *caption.suffix))
+
+
+def set_prediction(networks: Networks, settings: TrainSettings) -> None:
+    """Let the networks' scheduler config say what the loss trains, so that validation and sampling follow.
+
+    Raises BadSetting for an ε-loss on a v-prediction model, which would unlearn it.
+    """
+    trained = plug_module("losses", settings.loss).PREDICTION
+    found = networks.scheduler_config.get("prediction_type", "epsilon")
+    if trained == "epsilon" and found != "epsilon":
+        raise BadSetting(f"The base predicts {found}, and loss={settings.loss['name']} trains epsilon. Take loss=v.")
+    if trained != found:
+        networks.scheduler_config = {**networks.scheduler_config, "prediction_type": trained}
+    if settings.zero_terminal_snr:
+        networks.scheduler_config = {**networks.scheduler_config, "rescale_betas_zero_snr": True}
+
+
+def choose_precision(denoiser: Denoiser, settings: TrainSettings) -> None:
+    """bf16 weights where they are asked for.
+
+    Raises BadSetting where they would not learn: plain rounding at a rate that most weights would not feel, or
+    bf16-sr with an optimizer that does not round stochastically.
+    """
+    if settings.precision not in ("bf16-sr", "bf16-plain"):
+        return
+    name = settings.optimizer["name"]
+    if settings.precision == "bf16-sr":
+        if not getattr(plug_module("optimizers", settings.optimizer), "ROUNDS_STOCHASTICALLY", False):
+            raise BadSetting(
+                f"precision=bf16-sr needs an optimizer that rounds stochastically, and {name} does not.\n"
+                "Take optimizer=adamw_sr, adafactor or lion, or precision=bf16."
+            )
+    else:
+        for part, rate in settings.lr.items():
+            lost = lost_share((p for p in getattr(denoiser, part).parameters() if p.requires_grad), rate)
+            if rate and lost > MOST_LOST:
+                raise BadSetting(
+                    f"lr.{part}={rate:g} with precision=bf16-plain trains next to nothing: bf16 rounds a step of that\n"
+                    f"size away for {lost:.0%} of its weights. Take precision=bf16 (fp32 weights), or bf16-sr with\n"
+                    "optimizer=adamw_sr, adafactor or lion."
+                )
+    denoiser.to(torch.bfloat16)
+
+
+def save_memory(networks: Networks, settings: TrainSettings) -> None:
+    """Compute blocks again instead of keeping their activations, and compile, as the settings ask."""
+    unet = networks.unet
+    if settings.checkpointing != "none":
+        unet.enable_gradient_checkpointing()
+        if settings.checkpointing == "selective":
+            for block in [*unet.down_blocks[:-1], *unet.up_blocks[1:]]:
+                block.gradient_checkpointing = False
+        else:
+            for encoder in (networks.text_encoder, networks.text_encoder_2):
+                encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        unet.disable_gradient_checkpointing()
+    if settings.compile:
+        unet.compile_repeated_blocks()
 
 
 def freeze(denoiser: Denoiser, lr: Mapping[str, float]) -> None:
@@ -256,6 +355,7 @@ def _optimizer_step(
     micro_batches: Iterable[MicroBatch],
     loss_per_image: Callable[[Tensor, Tensor, Tensor], Tensor],
     clip: float,
+    before_step: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
     """Accumulate the micro-batches' gradients and step once; the mean loss over all processes and the gradient norm."""
     losses: list[Tensor] = []
@@ -264,12 +364,13 @@ def _optimizer_step(
         micro = micro.to(accelerator.device)
         with accelerator.accumulate(model):
             predicted = model(micro.noisy, micro.timesteps, micro.ids_1, micro.ids_2, micro.time_ids)
-            loss = loss_per_image(predicted, micro.noise, micro.alpha_bar).mean()
+            loss = (loss_per_image(predicted, micro.target, micro.alpha_bar) * micro.weights).mean()
             accelerator.backward(loss)
             losses.append(loss.detach())
             if accelerator.sync_gradients:
                 parameters = [p for group in stepper.param_groups for p in group["params"]]
                 norm = accelerator.clip_grad_norm_(parameters, clip or math.inf)
+                before_step()
             stepper.step()
             stepper.zero_grad(set_to_none=True)
     return accelerator.reduce(torch.stack(losses).mean(), "mean").item(), float(norm)
@@ -278,107 +379,3 @@ def _optimizer_step(
 def _due(seen: int, every: int, settings: TrainSettings) -> bool:
     """Whether the step that ended at `seen` crossed a multiple of `every`, or was the last."""
     return every > 0 and (seen // every > (seen - settings.batch) // every or seen == settings.images)
-
-
-class _Run:
-    """What changes while training, and its file."""
-
-    def __init__(self, denoiser: Denoiser, optimizer: torch.optim.Optimizer, ema: float, identity: str) -> None:
-        self.names = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
-        self.optimizer = optimizer
-        self.decay = ema
-        self.identity = identity
-        self.ema = {name: p.detach().float().clone() for name, p in self.names.items()} if ema else {}
-        self.seen = 0
-        self.steps = 0
-        self.rows: list[LogRow] = []
-        self.pending: list[tuple[float, float]] = []
-        """(loss, gradient norm) of steps since the last row."""
-        self.before: ValidationLoss | None = None
-
-    @torch.no_grad()
-    def advance(self, images: int, loss: float, norm: float) -> None:
-        """Count a finished optimizer step and move the average."""
-        self.seen += images
-        self.steps += 1
-        self.pending.append((loss, norm))
-        if self.ema:
-            # A short memory at first, so that the start is forgotten.
-            decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-            torch._foreach_lerp_(list(self.ema.values()), [p.data for p in self.names.values()], 1 - decay)
-
-    def log(self, lr: dict[str, float]) -> LogRow:
-        losses, norms = zip(*self.pending, strict=True)
-        row = LogRow(self.seen, sum(losses) / len(losses), sum(norms) / len(norms), lr)
-        self.rows.append(row)
-        self.pending = []
-        return row
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The averaged weights in the live modules, while it lasts."""
-        raw = {name: self.names[name].data for name in self.ema}
-        for name, average in self.ema.items():
-            self.names[name].data = average
-        try:
-            yield
-        finally:
-            for name, value in raw.items():
-                self.names[name].data = value
-
-    @torch.no_grad()
-    def finish(self) -> None:
-        """Leave the average, if there is one, as the weights."""
-        for name, average in self.ema.items():
-            self.names[name].copy_(average)
-
-    def save(self, path: Path) -> None:
-        tensors: dict[str, Tensor] = {f"weights.{name}": p for name, p in self.names.items()}
-        tensors |= {f"ema.{name}": average for name, average in self.ema.items()}
-        for name, p in self.names.items():
-            tensors |= {f"optimizer.{name}/{key}": value for key, value in self.optimizer.state[p].items()}
-        progress = {
-            "identity": self.identity,
-            "seen": self.seen,
-            "steps": self.steps,
-            "rows": [asdict(row) for row in self.rows],
-            "pending": self.pending,
-            "before": asdict(self.before) if self.before else None,
-        }
-        write_tensors(path, tensors, {"progress": json.dumps(progress)})
-
-    @torch.no_grad()
-    def restore(self, path: Path) -> None:
-        """Go on from the state at `path`, if there is one."""
-        if not path.exists():
-            return
-        with safe_open(path, "pt") as file:
-            progress = json.loads(file.metadata()["progress"])
-        if progress["identity"] != self.identity:
-            raise BadSetting(
-                f"{path} is the state of a run with other settings or captions.\n"
-                "Give this run its own scratch folder, or remove the file."
-            )
-        tensors = read_tensors(path)
-        for name, p in self.names.items():
-            p.copy_(tensors[f"weights.{name}"])
-        for name, average in self.ema.items():
-            average.copy_(tensors[f"ema.{name}"])
-        self._restore_optimizer({key: value for key, value in tensors.items() if key.startswith("optimizer.")})
-        self.seen, self.steps = progress["seen"], progress["steps"]
-        self.rows = [LogRow(**row) for row in progress["rows"]]
-        self.pending = [(loss, norm) for loss, norm in progress["pending"]]
-        if progress["before"]:
-            by_timestep = {int(t): value for t, value in progress["before"]["by_timestep"].items()}
-            self.before = ValidationLoss(**{**progress["before"], "by_timestep": by_timestep})
-
-    def _restore_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
-        """Through the optimizer's own loading, which knows where each value must lie."""
-        values = self.optimizer.state_dict()
-        order = [p for group in self.optimizer.param_groups for p in group["params"]]
-        index = {id(p): n for n, p in enumerate(order)}
-        values["state"] = {n: {} for n in range(len(order))}
-        for key, value in tensors.items():
-            name, field_name = key.removeprefix("optimizer.").split("/")
-            values["state"][index[id(self.names[name])]][field_name] = value.clone()
-        self.optimizer.load_state_dict(values)

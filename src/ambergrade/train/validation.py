@@ -9,17 +9,18 @@ import torch
 from tqdm import tqdm
 
 from ambergrade.errors import BadInput
-from ambergrade.family.sdxl import Networks, encode_text
+from ambergrade.family.sdxl import Networks
 from ambergrade.nouns import CaptionSet
-from ambergrade.train.diffusion import add_noise, alpha_bars, draw_noise, time_ids
+from ambergrade.train.diffusion import add_noise, alpha_bars, draw_noise, target, time_ids
 from ambergrade.train.latents import Latents
+from ambergrade.train.tokens import encode, tokenize_captions
 
 QUANTILES = tuple(n / 10 for n in range(1, 10))
 
 
 @dataclass(frozen=True)
 class ValidationLoss:
-    """Mean squared error of the predicted noise."""
+    """Mean squared error of the predicted noise, or velocity for a v-prediction model."""
 
     by_timestep: dict[int, float]
     mean: float
@@ -36,8 +37,9 @@ def validation_loss(
     quantiles: Sequence[float] = QUANTILES,
     seed: int = 0,
     batch: int = 32,
+    tokens: int = 75,
 ) -> ValidationLoss:
-    """Unweighted ε-loss with whole captions at the given quantiles of the schedule.
+    """Unweighted loss with whole captions at the given quantiles of the schedule.
 
     The noise of a picture depends on (seed, position in the set, timestep) alone. `batch` is pictures per forward pass.
     """
@@ -45,6 +47,7 @@ def validation_loss(
         raise BadInput("The validation set has no pictures.")
     device = networks.unet.device
     alphas = alpha_bars(networks.scheduler_config)
+    prediction = networks.scheduler_config.get("prediction_type", "epsilon")
     timesteps = [round(quantile * len(alphas)) for quantile in quantiles]
     sums = dict.fromkeys(timesteps, 0.0)
     modules = (networks.unet, networks.text_encoder, networks.text_encoder_2)
@@ -58,15 +61,23 @@ def validation_loss(
                 places = positions[rows].tolist()
                 pictures = [captions.pictures[place] for place in places]
                 clean = latents.rows(bucket, rows)
-                states, pooled = encode_text(networks, [picture.caption.text for picture in pictures])
+                tags = [(*p.caption.keep, *p.caption.flexible, *p.caption.suffix) for p in pictures]
+                ids = (ids.to(device) for ids in tokenize_captions(networks, tags, tokens))
+                states, pooled = encode(networks.text_encoder, networks.text_encoder_2, *ids)
                 added = {"text_embeds": pooled, "time_ids": time_ids(pictures).to(device)}
                 for timestep in timesteps:
                     noise = draw_noise(clean.shape[1:], seed, places, f"validation noise {timestep}")
-                    noisy = add_noise(clean, noise, alphas[timestep].expand(len(rows)))
+                    alpha_bar = alphas[timestep].expand(len(rows))
+                    noisy = add_noise(clean, noise, alpha_bar)
+                    wanted = target(prediction, clean, noise, alpha_bar)
                     predicted = networks.unet(
-                        noisy.to(device), timestep, states, added_cond_kwargs=added, return_dict=False
+                        noisy.to(device, networks.unet.dtype),
+                        timestep,
+                        states,
+                        added_cond_kwargs=added,
+                        return_dict=False,
                     )[0]
-                    error = (predicted.float().cpu() - noise).square().mean(dim=(1, 2, 3))
+                    error = (predicted.float().cpu() - wanted).square().mean(dim=(1, 2, 3))
                     sums[timestep] += float(error.double().sum())
                 bar.update(len(rows))
     for module, was in zip(modules, training, strict=True):

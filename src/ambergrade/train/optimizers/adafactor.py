@@ -1,0 +1,74 @@
+"""Adafactor (Shazeer & Stern 2018) with the learning rate given: two vectors of state for a matrix, not two copies.
+
+bf16 weights are rounded stochastically.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ambergrade.train.rounding import write_back
+
+ROUNDS_STOCHASTICALLY = True
+
+
+def optimizer(
+    groups: list[dict[str, Any]],
+    *,
+    decay: float = 0.8,
+    clip_threshold: float = 1.0,
+    eps: float = 1e-30,
+    weight_decay: float = 0.0,
+    seed: int = 0,
+) -> torch.optim.Optimizer:
+    """An optimizer of the groups (`params`, `lr`, `decayed`), without momentum and without relative step sizes.
+
+    `decay`: β₂ of step t is 1 - t^-decay (section 7.2); `clip_threshold`: largest root mean square of an update
+    (algorithm 4); `seed` keys the rounding.
+    """
+    defaults = {"decay": decay, "clip": clip_threshold, "eps": eps, "weight_decay": weight_decay, "seed": seed}
+    return Adafactor(groups, defaults)
+
+
+class Adafactor(torch.optim.Optimizer):
+    def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
+        super().__init__(groups, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        number = 0
+        for group in self.param_groups:
+            shrink = group["lr"] * group["weight_decay"] if group["decayed"] else 0.0
+            for parameter in group["params"]:
+                number += 1
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                update = _update(parameter.grad.float(), state, group)
+                value = parameter.float() * (1 - shrink) - group["lr"] * update
+                write_back(parameter, value, group["seed"], number, int(state["step"]))
+
+
+def _update(gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    matrix = gradient.flatten(1) if gradient.ndim > 1 else gradient  # a convolution is a matrix of its filters
+    squared = matrix.square() + group["eps"]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.int64)
+        if matrix.ndim > 1:
+            state["rows"], state["columns"] = torch.zeros_like(squared[:, 0]), torch.zeros_like(squared[0])
+        else:
+            state["square"] = torch.zeros_like(squared)
+    state["step"] += 1
+    weight = float(state["step"]) ** -group["decay"]  # 1 - β₂
+    if matrix.ndim > 1:
+        rows = state["rows"].lerp_(squared.mean(dim=1), weight)
+        columns = state["columns"].lerp_(squared.mean(dim=0), weight)
+        update = matrix * (rows / rows.mean()).rsqrt()[:, None] * columns.rsqrt()[None]
+    else:
+        update = matrix * state["square"].lerp_(squared, weight).rsqrt()
+    clipped: Tensor = update / (update.square().mean().sqrt() / group["clip"]).clamp(min=1)
+    return clipped.view_as(gradient)

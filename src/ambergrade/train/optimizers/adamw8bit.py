@@ -1,0 +1,27 @@
+"""AdamW with a byte for each moment of a weight (Dettmers et al. 2022), from the optional package bitsandbytes."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ambergrade.errors import BadSetting
+
+
+def optimizer(
+    groups: list[dict[str, Any]], *, betas: Sequence[float] = (0.9, 0.999), weight_decay: float = 0.01
+) -> torch.optim.Optimizer:
+    """An optimizer of the groups (`params`, `lr`, `decayed`). Raises BadSetting where bitsandbytes is not installed."""
+    try:
+        library = importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise BadSetting(
+            f"optimizer=adamw8bit needs bitsandbytes, which is not installed ({error}).\n"
+            "Install it with: pip install bitsandbytes; or take optimizer=adamw."
+        ) from error
+    groups = [{**group, "weight_decay": weight_decay if group["decayed"] else 0.0} for group in groups]
+    made: torch.optim.Optimizer = library.optim.AdamW8bit(groups, betas=tuple(betas))
+    return made

@@ -1,0 +1,49 @@
+"""Lion (Chen et al. 2023, algorithm 2): the sign of a mixed momentum; bf16 weights are rounded stochastically."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ambergrade.train.rounding import write_back
+
+ROUNDS_STOCHASTICALLY = True
+
+
+def optimizer(
+    groups: list[dict[str, Any]],
+    *,
+    betas: Sequence[float] = (0.9, 0.99),
+    weight_decay: float = 0.1,
+    seed: int = 0,
+) -> torch.optim.Optimizer:
+    """An optimizer of the groups (`params`, `lr`, `decayed`); decay spares groups that are not `decayed`."""
+    return Lion(groups, {"betas": tuple(betas), "weight_decay": weight_decay, "seed": seed})
+
+
+class Lion(torch.optim.Optimizer):
+    def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
+        super().__init__(groups, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        number = 0
+        for group in self.param_groups:
+            beta_1, beta_2 = group["betas"]
+            shrink = group["lr"] * group["weight_decay"] if group["decayed"] else 0.0
+            for parameter in group["params"]:
+                number += 1
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.int64)
+                    state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
+                gradient = parameter.grad.float()
+                state["step"] += 1
+                direction = state["exp_avg"].lerp(gradient, 1 - beta_1).sign_()
+                state["exp_avg"].lerp_(gradient, 1 - beta_2)
+                value = parameter.float() * (1 - shrink) - group["lr"] * direction
+                write_back(parameter, value, group["seed"], number, int(state["step"]))

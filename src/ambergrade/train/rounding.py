@@ -1,0 +1,42 @@
+"""bf16 weights that learn: stochastic rounding, and how much plain rounding would lose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ambergrade.identity import random_seed
+
+
+@torch.no_grad()
+def write_back(parameter: Tensor, value: Tensor, seed: int, *item: int) -> None:
+    """Store fp32 `value` in `parameter`; into bf16 it is rounded up or down with the chance of its distance.
+
+    The expectation is then `value` itself (Gupta et al. 2015, section 3). The draw is keyed by (seed, item), so a
+    resumed run rounds alike.
+    """
+    if parameter.dtype != torch.bfloat16:
+        parameter.copy_(value)
+        return
+    draw = torch.Generator(parameter.device).manual_seed(random_seed(seed, "rounding", *item))
+    bits = value.float().contiguous().view(torch.int32)
+    # bf16 is the upper half of fp32: a random lower half carries into the upper with the right chance
+    low = torch.randint(0, 1 << 16, bits.shape, generator=draw, device=bits.device, dtype=torch.int32)
+    parameter.copy_(((bits + low) & -65536).view(torch.float32))
+
+
+@torch.no_grad()
+def lost_share(parameters: Iterable[Tensor], rate: float) -> float:
+    """Share of the weights for which a step of size `rate`, as Adam makes it, is rounded away in bf16.
+
+    A step is lost below half the spacing of bf16 numbers there: 2^(exponent of w - 8).
+    """
+    lost = total = 0
+    for parameter in parameters:
+        _, exponent = torch.frexp(parameter.detach().float())  # |w| = m · 2^exponent, m in 0.5 … 1
+        half_spacing = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent - 9)
+        lost += int(((rate < half_spacing) & (parameter != 0)).sum())
+        total += parameter.numel()
+    return lost / max(1, total)

@@ -1,0 +1,130 @@
+"""What changes while a run trains: weights, their average, the optimizer's state, and how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ambergrade.errors import BadSetting
+from ambergrade.train.state import read_state, write_state
+from ambergrade.train.validation import ValidationLoss
+
+
+@dataclass(frozen=True)
+class LogRow:
+    """Training as it went, averaged over the images since the row before."""
+
+    seen: int
+    """Images seen so far."""
+    loss: float
+    grad_norm: float
+    """Before clipping."""
+    lr: dict[str, float]
+    """Of the last step, by part."""
+
+
+class Run:
+    """What changes while training, and its file."""
+
+    def __init__(self, denoiser: nn.Module, optimizer: torch.optim.Optimizer, ema: float, identity: str) -> None:
+        self.names = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+        self.optimizer = optimizer
+        self.decay = ema
+        self.identity = identity
+        self.ema = {name: p.detach().float().clone() for name, p in self.names.items()} if ema else {}
+        self.seen = 0
+        self.steps = 0
+        self.rows: list[LogRow] = []
+        self.pending: list[tuple[float, float]] = []
+        """(loss, gradient norm) of steps since the last row."""
+        self.before: ValidationLoss | None = None
+
+    @torch.no_grad()
+    def advance(self, images: int, loss: float, norm: float) -> None:
+        """Count a finished optimizer step and move the average."""
+        self.seen += images
+        self.steps += 1
+        self.pending.append((loss, norm))
+        if self.ema:
+            # A short memory at first, so that the start is forgotten.
+            decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+            live = [p.data.float() for p in self.names.values()]
+            torch._foreach_lerp_(list(self.ema.values()), live, 1 - decay)
+
+    def log(self, lr: dict[str, float]) -> LogRow:
+        losses, norms = zip(*self.pending, strict=True)
+        row = LogRow(self.seen, sum(losses) / len(losses), sum(norms) / len(norms), lr)
+        self.rows.append(row)
+        self.pending = []
+        return row
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights in the live modules, while it lasts."""
+        raw = {name: self.names[name].data for name in self.ema}
+        for name, average in self.ema.items():
+            self.names[name].data = average.to(raw[name].dtype)
+        try:
+            yield
+        finally:
+            for name, value in raw.items():
+                self.names[name].data = value
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Leave the average, if there is one, as the weights."""
+        for name, average in self.ema.items():
+            self.names[name].copy_(average)
+
+    def save(self, folder: Path) -> None:
+        """Write the whole state. Raises MissingObject if it cannot be written."""
+        tensors: dict[str, Tensor] = {f"weights.{name}": p for name, p in self.names.items()}
+        tensors |= {f"ema.{name}": average for name, average in self.ema.items()}
+        for name, p in self.names.items():
+            values = self.optimizer.state[p].items()
+            tensors |= {f"optimizer.{name}/{key}": torch.as_tensor(value) for key, value in values}
+        progress = {
+            "identity": self.identity,
+            "seen": self.seen,
+            "steps": self.steps,
+            "rows": [asdict(row) for row in self.rows],
+            "pending": self.pending,
+            "before": asdict(self.before) if self.before else None,
+        }
+        write_state(folder, tensors, progress)
+
+    @torch.no_grad()
+    def restore(self, folder: Path) -> None:
+        """Go on from the newest whole state in `folder`, if there is one."""
+        found = read_state(folder)
+        if found is None:
+            return
+        tensors, progress = found
+        if progress["identity"] != self.identity:
+            raise BadSetting(
+                f"{folder} holds states of a run with other settings or captions.\n"
+                "Give this run its own scratch folder, or remove that one."
+            )
+        for name, p in self.names.items():
+            p.copy_(tensors[f"weights.{name}"])
+        for name, average in self.ema.items():
+            average.copy_(tensors[f"ema.{name}"])
+        self._restore_optimizer({key: value for key, value in tensors.items() if key.startswith("optimizer.")})
+        self.seen, self.steps = progress["seen"], progress["steps"]
+        self.rows = [LogRow(**row) for row in progress["rows"]]
+        self.pending = [(loss, norm) for loss, norm in progress["pending"]]
+        if progress["before"]:
+            by_timestep = {int(t): value for t, value in progress["before"]["by_timestep"].items()}
+            self.before = ValidationLoss(**{**progress["before"], "by_timestep": by_timestep})
+
+    def _restore_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
+        """Straight into its state: loading would cast the fp32 moments of bf16 weights to bf16."""
+        for key, value in tensors.items():
+            name, field_name = key.removeprefix("optimizer.").split("/")
+            parameter = self.names[name]
+            self.optimizer.state[parameter][field_name] = value.clone().to(parameter.device)

@@ -1,0 +1,66 @@
+"""Captions of up to 225 tokens: windows of 75, each with its own begin and end, side by side in the UNet's context.
+
+One window is read exactly as SDXL's own pipeline reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ambergrade.family.sdxl import Networks, encode_tokens, tokenize
+
+WINDOW = 75
+"""Tokens of text between begin and end."""
+
+
+def tokenize_captions(networks: Networks, captions: Sequence[Sequence[str]], tokens: int) -> tuple[Tensor, Tensor]:
+    """Ids of both tokenizers for captions given as tags: (B, 77) int64 for 75 tokens, else (B, tokens / 75, 77).
+
+    What does not fit is left out: with one window as the pipeline cuts it, with more whole tags at the end, so that
+    no half tag is learned.
+    """
+    if tokens == WINDOW:
+        return tokenize(networks, [", ".join(tags) for tags in captions])
+    pairs = (networks.tokenizer, networks.tokenizer_2)
+    ids_1, ids_2 = (torch.stack([_windows(tokenizer, tags, tokens) for tags in captions]) for tokenizer in pairs)
+    return ids_1, ids_2
+
+
+def encode(text_encoder: nn.Module, text_encoder_2: nn.Module, ids_1: Tensor, ids_2: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, T, C1+C2) states and (B, P) pooled, of (B, 77) ids or of (B, K, 77).
+
+    With K windows T is 75 K + 2: the first window's begin, all windows' text, the last window's end. Pooled is the
+    first window's. Each window is padded as its own tokenizer pads.
+    """
+    if ids_1.ndim == 2:
+        return encode_tokens(text_encoder, text_encoder_2, ids_1, ids_2)
+    batch, windows, _ = ids_1.shape
+    states, pooled = encode_tokens(text_encoder, text_encoder_2, ids_1.flatten(0, 1), ids_2.flatten(0, 1))
+    states = states.view(batch, windows, *states.shape[1:])
+    text = states[:, :, 1:-1].flatten(1, 2)
+    return torch.cat([states[:, 0, :1], text, states[:, -1, -1:]], dim=1), pooled.view(batch, windows, -1)[:, 0]
+
+
+def _windows(tokenizer: Any, tags: Sequence[str], tokens: int) -> Tensor:
+    """(tokens / 75, 77) int64 of one caption."""
+    begin, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    text = _fitting(tokenizer, list(tags), tokens)
+    rows = []
+    for start in range(0, tokens, WINDOW):
+        row = [begin, *text[start : start + WINDOW], end]
+        rows.append(row + [pad] * (WINDOW + 2 - len(row)))
+    return torch.tensor(rows)
+
+
+def _fitting(tokenizer: Any, tags: list[str], tokens: int) -> list[int]:
+    """The ids of as many whole tags, from the first on, as fit."""
+    while True:
+        ids: list[int] = tokenizer(", ".join(tags), add_special_tokens=False, truncation=False).input_ids
+        if len(ids) <= tokens or len(tags) <= 1:
+            return ids[:tokens]
+        # drop about as many tags as are too many, at least one
+        tags = tags[: min(len(tags) - 1, max(1, len(tags) * tokens // len(ids) + 1))]

@@ -1,0 +1,119 @@
+"""One rank of a training run: `python -m ambergrade.train.worker JOB.json`, started as often as there are processes.
+
+A job file holds everything, so no rank composes a configuration again. `launch` starts the ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ambergrade.errors import AmbergradeError, BadSetting
+from ambergrade.store import write_json
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a rank needs; paths as text."""
+
+    checkpoint: str
+    """Weights to begin with: a single file or a diffusers folder."""
+    config: str
+    """The family's config folder."""
+    captions: str
+    latents: str
+    settings: Mapping[str, object]
+    """Of TrainSettings."""
+    out: str
+    """Folder of the states, of `trained.safetensors` at the end and, for `gradients`, of `gradients.safetensors`."""
+    validation: tuple[str, str] | None = None
+    """(captions, latents)"""
+    threads: int = 1
+    gradients: bool = False
+    """Write the first step's gradient instead, in double precision, so that only real mistakes remain."""
+    kill_at: int | None = None
+    """Images after which the whole run is killed (SIGKILL), for proving that it resumes."""
+
+
+def launch(job: Job, processes: int, *, cpu: bool = True, port: int | None = None) -> int:
+    """Run a job on `processes` ranks of this machine; returns the exit status, negative for a signal.
+
+    Raises BadSetting, with the ranks' last words, if it failed by itself.
+    """
+    folder = Path(job.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "job.json", asdict(job))
+    rank = ["-m", "ambergrade.train.worker", str(folder / "job.json")]
+    many = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(job.threads), "MKL_NUM_THREADS": str(job.threads)}
+    environment |= {"ACCELERATE_USE_CPU": "true"} if cpu else {}
+    command = [sys.executable, *(many if processes > 1 else []), *rank]
+    log = folder / "ranks.log"
+    with log.open("a") as words:
+        done = subprocess.run(command, env=environment, stdout=words, stderr=words, start_new_session=True)
+    if done.returncode and job.kill_at is None:
+        told = "\n".join(log.read_text().splitlines()[-6:])
+        raise BadSetting(f"A training process ended with status {done.returncode}; the end of {log}:\n{told}")
+    return done.returncode
+
+
+def run(job: Job) -> None:
+    """Train as the job says; the first rank writes."""
+    import torch
+
+    from ambergrade.family import sdxl
+    from ambergrade.family.files import write_tensors
+    from ambergrade.nouns import CaptionSet
+    from ambergrade.train.latents import read_latents
+    from ambergrade.train.settings import TrainSettings
+    from ambergrade.train.trainer import LogRow, fine_tune
+
+    torch.set_num_threads(job.threads)
+    first = int(os.environ.get("RANK", "0")) == 0
+    dtype = torch.float64 if job.gradients else torch.float32
+    networks = sdxl.load(Path(job.checkpoint), Path(job.config), dtype=dtype)
+    out = Path(job.out)
+
+    def tell(row: LogRow) -> None:
+        print(f"{row.seen} images, loss {row.loss:.6f}, gradient {row.grad_norm:.4f}", flush=True)
+        if job.kill_at is not None and row.seen >= job.kill_at:
+            os.killpg(0, signal.SIGKILL)
+
+    def keep(gradients: Mapping[str, torch.Tensor]) -> None:
+        if job.gradients and first:
+            write_tensors(out / "gradients.safetensors", gradients, {})
+
+    held = job.validation
+    report = fine_tune(
+        networks,
+        CaptionSet.read(Path(job.captions)),
+        read_latents(Path(job.latents)),
+        TrainSettings.read(job.settings),
+        scratch=out,
+        on_log=tell,
+        on_gradient=keep,
+        validation=(CaptionSet.read(Path(held[0])), read_latents(Path(held[1]))) if held else None,
+    )
+    if first and not job.gradients:
+        sdxl.write_checkpoint(out / "trained.safetensors", sdxl.tensors(networks), {})
+        losses = {"before": report.before and asdict(report.before), "after": report.after and asdict(report.after)}
+        write_json(out / "report.json", {"seen": report.seen, "rows": [asdict(r) for r in report.rows], **losses})
+
+
+def main() -> None:
+    values = json.loads(Path(sys.argv[1]).read_text())
+    try:
+        run(Job(**{**values, "validation": tuple(values["validation"]) if values["validation"] else None}))
+    except AmbergradeError as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""The training pipeline as a user runs it: help, plans and mistakes at once; proofs on the embedded world."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ambergrade import config
+from ambergrade.captions.recipe import CaptionRecipe
+from ambergrade.captions.selection import Selection
+from ambergrade.errors import BadSetting
+from ambergrade.train.plan import DEVICES, cache_gb, memory, plan, train_tflop
+from ambergrade.train.settings import TrainSettings
+
+REPOSITORY = Path(__file__).parents[2]
+EXPERIMENTS = sorted(
+    path.stem for path in (config.CONF / "experiment").glob("*.yaml") if "pipelines/train.py" in path.read_text()
+)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "pipelines/train.py", *arguments]
+    return subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
+
+
+def composed(*overrides: str) -> dict:
+    return config.plain(config.compose("train", overrides))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_is_accepted_and_planned(name: str) -> None:
+    settings = composed(f"experiment={name}")
+    trainer = TrainSettings.read(settings["trainer"])
+    trainer.accumulation(2)
+    assert settings["base"] in settings["models"]
+    CaptionRecipe.from_dict(settings["captions"])
+    config.settings(Selection, {**settings["data"]["selection"], "split": "train"})
+    assert "dollars" in plan(trainer, 2, "a100")
+
+
+def test_the_tiny_base7_differs_from_the_card_s_only_in_family_data_and_size() -> None:
+    tiny, card = (composed(f"experiment={name}") for name in ("base7_tiny", "base7"))
+    assert tiny.keys() == card.keys()
+    same = {key for key in tiny if tiny[key] == card[key]}
+    assert {"captions", "base", "trained", "processes"} <= same
+    size = {"images", "batch", "micro", "lr", "save_every", "log_every", "sample_every", "precision", "ema"}
+    size |= {"schedule", "caption_dropout", "tag_dropout"}  # a short run on few pictures
+    differ = {key for key in card["trainer"] if card["trainer"][key] != tiny["trainer"][key]}
+    assert differ <= size
+    assert tiny["trainer"].keys() == card["trainer"].keys()
+
+
+@pytest.mark.parametrize("size", [24, 48, 80, 141])
+def test_a_memory_preset_fits_its_card(size: int) -> None:
+    trainer = TrainSettings.read(composed("experiment=base7", f"memory={size}gb")["trainer"])
+    assert sum(part.gb for part in memory(trainer)) <= size
+    assert trainer.batch == 128  # the card's: presets change where and how fast
+
+
+def test_floors_are_the_counted_ones() -> None:
+    card = TrainSettings.read(composed("experiment=base7")["trainer"])
+    assert train_tflop(card) == pytest.approx(20.62, abs=0.01)
+    long = TrainSettings.read(composed("experiment=base7", "trainer.lr.te1=2e-6", "+trainer.tokens=225")["trainer"])
+    assert train_tflop(long) == pytest.approx(21.78, abs=0.01)
+    assert cache_gb(1, resolution=1024) / 0.962 == pytest.approx(131_072 / 1e9, rel=1e-6)
+    states = [part.gb for part in memory(card)[:3]]
+    assert sum(states) == pytest.approx(54.2, abs=0.1)  # 16 bytes each of 3.385 billion
+
+
+def test_the_card_s_line_and_budget_come_out_of_one_command() -> None:
+    start = time.monotonic()
+    done = command("experiment=base7", "plan=true", "processes=2", "gpu=a100")
+    assert time.monotonic() - start < 12  # under 3 s on a quiet machine
+    assert "128 = 4 x 16 x 2" in done.stdout
+    assert "one epoch of 3M to 6M images" in done.stdout
+    assert "378.3 GB of latents" in done.stdout
+    assert all(device.name in done.stdout for device in DEVICES.values())
+    row = next(line for line in done.stdout.splitlines() if "H100" in line and " USD" in line)
+    low, high = (int(word) for word in row.replace(",", "").split("USD")[0].split()[-3::2])
+    assert low < 2000 < high < 10_000  # the card's range lies across ours
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["experiment=base7_tniy"], "base7_tiny"),
+        (["trainer.micro=5"], "micro may be 1, 2, 4"),
+        (["trainer.images=33"], "the nearest is 32"),
+        (["base=beta8"], "beta7"),
+        (["verify=resum"], "resume"),
+        (["experiment=base7", "plan=true", "gpu=h10"], "h100"),
+        (["plan=true"], "SDXL"),
+        (["experiment=base7"], "checkpoints/kohaku-xl-beta7.safetensors"),
+        (["trainer.precision=half"], "precision is one of fp32, bf16"),
+    ],
+)
+def test_a_mistake_is_told_in_a_few_lines_and_without_torch(arguments: list[str], told: str) -> None:
+    start = time.monotonic()
+    done = command(*arguments)
+    assert time.monotonic() - start < 12  # torch alone would take most of that
+    assert done.returncode == 1
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 10
+
+
+def test_no_torch_is_loaded_for_a_plan() -> None:
+    script = "import sys, ambergrade.train.plan, ambergrade.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
+
+
+def test_a_plan_refuses_what_cannot_run() -> None:
+    card = TrainSettings.read(composed("experiment=base7")["trainer"])
+    with pytest.raises(BadSetting, match="multiple of 3"):
+        plan(card, 3, "h100")
+    with pytest.raises(BadSetting, match="at least one"):
+        plan(card, 0, "h100")
+
+
+TINY = ["data.draw.count=80", "data.draw.prompts=4", "data.draw.references=8", "trainer.batch=8", "trainer.micro=4"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("proof", ["resume", "gradients"])
+def test_both_proofs_hold_on_the_embedded_world(proof: str, tmp_path: Path) -> None:
+    done = command(
+        "experiment=base7_tiny", f"verify={proof}", f"root={tmp_path}", "processes=2", *TINY, "trainer.images=80"
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"verify={proof} holds" in done.stdout
