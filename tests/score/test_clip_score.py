@@ -14,6 +14,7 @@ from PIL import Image
 
 from ambergrade.errors import BadInput, BadSetting, UnknownName
 from ambergrade.nouns import Picture, Prompt, PromptSet
+from ambergrade.score import clip
 from ambergrade.score.comparison import remarks
 from ambergrade.score.metrics.clip_score import ClipScore
 from ambergrade.score.scoring import score
@@ -57,13 +58,16 @@ def test_negative_cosines_are_zero_before_the_mean(metric: ClipScore, folders: A
     assert found.mean() == pytest.approx(100 * np.maximum(cosines, 0).mean(), abs=1e-3)
 
 
-def test_long_prompts_keep_their_end_token_and_are_reported(metric: ClipScore, pictures: list[Picture]) -> None:
+def test_long_prompts_keep_their_end_token_and_are_reported(folders: Any, pictures: list[Picture]) -> None:
+    metric = ClipScore(str(folders.clip), long="head")
     long = ", ".join(["long hair"] * 120)
     texts = ["hat " * 75, "hat " * 76, f"red eyes, {long}", f"moon, {long}"]  # 75 words and two ends are 77 tokens
     prompts = PromptSet("long", tuple(Prompt(str(k), text, k) for k, text in enumerate(texts)))
     shown = [Picture(str(k), 0, pictures[0].pixels) for k in range(4)]
     sheet = score(shown, prompts, [metric])
     np.testing.assert_array_equal(sheet.columns["clip_truncated"], [0, 1, 1, 1])
+    lost = [len(open_clip.SimpleTokenizer().encode(text)) - 75 for text in texts[2:]]
+    np.testing.assert_array_equal(sheet.columns["clip_tokens_lost"], [0, 1, *lost])
     features = [metric._text(text)[0] for text in texts[2:]]
     assert not torch.allclose(features[0], features[1], atol=1e-3)
     assert "prompts of 3 of 4 pictures were cut" in remarks(sheet)[0]
@@ -75,17 +79,20 @@ def test_a_tokenizer_that_loses_the_end_token_is_refused(folders: Any, monkeypat
         return lambda texts, context_length=77: whole(texts, context_length=2000)[:, :context_length]
 
     monkeypatch.setattr(open_clip, "get_tokenizer", cutting)
+    monkeypatch.setattr(clip, "_open", {})
     with pytest.raises(BadInput, match="end-of-text"):
         ClipScore(str(folders.clip))
 
 
 def test_each_text_is_encoded_once(folders: Any, prompts: PromptSet, pictures: list[Picture]) -> None:
     metric = ClipScore(str(folders.clip))
-    calls = []
-    encode = metric._model.encode_text
-    metric._model.encode_text = lambda tokens, normalize: calls.append(1) or encode(tokens, normalize=normalize)
+    calls: list[int] = []
+    encode = metric._clip.model.encode_text
+    metric._clip._texts.clear()
+    metric._clip.model.encode_text = lambda tokens, normalize: calls.append(1) or encode(tokens, normalize=normalize)
     for _ in range(3):
         score(pictures, prompts, [metric], batch=5)
+    metric._clip.model.encode_text = encode
     assert len(calls) == len(prompts.prompts)
 
 
@@ -97,7 +104,7 @@ def test_longest_sees_the_whole_of_a_tall_picture_and_shortest_does_not(folders:
         metric = ClipScore(str(folders.clip), resize_mode=mode)
         shown = [Picture(prompts.prompts[k].id, 0, pixels) for k, pixels in enumerate((tall, hat))]
         same_prompt = {prompt.id: prompts.prompts[0] for prompt in prompts.prompts}
-        found = metric._model.encode_image(torch.stack([metric._transform(Image.fromarray(p.pixels)) for p in shown]))
+        found = metric._clip.images([picture.pixels for picture in shown])
         assert (not torch.allclose(found[0], found[1], atol=1e-5)) == sees, mode
         assert metric.fingerprint["resize_mode"] == mode
         assert metric.rows(shown, same_prompt)["clip_score"].shape == (2,)
@@ -112,3 +119,45 @@ def test_folders_without_readable_weights_are_refused(folders: Any, tmp_path: Pa
         ClipScore(str(folders.clip), resize_mode="longst")
     with pytest.raises(UnknownName):
         ClipScore("builtin://no_such_clip")
+
+
+def test_a_long_prompt_in_chunks_is_the_token_weighted_mean_of_its_parts(
+    metric: ClipScore, folders: Any, pictures: list[Picture]
+) -> None:
+    parts = [", ".join(["long hair"] * 25), ", ".join(["moon"] * 30), "red eyes"]  # 74, 60 and 2 words, commas joined
+    text = ", ".join(parts)
+    cut = metric._parts(text)
+    assert ", ".join(cut) == text
+    words = [len(open_clip.SimpleTokenizer().encode(part)) for part in cut]
+    assert len(cut) == 2
+    assert max(words) <= 75
+    cosines = plain_cosines(folders.clip, [pictures[0]] * 2, cut)
+    prompts = {"p": Prompt("p", text, 0)}
+    found = metric.rows([Picture("p", 0, pictures[0].pixels)], prompts)
+    expected = 100 * (cosines * words).sum() / sum(words)
+    assert found["clip_cosine"][0] == pytest.approx(expected, abs=1e-3)
+    assert found["clip_tokens_lost"][0] == 0
+    endless = metric.rows([Picture("p", 0, pictures[0].pixels)], {"p": Prompt("p", "moon, " + "hat " * 80, 0)})
+    assert endless["clip_tokens_lost"][0] == 5  # one tag of 80 words has nowhere to be cut
+
+
+def test_margin_and_first_place_by_hand(metric: ClipScore, folders: Any, pictures: list[Picture]) -> None:
+    texts = [f"{word} hair" for word in ("red", "green", "blue", "black")]
+    prompts = {str(k): Prompt(str(k), text, k) for k, text in enumerate(texts)}
+    table = np.array([[plain_cosines(folders.clip, [pictures[k]], [text])[0] for text in texts] for k in range(4)])
+    shown = [Picture(str(k), 0, pictures[k].pixels) for k in range(4)]
+    found = metric.rows(shown, prompts)
+    score_table = 100 * np.maximum(table, 0)
+    others = (score_table.sum(1) - np.diag(score_table)) / 3
+    np.testing.assert_allclose(found["clip_margin"], np.diag(score_table) - others, atol=1e-3)
+    np.testing.assert_array_equal(found["clip_r1"], table.argmax(1) == np.arange(4))
+    alone = metric.rows(shown[:1], {"0": prompts["0"]})
+    assert np.isnan([alone["clip_margin"][0], alone["clip_r1"][0]]).all()
+
+
+def test_pictures_are_encoded_once_for_all_metrics_of_a_folder(folders: Any, pictures: list[Picture]) -> None:
+    first, second = ClipScore(str(folders.clip)), ClipScore(str(folders.clip), long="head")
+    assert first._clip is second._clip
+    pixels = [picture.pixels for picture in pictures[:3]]
+    assert first._clip.images(pixels) is second._clip.images(list(pixels))
+    assert first._clip.images(pixels) is not second._clip.images(pixels[:2])

@@ -17,8 +17,11 @@ from torchvision.transforms import functional as transforms
 
 from ambergrade.errors import BadInput, MissingObject
 from ambergrade.nouns import Picture, PromptSet
+from ambergrade.score.distances import frechet_distance
+from ambergrade.score.features import Extractor
 from ambergrade.score.folders import load_timm
-from ambergrade.score.metrics.fid import Extractor, Fid, frechet_distance
+from ambergrade.score.metrics.fid import Fid
+from ambergrade.score.reference import Reference
 from ambergrade.score.scoring import score
 from ambergrade.score.sheet import ScoreSheet
 
@@ -30,17 +33,20 @@ def reference_fid(one: np.ndarray, two: np.ndarray) -> float:
     return float(((one.mean(0) - two.mean(0)) ** 2).sum() + np.trace(covariance_1 + covariance_2 - 2 * root))
 
 
-def feature_sheet(features: np.ndarray, reference: np.ndarray, prompts: int) -> ScoreSheet:
+def feature_sheet(features: np.ndarray, reference: np.ndarray, prompts: int, few: bool = False) -> ScoreSheet:
     """A sheet of given features, several pictures a prompt."""
     ids = tuple(f"p{k % prompts}" for k in range(len(features)))
-    constants = {"n": len(reference), "sum": reference.sum(0).tolist(), "outer_sum": (reference.T @ reference).tolist()}
-    kept = {"fid.features": features.astype(np.float32)}
-    return ScoreSheet(ids, tuple(range(len(ids))), {}, kept, {}, {"fid": {}}, {"fid": constants}, {}, "")
+    real = Reference.of_features(reference)
+    constants = {"features": "features.x", "reference": real.digest, "few": few}
+    kept = {"features.x": features.astype(np.float32)}
+    return ScoreSheet(
+        ids, tuple(range(len(ids))), {}, kept, {}, {"fid": {}}, {"fid": constants}, {}, "", {real.digest: real}
+    )
 
 
 @pytest.fixture(scope="module")
 def metric(folders: Any) -> Fid:
-    return Fid(str(folders.features), str(folders.reference), str(folders.pictures))
+    return Fid(str(folders.features), str(folders.reference), str(folders.pictures), few=True)
 
 
 def test_distance_of_isotropic_gaussians() -> None:
@@ -113,13 +119,22 @@ def test_paired_difference_is_sharper_than_two_intervals_and_zero_for_a_twin() -
     assert (twin.value, twin.low, twin.high, twin.p, twin.verdict) == (0, 0, 0, 1, "undecided")
 
 
-def test_too_few_pictures_are_remarked_on_not_passed_over() -> None:
+def test_fewer_pictures_than_features_are_refused_unless_asked_for() -> None:
     rng = np.random.default_rng(7)
-    few = feature_sheet(rng.normal(size=(8, 8)), rng.normal(size=(100, 8)), 8)
-    assert "lacks rank" in Fid.remarks(few)[0]
-    assert Fid.remarks(feature_sheet(rng.normal(size=(9, 8)), rng.normal(size=(100, 8)), 9)) == []
-    with pytest.raises(BadInput, match="at least 3 prompts"):
-        Fid.aggregates(feature_sheet(rng.normal(size=(2, 2)), rng.normal(size=(100, 2)), 2), seed=0)
+    x, reference = rng.normal(size=(7, 8)).astype(np.float32), rng.normal(size=(100, 8))
+    refused, asked = feature_sheet(x, reference, 7), feature_sheet(x, reference, 7, few=True)
+    assert np.isnan(Fid.aggregates(refused, seed=0)["fid"].value)
+    assert "refused" in Fid.remarks(refused)[0]
+    assert Fid.aggregates(asked, seed=0)["fid"].value == pytest.approx(
+        reference_fid(x.astype(np.float64), reference), rel=1e-6
+    )
+    assert "lacks rank" in Fid.remarks(asked)[0]
+    assert Fid.differences(refused, refused, seed=0)["fid"].verdict == "undecided"
+    enough = feature_sheet(rng.normal(size=(9, 8)), reference, 9)
+    assert Fid.remarks(enough) == []
+    two_prompts = feature_sheet(rng.normal(size=(20, 2)), reference[:, :2], 2)
+    assert np.isnan(Fid.aggregates(two_prompts, seed=0)["fid"].value)
+    assert "at least 3 prompts" in Fid.remarks(two_prompts)[0]
 
 
 def test_pictures_give_what_stock_torchmetrics_gives(
@@ -150,8 +165,8 @@ def test_pictures_of_several_sizes_are_scored_together(metric: Fid, prompts: Pro
         Picture(prompt.id, 0, rng.integers(0, 256, (*size, 3), dtype=np.uint8))
         for prompt, size in zip(prompts.prompts, sizes, strict=False)
     ]
-    together = metric.rows(mixed, {})["fid.features"]
-    alone = np.concatenate([metric.rows([picture], {})["fid.features"] for picture in mixed])
+    together = metric.rows(mixed, {})[metric._source.key]
+    alone = np.concatenate([metric.rows([picture], {})[metric._source.key] for picture in mixed])
     np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5)
 
 
@@ -175,5 +190,6 @@ def test_transparent_reference_pictures_stand_on_white(folders: Any, tmp_path: P
     for name in ("clear", "white"):
         (tmp_path / "other.png").write_bytes((folders.pictures / "000.png").read_bytes())
         (tmp_path / "list.txt").write_text(f"{name}.png\nother.png\n")
-        sums.append(Fid(str(folders.features), str(tmp_path / "list.txt"), str(tmp_path)).constants({})["sum"])
+        made = Fid(str(folders.features), str(tmp_path / "list.txt"), str(tmp_path)).references()
+        sums.append(next(iter(made.values())).mean)
     np.testing.assert_allclose(sums[0], sums[1], rtol=1e-6)

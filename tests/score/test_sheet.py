@@ -30,7 +30,11 @@ def metrics(folders: Any) -> list[Metric]:
         load_metric("clip_score", model=str(folders.clip)),
         load_metric("tag_adherence", tagger=str(folders.tagger), groups={"warm": ["red_hair"]}),
         load_metric(
-            "fid", extractor=str(folders.features), reference=str(folders.reference), pictures=str(folders.pictures)
+            "fid",
+            extractor=str(folders.features),
+            reference=str(folders.reference),
+            pictures=str(folders.pictures),
+            few=True,
         ),
     ]
 
@@ -61,7 +65,7 @@ def test_anyone_can_open_it_as_a_table(sheet: ScoreSheet, tmp_path: Path) -> Non
     sheet.write(tmp_path / "sheet.parquet")
     table = pq.read_table(tmp_path / "sheet.parquet").to_pandas()
     assert len(table) == 24
-    assert {"prompt_id", "seed", "clip_score", "tag_balance", "fid.features"} <= set(table.columns)
+    assert {"prompt_id", "seed", "clip_score", "tag_balance", *sheet.features} <= set(table.columns)
     assert table["tag_prob_warm"].isna().sum() == 16
 
 
@@ -198,7 +202,7 @@ def test_the_stream_is_consumed_batch_by_batch(metrics: list[Metric], prompts: P
     asked: list[int] = []
     scored: list[int] = []
 
-    class Watching:
+    class Watching(Metric):
         name = "clip_score"
         columns = MappingProxyType({"seen": True})
         fingerprint = MappingProxyType({"weights": ""})
@@ -207,15 +211,12 @@ def test_the_stream_is_consumed_batch_by_batch(metrics: list[Metric], prompts: P
             scored.append(len(asked))
             return {"seen": np.ones(len(pictures))}
 
-        def constants(self, prompts: Any) -> Any:
-            return {}
-
     def stream() -> Any:
         for prompt in prompts.prompts:
             asked.append(1)
             yield Picture(prompt.id, prompt.seed, np.zeros((8, 8, 3), dtype=np.uint8))
 
-    score(stream(), prompts, [Watching()], batch=5)  # type: ignore[list-item]
+    score(stream(), prompts, [Watching()], batch=5)
     assert scored == [5, 10, 12]
 
 

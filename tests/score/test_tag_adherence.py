@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import runpy
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +15,17 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from sklearn.metrics import recall_score
+from sklearn.metrics import average_precision_score, recall_score, roc_auc_score
 from timm.data import create_transform, resolve_data_config
 
 from ambergrade.errors import BadInput, BadSetting, MissingObject
 from ambergrade.nouns import Picture, Prompt, PromptSet
+from ambergrade.score.adherence import rating_confusion
 from ambergrade.score.metrics.tag_adherence import TagAdherence, per_tag
 from ambergrade.score.scoring import score
+from ambergrade.score.sheet import ScoreSheet
+from ambergrade.score.tagger import OnnxTagger, Tagger, TimmTagger, prepare, rates_of, read_rates, write_rates
+from ambergrade.score.tags import canonical_tags
 
 COLOURS = {"red_hair": (255, 0, 0), "green_hair": (0, 255, 0), "blue_hair": (0, 0, 255)}
 
@@ -40,7 +45,9 @@ class Planted(torch.nn.Module):
 @pytest.fixture(scope="module")
 def planted(folders: Any) -> TagAdherence:
     metric = TagAdherence(str(folders.tagger), groups={"warm": ["red_hair"], "faces": [">_<"]})
-    metric._folder = dataclasses.replace(metric._folder, network=Planted())
+    backend = metric._tagger.backend
+    assert isinstance(backend, TimmTagger)
+    backend.folder = dataclasses.replace(backend.folder, network=Planted())
     return metric
 
 
@@ -57,10 +64,11 @@ def p(logit: float) -> float:
 
 
 def test_preparation_pads_with_white_and_swaps_to_bgr(folders: Any) -> None:
-    metric = TagAdherence(str(folders.tagger))
+    backend = Tagger(str(folders.tagger)).backend
+    assert isinstance(backend, TimmTagger)
     pixels = np.zeros((16, 32, 3), dtype=np.uint8)
     pixels[:, :, 0], pixels[:, :, 1] = 255, 51  # R, G; 32 wide is the input size, so nothing is resized
-    found = metric.prepare(pixels)
+    found = backend.prepare(pixels)
     assert found.shape == (3, 32, 32)
     np.testing.assert_array_equal(found[:, :8], 1.0)  # white: (1 - .5)/.5
     np.testing.assert_array_equal(found[:, 24:], 1.0)
@@ -77,7 +85,7 @@ def test_probabilities_are_those_of_the_stock_timm_recipe(folders: Any, size: tu
     canvas = Image.new("RGB", (side, side), (255, 255, 255))
     canvas.paste(Image.fromarray(pixels), ((side - size[1]) // 2, (side - size[0]) // 2))
     expected = torch.sigmoid(model(transform(canvas)[None][:, [2, 1, 0]]))[0].detach().numpy()
-    found = TagAdherence(str(folders.tagger)).probabilities([pixels])[0]
+    found = Tagger(str(folders.tagger)).probabilities([pixels])[0]
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert expected.std() > 0.05  # the random tagger does not answer one number
 
@@ -140,8 +148,7 @@ def test_macro_recall_is_sklearns(planted: TagAdherence) -> None:
     sheet, prompts = random_sheet(planted, 1, 0.5)
     tags = sheet.constants["tag_adherence"]["tags"]
     truth = np.array([[tag in prompts.by_id()[i].tags for tag in tags] for i in sheet.prompt_ids])
-    # An unasked tag's answer does not enter recall; zeros stand for it.
-    seen = np.nan_to_num(sheet.features["tag_adherence.asked"], nan=0.0) > 0.4
+    seen = sheet.features["tag_adherence.p"] > 0.4
     found = TagAdherence.aggregates(sheet, seed=0)["tag_macro_recall"]
     assert found.value == pytest.approx(recall_score(truth, seen, average="macro"))
     assert found.value != pytest.approx(recall_score(truth, seen, average="micro"))
@@ -157,7 +164,10 @@ def test_macro_recall_is_sklearns(planted: TagAdherence) -> None:
 def test_macro_recall_bootstrap_is_the_plain_one_over_prompts(planted: TagAdherence) -> None:
     """Against a loop that draws prompts with replacement and recomputes macro recall from the pictures."""
     sheet, _ = random_sheet(planted, 2, 0.5)
-    asked = sheet.features["tag_adherence.asked"]
+    place = sheet.constants["tag_adherence"]["asked"]
+    asked = sheet.features["tag_adherence.p"].copy()
+    for row, prompt_id in enumerate(sheet.prompt_ids):
+        asked[row, np.setdiff1d(np.arange(asked.shape[1]), place[prompt_id])] = np.nan
     ids, rng = np.array(sheet.prompt_ids), np.random.default_rng(0)
     unique, replicates = sorted(set(sheet.prompt_ids)), []
     for _ in range(1500):
@@ -233,3 +243,223 @@ def test_a_broken_tagger_folder_is_refused(
 def test_a_group_of_unknown_tags_is_refused(folders: Any, tags: Sequence[str]) -> None:
     with pytest.raises(BadSetting, match="does not know"):
         TagAdherence(str(folders.tagger), groups={"odd": tags})
+
+
+def sheet_of(p: np.ndarray, asked: np.ndarray, **more: Any) -> ScoreSheet:
+    """A sheet of given probabilities (n, U) for one picture a prompt, all thresholds ½."""
+    n, tags = p.shape
+    ids = tuple(f"p{k}" for k in range(n))
+    constants = {
+        "tags": [f"t{k}" for k in range(tags)],
+        "thresholds": [0.5] * tags,
+        "categories": ["general"] * tags,
+        "counts": [0] * tags,
+        "groups": {},
+        "rates": {},
+        "asked": {key: np.flatnonzero(asked[k]).tolist() for k, key in enumerate(ids)},
+        "rating": dict.fromkeys(ids, "general"),
+        "unscorable": [],
+        **more,
+    }
+    kept = {"tag_adherence.p": p.astype(np.float32)}
+    return ScoreSheet(ids, (0,) * n, {}, kept, {}, {"tag_adherence": {}}, {"tag_adherence": constants}, {}, "")
+
+
+def test_auroc_and_average_precision_are_sklearns_ties_included() -> None:
+    rng = np.random.default_rng(0)
+    asked = rng.random((60, 3)) < 0.4
+    p = np.round(rng.normal(0.4 + 0.2 * asked, 0.2).clip(0, 1), 1)  # rounded: many ties
+    sheet = sheet_of(p, asked)
+    kept = sheet.features["tag_adherence.p"]
+    for k, row in enumerate(per_tag(sheet)):
+        assert row["auroc"] == pytest.approx(roc_auc_score(asked[:, k], kept[:, k]))
+        assert row["ap"] == pytest.approx(average_precision_score(asked[:, k], kept[:, k]))
+        assert row["prevalence"] == pytest.approx(asked[:, k].mean())
+    expected = np.mean([roc_auc_score(asked[:, k], kept[:, k]) for k in range(3)])
+    found = TagAdherence.aggregates(sheet, seed=0)["tag_auroc"]
+    assert found.value == pytest.approx(expected)
+    assert 0.5 < found.low < found.value < found.high < 1
+
+
+def test_auroc_needs_ten_prompts_on_each_side_and_says_so() -> None:
+    asked = np.zeros((30, 1), dtype=bool)
+    asked[:9] = True
+    sheet = sheet_of(np.full((30, 1), 0.7), asked)
+    assert np.isnan(TagAdherence.aggregates(sheet, seed=0)["tag_auroc"].value)
+    assert "tag_auroc" in TagAdherence.remarks(sheet)[0]
+    asked[9] = True
+    assert TagAdherence.aggregates(sheet_of(np.full((30, 1), 0.7), asked), seed=0)["tag_auroc"].value == 0.5
+
+
+def test_lift_is_recall_less_that_of_permuted_prompts() -> None:
+    """Against 400 real permutations: the floor in closed form is their mean."""
+    rng = np.random.default_rng(1)
+    asked = rng.random((40, 4)) < [0.9, 0.5, 0.3, 0.2]
+    p = (rng.random((40, 4)) < np.where(asked, 0.8, 0.25)).astype(float)
+    found = TagAdherence.aggregates(sheet_of(p, asked), seed=0)
+    floors = []
+    for _ in range(400):
+        shuffled = asked[rng.permutation(40)]
+        floors.append(np.mean([p[shuffled[:, k], k].mean() for k in range(4)]))
+    recall = found["tag_macro_recall"].value
+    assert found["tag_lift"].value == pytest.approx(recall - np.mean(floors), abs=0.01)
+    blind = sheet_of(np.full((40, 4), 0.9), asked)  # sees everything everywhere: recall 1, lift 0
+    assert TagAdherence.aggregates(blind, seed=0)["tag_macro_recall"].value == 1
+    assert TagAdherence.aggregates(blind, seed=0)["tag_lift"].value == pytest.approx(0)
+
+
+def test_rogan_gladen_gives_the_true_share_back_from_a_tagger_that_errs() -> None:
+    """Known truth, known TPR and FPR: the corrected share's interval holds the truth, plain recall's does not."""
+    rng = np.random.default_rng(2)
+    n, truth, tpr, fpr = 400, 0.9, 0.8, 0.3
+    covered = corrected_covered = 0
+    for _ in range(60):
+        drawn = rng.random((n, 1)) < truth
+        p = np.where(drawn, rng.random((n, 1)) < tpr, rng.random((n, 1)) < fpr).astype(float)
+        rates = {"t0": [tpr, fpr, 1e9, 1e9]}
+        row = per_tag(sheet_of(p, np.ones((n, 1), dtype=bool), rates=rates))[0]
+        covered += row["low"] <= truth <= row["high"]
+        corrected_covered += abs(row["corrected"] - truth) <= 1.96 * row["corrected_error"]
+    assert covered < 5
+    assert corrected_covered >= 53
+    useless = per_tag(sheet_of(p, np.ones((n, 1), dtype=bool), rates={"t0": [0.5, 0.3, 100, 100]}))[0]
+    assert np.isnan(useless["corrected"])
+
+
+def test_contradictions_excess_and_negative_leak_by_hand(folders: Any) -> None:
+    metric = TagAdherence(str(folders.tagger), exclusive={"hair": list(COLOURS), "gone": ["aqua_hair"]})
+    backend = metric._tagger.backend
+    assert isinstance(backend, TimmTagger)
+    backend.folder = dataclasses.replace(backend.folder, network=Planted())
+    asked = Prompt("a", "", 0, tags=("red_hair",), negative="(blue_hair:1.3), lowres")
+    two = Prompt("b", "", 0, tags=("red_hair", "blue_hair"))
+    prompts = {"a": asked, "b": two, "c": Prompt("c", "", 0, tags=("1girl",))}
+
+    def rows(prompt_id: str, colour: str) -> dict[str, float]:
+        found = metric.rows([Picture(prompt_id, 0, flat(asked, colour).pixels)], prompts)
+        return {name: float(found[name][0]) for name in metric.columns}
+
+    right, wrong = rows("a", "red_hair"), rows("a", "blue_hair")
+    assert (right["tag_contradiction"], wrong["tag_contradiction"]) == (0, 1)
+    assert (right["tag_negative_leak"], wrong["tag_negative_leak"]) == (0, 1)
+    assert (right["tag_excess"], wrong["tag_excess"]) == (1, 2)  # 1girl; 1girl and blue hair
+    assert np.isnan(rows("b", "red_hair")["tag_contradiction"])  # two are asked: nothing is pinned
+    assert np.isnan(rows("c", "red_hair")["tag_contradiction"])
+    assert np.isnan(rows("c", "red_hair")["tag_negative_leak"])
+
+
+def test_rating_confusion_and_leak_by_hand(planted: TagAdherence) -> None:
+    class Rating(Planted):
+        def forward(self, bgr: torch.Tensor) -> torch.Tensor:
+            logits = super().forward(bgr)
+            logits[:, :4] = torch.tensor([0.0, -1.0, 2.0, 1.0])
+            return logits
+
+    metric = TagAdherence.__new__(TagAdherence)
+    metric.__dict__ |= planted.__dict__
+    backend = planted._tagger.backend
+    assert isinstance(backend, TimmTagger)
+    kept = backend.folder
+    backend.folder = dataclasses.replace(kept, network=Rating())
+    try:
+        asked = ("general", "general", "explicit", "questionable")
+        prompts = PromptSet("r", tuple(Prompt(str(k), "", k, rating=rating) for k, rating in enumerate(asked)))
+        sheet = score([flat(prompt, "red_hair") for prompt in prompts.prompts], prompts, [metric])
+    finally:
+        backend.folder = kept
+    np.testing.assert_array_equal(sheet.columns["rating_hit"], [0, 0, 0, 1])
+    np.testing.assert_array_equal(sheet.columns["rating_error"], [2, 2, 1, 0])
+    np.testing.assert_allclose(sheet.columns["rating_leak"], [p(2) + p(1)] * 2 + [np.nan] * 2, rtol=1e-5)
+    table = rating_confusion(sheet)
+    assert table is not None
+    np.testing.assert_array_equal(table, [[0, 0, 2, 0], [0, 0, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0]])
+
+
+def test_per_tag_differences_carry_q_values(planted: TagAdherence) -> None:
+    bad, _ = random_sheet(planted, 3, 0.2)
+    good, _ = random_sheet(planted, 4, 0.9)
+    rows = {row["tag"]: row for row in per_tag(good, bad)}
+    assert rows["red_hair"]["difference"] > 0.3
+    assert rows["red_hair"]["difference_low"] > 0
+    assert rows["red_hair"]["q"] >= rows["red_hair"]["p"]
+    assert rows["1girl"]["difference"] == 0
+
+
+def test_every_spelling_of_a_tag_comes_back_to_its_name(folders: Any) -> None:
+    """The whole vocabulary through the ways that web interfaces and captions write a tag."""
+    world = [tag.name for tag in Tagger("builtin://tagger").tags]
+    names = [
+        *world,
+        ">_<",
+        ":d",
+        "^_^",
+        "||_||",
+        "@_@",
+        "0_0",
+        "+_+",
+        ":)",
+        "saber_(fate)",
+        "miku_(append)_(vocaloid)",
+        "6+girls",
+    ]
+    for name in names:
+        escaped = name.replace("(", r"\(").replace(")", r"\)")
+        spaced = escaped.replace("_", " ") if len(name) > 3 and any(c.isalpha() for c in name) else escaped
+        for spelling in (name, escaped, spaced, f"({escaped}:1.2)", f"(({escaped}))" if name[-1] != ")" else escaped):
+            assert canonical_tags(f"x, {spelling}, y") == ("x", name, "y"), spelling
+    assert canonical_tags("Long Hair, long_hair, [smile], {frown}, <lora:a_b:1>, moon AND hat BREAK scarf") == (
+        ("long_hair", "smile", "frown", "moon", "hat", "scarf")
+    )
+    assert canonical_tags("(red hair, smile:1.2)") == ("red_hair", "smile")
+    assert canonical_tags(" , ,") == ()
+
+
+def test_an_onnx_tagger_answers_as_the_timm_one(folders: Any, tmp_path: Path) -> None:
+    """Trap 17: NHWC, BGR, 0-255 and the sigmoid inside; the same pictures give the same probabilities."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    make = runpy.run_path(str(Path(__file__).with_name("tiny_scorers.py")))
+    folder = make["make_onnx_tagger"](tmp_path / "onnx", onnx)
+    tagger = Tagger(str(folder))
+    assert isinstance(tagger.backend, OnnxTagger)
+    rng = np.random.default_rng(0)
+    pixels = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((32, 32), (48, 32), (20, 60))]
+    found = tagger.probabilities(pixels)
+    means = np.stack([prepare(picture, (32, 32), "bicubic").mean((0, 1)) for picture in pixels])  # BGR
+    expected = 1 / (1 + np.exp(-(means / 127.5 - 1) @ make["onnx_weights"]()))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert found.shape == (3, 10)
+    sheet = TagAdherence(str(folder)).rows([Picture("a", 0, pixels[0])], {"a": Prompt("a", "", 0, tags=("red_hair",))})
+    assert sheet["tag_prob"][0] == pytest.approx(found[0, 5])
+    (folder / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(BadInput, match="cannot load"):
+        Tagger(str(folder))
+
+
+def test_rates_are_counted_and_come_back_from_their_file(planted: TagAdherence, tmp_path: Path) -> None:
+    colours = ["red_hair", "green_hair", "red_hair", "blue_hair"]
+    truth = [["red_hair", "1girl"], ["red_hair", "1girl"], ["green_hair", "1girl"], ["blue_hair"]]
+    blank = Prompt("x", "", 0)
+    rows = rates_of(planted._tagger, [([flat(blank, colour).pixels for colour in colours], truth)])
+    by_tag = {row["tag"]: row for row in rows}
+    assert (by_tag["red_hair"]["tpr"], by_tag["red_hair"]["fpr"]) == (0.5, 0.5)
+    assert (by_tag["blue_hair"]["tpr"], by_tag["blue_hair"]["fpr"]) == (1.0, 0.0)
+    write_rates(tmp_path / "rates.csv", rows)
+    assert read_rates(tmp_path / "rates.csv")["red_hair"] == [0.5, 0.5, 2, 2]
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(BadInput, match="tag,tpr,fpr"):
+        read_rates(tmp_path / "other.csv")
+
+
+def test_card_thresholds_are_for_the_card_architectures_only(folders: Any, tmp_path: Path) -> None:
+    """Trap 18: .2653 for swinv2 is not .5296 for eva02, and neither is for a stranger's network."""
+    tagger = Tagger(str(folders.tagger))
+    (tmp_path / "wd").mkdir()
+    for start, value in (("swinv2_base_window8_256", 0.2653), ("eva02_large_patch14_448", 0.5296)):
+        about = {"architecture": start, "num_classes": 10861}
+        (tmp_path / "wd" / "config.json").write_text(json.dumps(about))
+        tagger.path = tmp_path / "wd"
+        assert tagger._stated_thresholds(["general"]) == {"general": value}
+    (tmp_path / "wd" / "config.json").write_text(json.dumps({**about, "num_classes": 10}))
+    with pytest.raises(MissingObject, match="model card"):
+        tagger._stated_thresholds(["general"])

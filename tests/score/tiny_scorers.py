@@ -99,3 +99,35 @@ def make_pictures(folder: Path, count: int, size: tuple[int, int] = (40, 32), se
         Image.fromarray(flat.clip(0, 255).astype(np.uint8)).save(folder / "pictures" / name)
     (folder / "reference.txt").write_text("\n".join(names) + "\n")
     return folder / "reference.txt"
+
+
+def onnx_weights() -> np.ndarray:
+    """(3, 10): the linear tagger's weights on the mean colour (BGR)."""
+    return np.random.default_rng(3).normal(0, 2, (3, len(TAGS))).astype(np.float32)
+
+
+def make_onnx_tagger(folder: Path, onnx: Any) -> Path:
+    """WD's ONNX layout with a linear network in it: (n, 32, 32, 3) BGR 0-255 in, probabilities out."""
+    folder.mkdir(parents=True)
+    helper, number = onnx.helper, onnx.TensorProto.FLOAT
+    nodes = [
+        helper.make_node("ReduceMean", ["input"], ["mean"], axes=[1, 2], keepdims=0),
+        helper.make_node("Div", ["mean", "half"], ["scaled"]),
+        helper.make_node("Sub", ["scaled", "one"], ["centred"]),
+        helper.make_node("MatMul", ["centred", "weight"], ["logits"]),
+        helper.make_node("Sigmoid", ["logits"], ["output"]),
+    ]
+    constants = {"half": np.float32([127.5]), "one": np.float32([1]), "weight": onnx_weights()}
+    graph = helper.make_graph(
+        nodes,
+        "tagger",
+        [helper.make_tensor_value_info("input", number, ["batch", 32, 32, 3])],
+        [helper.make_tensor_value_info("output", number, ["batch", len(TAGS)])],
+        [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    lines = [f"{number},{name},{category},{1000 - number}" for number, (name, category) in enumerate(TAGS)]
+    (folder / "selected_tags.csv").write_text("\n".join(["tag_id,name,category,count", *lines]) + "\n")
+    (folder / "thresholds.json").write_text('{"general": 0.4, "character": 0.6}')
+    return folder

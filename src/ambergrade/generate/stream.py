@@ -10,7 +10,8 @@ the empty text, so that is the one the networks know. (The stock pipeline takes 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from tqdm import tqdm
 from ambergrade.errors import BadInput, BadSetting, UnknownName
 from ambergrade.family import sdxl
 from ambergrade.family.sdxl import Networks
+from ambergrade.generate.fast import is_compiled
 from ambergrade.generate.text_cache import remembered_text
-from ambergrade.generate.texts import plain_text
+from ambergrade.generate.texts import TextEncoder
 from ambergrade.nouns import Picture, Prompt, PromptSet, SamplerSettings
 
 
@@ -37,10 +39,11 @@ def pictures(
     _check(sampler)
     pipeline = sdxl.pipeline(networks, scheduler(sampler.name, networks.scheduler_config))
     pipeline.set_progress_bar_config(disable=True)
+    encoder = TextEncoder(networks)
     with tqdm(total=len(prompts.prompts), desc=progress, unit="picture", disable=progress is None or None) as bar:
         for start in range(0, len(prompts.prompts), sampler.batch):
             batch = prompts.prompts[start : start + sampler.batch]
-            for prompt, pixels in zip(batch, _draw(pipeline, networks, batch, sampler), strict=True):
+            for prompt, pixels in zip(batch, _draw(pipeline, networks, batch, sampler, encoder), strict=True):
                 yield Picture(prompt.id, prompt.seed, pixels.numpy())
             bar.update(len(batch))
 
@@ -55,20 +58,45 @@ def scheduler(name: str, config: dict[str, Any]) -> Any:
 
 
 @torch.inference_mode()
-def _draw(pipeline: Any, networks: Networks, batch: tuple[Prompt, ...], sampler: SamplerSettings) -> Tensor:
-    """(B, H, W, 3) uint8 pixels of one batch."""
-    texts = [plain_text(prompt.text) for prompt in batch]
-    negatives = [plain_text(prompt.negative) for prompt in batch]
-    distinct = list(dict.fromkeys(texts + negatives))
-    states, pooled = sdxl.encode_text(networks, distinct)
-    rows = [distinct.index(text) for text in texts]
-    negative_rows = [distinct.index(text) for text in negatives]
-    with remembered_text(networks.unet):
+def _draw(
+    pipeline: Any, networks: Networks, batch: tuple[Prompt, ...], sampler: SamplerSettings, encoder: TextEncoder
+) -> list[Tensor]:
+    """(H, W, 3) uint8 pixels of each prompt of one batch.
+
+    Prompts of other lengths are drawn apart: padding a short one to its neighbour's windows would change its picture.
+    """
+    names = [prompt.id for prompt in batch]
+    given = encoder([*(prompt.text for prompt in batch), *(prompt.negative for prompt in batch)], [*names, *names])
+    pairs = list(zip(given[: len(batch)], given[len(batch) :], strict=True))
+    windows = [max(encoder.windows(one) for one in pair) for pair in pairs]
+    drawn: list[Tensor] = [torch.empty(0)] * len(batch)
+    for count in dict.fromkeys(windows):
+        places = [k for k, windows_of in enumerate(windows) if windows_of == count]
+        conditions = [[encoder.padded(one, count) for one in pairs[k]] for k in places]
+        pixels = _draw_alike(pipeline, networks, [batch[k] for k in places], sampler, conditions)
+        for k, picture in zip(places, pixels, strict=True):
+            drawn[k] = picture
+    return drawn
+
+
+def _draw_alike(
+    pipeline: Any,
+    networks: Networks,
+    batch: Sequence[Prompt],
+    sampler: SamplerSettings,
+    conditions: Sequence[Sequence[tuple[Tensor, Tensor]]],
+) -> Tensor:
+    """(B, H, W, 3) uint8 pixels of prompts whose conditions are equally long."""
+    (states, pooled), (negative_states, negative_pooled) = (
+        (torch.stack([one[which][0] for one in conditions]), torch.stack([one[which][1] for one in conditions]))
+        for which in (0, 1)
+    )
+    with nullcontext() if is_compiled(networks) else remembered_text(networks.unet):
         drawn = pipeline(
-            prompt_embeds=states[rows],
-            pooled_prompt_embeds=pooled[rows],
-            negative_prompt_embeds=states[negative_rows],
-            negative_pooled_prompt_embeds=pooled[negative_rows],
+            prompt_embeds=states,
+            pooled_prompt_embeds=pooled,
+            negative_prompt_embeds=negative_states,
+            negative_pooled_prompt_embeds=negative_pooled,
             generator=[torch.Generator("cpu").manual_seed(prompt.seed) for prompt in batch],
             num_inference_steps=sampler.steps,
             guidance_scale=sampler.guidance,

@@ -1,4 +1,4 @@
-"""Loads a scorer's network from a timm folder (config.json + model.safetensors), as WD taggers ship."""
+"""Finds a scorer's files, and loads timm folders (config.json + model.safetensors), as WD taggers ship."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def load_timm(source: str, *, device: str = "cpu") -> TimmFolder:
     Architecture, model_args, num_classes, input size, mean and std all come from the folder's config.json.
     Raises MissingObject or BadInput for a folder without safetensors weights or of another shape.
     """
-    path = find_file(source)
+    path = scorer_path(source)
     weights = require_files(path, "config.json", "model.safetensors")[1]
     try:
         network = timm.create_model(f"local-dir:{path}", pretrained=True).eval().requires_grad_(False).to(device)
@@ -59,6 +59,26 @@ def load_timm(source: str, *, device: str = "cpu") -> TimmFolder:
         config["interpolation"],
         fingerprint,
     )
+
+
+def scorer_path(source: str) -> Path:
+    """The local path of a scorer: `builtin://name`, a path, or `hub://owner/name` from the model hub or its cache.
+
+    Raises MissingObject where the hub cannot be reached and its cache does not hold the folder.
+    """
+    if not source.startswith("hub://"):
+        return find_file(source)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    name = source.removeprefix("hub://")
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.csv", "*.safetensors", "*.onnx", "*.txt"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise MissingObject(
+            f"The hub folder '{name}' is neither in the local cache nor to be had: {str(error).splitlines()[0][:160]}\n"
+            "Give the path of a local copy instead."
+        ) from error
 
 
 def require_files(folder: Path, *names: str) -> list[Path]:

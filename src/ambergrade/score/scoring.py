@@ -17,6 +17,7 @@ from ambergrade.errors import BadInput, BadSetting, UnknownName
 from ambergrade.identity import digest
 from ambergrade.nouns import Measurement, Picture, Prompt, PromptSet, SamplerSettings
 from ambergrade.score import metrics as plugs
+from ambergrade.score.reference import Reference
 from ambergrade.score.sheet import ScoreSheet
 from ambergrade.score.statistics import PairedDifference
 
@@ -25,7 +26,7 @@ class Metric(Protocol):
     """A scorer: loaded once, asked batch by batch, and then set-level questions without the model.
 
     `conf/metric/clip_score.yaml` holds the constructor's arguments of `ClipScore` in
-    `score/metrics/clip_score.py`.
+    `score/metrics/clip_score.py`. A plug derives from this class and overrides what it has to say.
     """
 
     name: str
@@ -35,22 +36,34 @@ class Metric(Protocol):
     """What made the numbers; plain JSON without paths."""
 
     def rows(self, pictures: Sequence[Picture], prompts: Mapping[str, Prompt]) -> Mapping[str, npt.NDArray[Any]]:
-        """(n,) for every name in `columns`, NaN where not scored; (n, d) named `metric.what` for features to keep."""
+        """(n,) for every name in `columns`, NaN where not scored; (n, d) for features to keep.
+
+        Features are named `metric.what`, or `features.<digest>` by a network that several metrics share.
+        """
+        raise NotImplementedError
 
     def constants(self, prompts: Mapping[str, Prompt]) -> Mapping[str, Any]:
-        """What the three functions below need beside the rows; plain JSON."""
+        """What the functions below need beside the rows; plain JSON."""
+        return {}
 
-    @staticmethod
-    def aggregates(sheet: ScoreSheet, *, seed: int) -> dict[str, Measurement]:
+    def references(self) -> Mapping[str, Reference]:
+        """Reference statistics by their digest, which go into the sheet once for all metrics that name them."""
+        return {}
+
+    @classmethod
+    def aggregates(cls, sheet: ScoreSheet, *, seed: int) -> dict[str, Measurement]:
         """Set-level values beside the columns' means."""
+        return {}
 
-    @staticmethod
-    def differences(sheet: ScoreSheet, baseline: ScoreSheet, *, seed: int) -> dict[str, PairedDifference]:
+    @classmethod
+    def differences(cls, sheet: ScoreSheet, baseline: ScoreSheet, *, seed: int) -> dict[str, PairedDifference]:
         """Paired differences of what `aggregates` gives."""
+        return {}
 
-    @staticmethod
-    def remarks(sheet: ScoreSheet) -> list[str]:
+    @classmethod
+    def remarks(cls, sheet: ScoreSheet) -> list[str]:
         """What a reader of the numbers must know."""
+        return []
 
 
 def metric_class(name: str) -> type[Metric]:
@@ -100,9 +113,8 @@ def score(
         for picture in some:
             _check(picture, by_id)
         keys += [(picture.prompt_id, picture.seed) for picture in some]
-        for metric in metrics:
-            for name, values in metric.rows(some, by_id).items():
-                parts.setdefault(name, []).append(values)
+        for name, values in _rows(metrics, some, by_id).items():
+            parts.setdefault(name, []).append(values)
     if not keys:
         raise BadInput("No pictures to score: the stream was empty.")
     if len(set(keys)) < len(keys):
@@ -121,9 +133,25 @@ def score(
         higher_is_better=columns,
         fingerprints={metric.name: metric.fingerprint for metric in metrics},
         constants={metric.name: metric.constants(by_id) for metric in metrics},
+        references={key: value for metric in metrics for key, value in metric.references().items()},
         sampler={} if sampler is None else asdict(sampler),
         prompts_digest=digest([by_id[keys[i][0]] for i in order]),
     )
+
+
+def _rows(
+    metrics: Sequence[Metric], pictures: Sequence[Picture], prompts: Mapping[str, Prompt]
+) -> dict[str, npt.NDArray[Any]]:
+    """Every metric's rows of one batch. A scorer that fails ends the scoring: its pictures are never worth 0."""
+    found: dict[str, npt.NDArray[Any]] = {}
+    for metric in metrics:
+        try:
+            found |= metric.rows(pictures, prompts)
+        except Exception as error:
+            keys = [(picture.prompt_id, picture.seed) for picture in pictures]
+            error.add_note(f"Raised by the metric {metric.name} on the pictures {keys[:4]} … of {len(keys)}.")
+            raise
+    return found
 
 
 def _check(picture: Picture, prompts: Mapping[str, Prompt]) -> None:

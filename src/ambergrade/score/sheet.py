@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ import pyarrow.parquet as pq
 
 from ambergrade.errors import BadInput
 from ambergrade.identity import canonical_json
+from ambergrade.score.reference import Reference
 from ambergrade.store import written_aside
 
 _HEADER = b"ambergrade.score_sheet"
+_REFERENCE = "reference."
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +39,13 @@ class ScoreSheet:
     fingerprints: Mapping[str, Mapping[str, Any]]
     """Metric to what made its numbers: weights, preprocessing, reference, library versions. No paths."""
     constants: Mapping[str, Mapping[str, Any]]
-    """Metric to what its aggregates need beside the rows, as plain JSON (reference moments, names of tags)."""
+    """Metric to what its aggregates need beside the rows, as plain JSON (names of tags, a reference's digest)."""
     sampler: Mapping[str, Any]
     """How the pictures were sampled; empty for pictures that were not."""
     prompts_digest: str
     """Over the prompts in row order: text, negative, tags."""
+    references: Mapping[str, Reference] = field(default_factory=dict)
+    """Reference statistics by digest, so that a sheet needs no other file."""
 
     @property
     def n(self) -> int:
@@ -66,6 +70,11 @@ class ScoreSheet:
         for name in sorted(self.features):
             values = np.ascontiguousarray(self.features[name], dtype=np.float32)
             arrays[name] = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+        for key, reference in sorted(self.references.items()):
+            parts = {"mean": reference.mean, "covariance": reference.covariance, "features": reference.features}
+            arrays |= {
+                f"{_REFERENCE}{key}.{part}": _in_first_row(x, self.n) for part, x in parts.items() if x is not None
+            }
         table = pa.table(arrays).replace_schema_metadata({_HEADER: canonical_json(self._header()).encode()})
         with written_aside(path) as aside:
             pq.write_table(table, aside, compression="zstd")
@@ -80,14 +89,15 @@ class ScoreSheet:
                 f"{path} is not a score sheet: its header lacks {_HEADER.decode()}.\nScore the pictures again."
             )
         header = json.loads(metadata[_HEADER])
-        feature_names = header.pop("features")
+        feature_names, abouts = header.pop("features"), header.pop("references")
         columns = {name: table.column(name).to_numpy().astype(np.float64) for name in header["higher_is_better"]}
         features = {
             name: table.column(name).combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
             for name in feature_names
         }
         prompt_ids, seeds = table.column("prompt_id").to_pylist(), table.column("seed").to_pylist()
-        return cls(tuple(prompt_ids), tuple(seeds), columns, features, **header)
+        references = {key: _reference(table, key, about) for key, about in abouts.items()}
+        return cls(tuple(prompt_ids), tuple(seeds), columns, features, **header, references=references)
 
     def _header(self) -> dict[str, Any]:
         return {
@@ -97,7 +107,26 @@ class ScoreSheet:
             "sampler": self.sampler,
             "prompts_digest": self.prompts_digest,
             "features": sorted(self.features),
+            "references": {key: reference.about for key, reference in self.references.items()},
         }
+
+
+def _in_first_row(values: npt.NDArray[Any], rows: int) -> pa.ListArray:
+    """A whole array as the first row's list; metadata would hold it in base64, twice."""
+    offsets = pa.array([0] + [values.size] * rows, pa.int32())
+    return pa.ListArray.from_arrays(offsets, pa.array(np.ascontiguousarray(values).ravel()))
+
+
+def _reference(table: pa.Table, key: str, about: Mapping[str, Any] | None) -> Reference:
+    def part(name: str) -> npt.NDArray[Any] | None:
+        whole = f"{_REFERENCE}{key}.{name}"
+        return table.column(whole)[0].values.to_numpy() if whole in table.column_names else None
+
+    mean, covariance, features = part("mean"), part("covariance"), part("features")
+    assert mean is not None, key
+    assert covariance is not None, key
+    d = len(mean)
+    return Reference(mean, covariance.reshape(d, d), None if features is None else features.reshape(-1, d), about)
 
 
 def refuse_unlike(sheet: ScoreSheet, baseline: ScoreSheet) -> None:

@@ -89,11 +89,16 @@ def resampling_weights(prompts: int, *, seed: int = 0, draws: int = DRAWS) -> Fl
     return np.bincount(picked.ravel(), minlength=draws * prompts).reshape(draws, prompts).astype(np.float64)
 
 
-def percentile_interval(replicates: Floats) -> tuple[float, float]:
-    """The middle 95 % of bootstrap replicates (Efron's percentile interval); NaN replicates are left out."""
-    if np.isnan(replicates).all():
+def percentile_interval(replicates: Floats, prompts: int) -> tuple[float, float]:
+    """Hesterberg's expanded percentile interval (2015, section 3.3) of bootstrap replicates of a mean over P prompts.
+
+    A resampled mean varies by (P-1)/P of the variance and knows no t tails, so the plain 95 % percentiles cover 92 to
+    94 % at 30 to 80 prompts; the tail is taken at Φ(-√(P/(P-1))·t) instead. NaN replicates are left out.
+    """
+    if prompts < 2 or np.isnan(replicates).all():
         return math.nan, math.nan
-    low, high = np.nanpercentile(replicates, [2.5, 97.5])
+    tail = 100 * NormalDist().cdf(-math.sqrt(prompts / (prompts - 1)) * _t_from_normal(Z95, prompts - 1))
+    low, high = np.nanpercentile(replicates, [tail, 100 - tail])
     return float(low), float(high)
 
 
@@ -103,7 +108,7 @@ def mean_interval(values: Floats, *, seed: int = 0, draws: int = DRAWS, higher_i
     if scored.size == 0:
         return Measurement(math.nan, math.nan, math.nan, 0, higher_is_better)
     replicates = resampling_weights(scored.size, seed=seed, draws=draws) @ scored / scored.size
-    low, high = percentile_interval(replicates)
+    low, high = percentile_interval(replicates, scored.size)
     return Measurement(float(scored.mean()), low, high, scored.size, higher_is_better)
 
 
@@ -119,7 +124,7 @@ def paired_difference(
     if n == 0:
         return PairedDifference(math.nan, math.nan, math.nan, math.nan, 0, math.nan, higher_is_better)
     replicates = resampling_weights(n, seed=seed, draws=draws) @ differences / n
-    low, high = percentile_interval(replicates)
+    low, high = percentile_interval(replicates, n)
     detectable = 2.8 * float(differences.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
     p = sign_flip_p(differences, seed=seed)
     return PairedDifference(float(differences.mean()), low, high, p, n, detectable, higher_is_better)
@@ -179,6 +184,63 @@ def jackknife_error(leave_out: Floats) -> float:
     return math.sqrt((groups - 1) / groups * float(np.sum((leave_out - leave_out.mean()) ** 2)))
 
 
+def jackknife_corrected(value: float, leave_out: Floats) -> float:
+    """θ less its bias of order 1/n: G·θ - (G-1)·mean θ₋g (Efron & Tibshirani, eq. 10.16 and 10.17)."""
+    groups = leave_out.size
+    return groups * value - (groups - 1) * float(leave_out.mean())
+
+
+def bootstrap_difference(value: float, replicates: Floats, prompts: int, higher_is_better: bool) -> PairedDifference:
+    """A difference with its paired replicates' interval and p; all NaN where nothing could be compared."""
+    known = replicates[~np.isnan(replicates)]
+    if known.size < 2:
+        return PairedDifference(value, math.nan, math.nan, math.nan, prompts, math.nan, higher_is_better)
+    low, high = percentile_interval(known, prompts)
+    tail = min(float(np.mean(known <= 0)), float(np.mean(known >= 0)))
+    p = min(1.0, 2 * max(tail, 1 / (1 + known.size)))
+    return PairedDifference(value, low, high, p, prompts, 2.8 * float(known.std(ddof=1)), higher_is_better)
+
+
+def simultaneous_differences(
+    scores: Floats, baseline: Floats, *, seed: int = 0, draws: int = DRAWS, higher_is_better: bool = True
+) -> tuple[PairedDifference, ...]:
+    """Each of K points (K, P) minus one baseline (P,), with intervals that hold all at once (95 % for the family).
+
+    Max-T over one joint bootstrap (Westfall & Young 1993), t tails as in `winner_set`; p is adjusted the same way.
+    Prompts that any point or the baseline lacks are left out of all.
+    """
+    apart = scores - baseline
+    apart = apart[:, ~np.isnan(apart).any(axis=0)]
+    n = apart.shape[1]
+    if n < 2:
+        raise BadInput(f"Simultaneous intervals need at least 2 prompts scored everywhere, found {n}.")
+    mean, error = apart.mean(1), apart.std(1, ddof=1) / math.sqrt(n)
+    live = error > 1e-12 * np.maximum(np.abs(mean), 1e-300)
+    moved = resampling_weights(n, seed=seed, draws=draws) @ (apart[live] - mean[live, None]).T / n
+    largest = np.max(np.abs(moved) / error[live], axis=1, initial=0.0) * math.sqrt(n / (n - 1))
+    critical = _t_from_normal(float(np.quantile(largest, 0.95)), n - 1)
+    found = []
+    for k in range(len(apart)):
+        t = abs(mean[k]) / error[k] if live[k] else (0.0 if mean[k] == 0 else math.inf)
+        p = (1 + int(np.sum(largest >= _normal_from_t(t, n - 1)))) / (1 + draws)
+        half = critical * error[k] if live[k] else 0.0
+        value = float(mean[k])
+        found.append(PairedDifference(value, value - half, value + half, p, n, 2.8 * float(error[k]), higher_is_better))
+    return tuple(found)
+
+
+def false_discovery_q(p: Floats) -> Floats:
+    """Benjamini & Hochberg's (1995) q of each p, NaN kept: the share of false ones among all with a q as small."""
+    q = np.full(p.shape, np.nan)
+    known = np.flatnonzero(~np.isnan(p))
+    if known.size == 0:
+        return q
+    order = known[np.argsort(p[known])]
+    raised = p[order] * order.size / np.arange(1, order.size + 1)
+    q[order] = np.minimum(np.minimum.accumulate(raised[::-1])[::-1], 1.0)
+    return q
+
+
 def normal_p(value: float, error: float) -> float:
     """Two-sided p of zero for a value with a normal standard error."""
     if error == 0:
@@ -220,6 +282,17 @@ def _t_from_normal(z: float, degrees: int) -> float:
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
     return z + first / degrees + second / degrees**2 + third / degrees**3
+
+
+def _normal_from_t(t: float, degrees: int) -> float:
+    """The inverse of `_t_from_normal`, by bisection."""
+    if not math.isfinite(t):
+        return t
+    low, high = 0.0, t
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_from_normal(middle, degrees) < t else (low, middle)
+    return high
 
 
 def _generator(seed: int, purpose: str, *item: Any) -> np.random.Generator:

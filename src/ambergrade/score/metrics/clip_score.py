@@ -7,115 +7,122 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import open_clip
 import torch
-from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
-from PIL import Image
 
-from ambergrade.errors import BadInput, BadSetting
-from ambergrade.identity import file_digest
-from ambergrade.nouns import Measurement, Picture, Prompt
-from ambergrade.score.folders import library_versions, require_files, scoring_mode
+from ambergrade.errors import BadSetting
+from ambergrade.identity import random_seed
+from ambergrade.nouns import Picture, Prompt
+from ambergrade.score.clip import open_clip_folder
+from ambergrade.score.scoring import Metric
 from ambergrade.score.sheet import ScoreSheet
-from ambergrade.score.statistics import PairedDifference
-from ambergrade.store import find_file
 
-RESIZE_MODES = ("longest", "squash", "shortest")
-_TOO_LONG = ", ".join(["long hair"] * 300)
+LONG = ("chunk", "head")
+OTHERS = 8
+"""Other prompts that `clip_margin` compares with."""
+AMONG = 100
+"""Prompts that `clip_r1` chooses among, at most."""
 
 
-class ClipScore:
+class ClipScore(Metric):
     """`clip_score` = 100·max(cos(f_I, f_T), 0), clamped per picture (Hessel et al. 2021, eq. 1 with w = 100).
 
-    The text is the prompt as written; what the tokenizer cannot hold is cut at the end, keeping the
-    end-of-text token that the text is pooled at, and `clip_truncated` says so.
+    `clip_cosine` is 100·cos before the clamp. `clip_margin` is the score less the same picture's mean score against 8
+    other prompts of the set: the anime-domain offset is gone and chance is 0. `clip_r1` is 1 where the picture's own
+    prompt scores best among 100. `clip_truncated` and `clip_tokens_lost` say what the scorer did not read.
+    A text longer than the encoder's room: `chunk` cuts it at commas and takes the token-weighted mean of the parts'
+    cosines; `head` keeps its beginning with the end-of-text token that texts are pooled at.
     """
 
     name = "clip_score"
-    columns: Mapping[str, bool] = {"clip_score": True, "clip_truncated": False}
+    columns: Mapping[str, bool] = {
+        "clip_score": True,
+        "clip_cosine": True,
+        "clip_margin": True,
+        "clip_r1": True,
+        "clip_truncated": False,
+        "clip_tokens_lost": False,
+    }
 
-    def __init__(self, model: str, resize_mode: str = "longest", device: str = "cpu") -> None:
+    def __init__(self, model: str, resize_mode: str = "longest", long: str = "chunk", device: str = "cpu") -> None:
         """`model`: an open_clip folder (open_clip_config.json + safetensors).
 
         `resize_mode`: `longest` pads, `squash` stretches, `shortest` crops heads and feet of tall pictures.
         """
-        if resize_mode not in RESIZE_MODES:
-            raise BadSetting(f"resize_mode '{resize_mode}' is not known.\nKnown: {', '.join(RESIZE_MODES)}")
-        folder = find_file(model)
-        config = require_files(folder, "open_clip_config.json")[0]
-        weights = sorted(folder.glob("*.safetensors"))
-        if len(weights) != 1:
-            raise BadInput(f"The CLIP folder {folder} must hold one .safetensors file, found {len(weights)}.")
-        source = f"local-dir:{folder}"
-        try:
-            # require_pretrained: without weights open_clip would score with random ones and say nothing.
-            self._model = open_clip.create_model(source, device=device, require_pretrained=True)
-        except (RuntimeError, ValueError) as error:
-            raise BadInput(f"open_clip cannot load {folder}:\n{str(error)[:400]}") from error
-        self._model.eval().requires_grad_(False)
-        self._tokenizer = open_clip.get_tokenizer(source)
-        preprocess = PreprocessCfg(
-            **merge_preprocess_dict(self._model.visual.preprocess_cfg, {"resize_mode": resize_mode})
-        )
-        self._transform = image_transform_v2(preprocess, is_train=False)
-        self._device = device
-        self._texts: dict[str, tuple[torch.Tensor, bool]] = {}
-        self._refuse_lost_ends()
-        self.fingerprint: Mapping[str, Any] = {
-            "weights": file_digest(weights[0]),
-            "config": file_digest(config),
-            "resize_mode": resize_mode,
-            "interpolation": preprocess.interpolation,
-            "size": preprocess.size,
-            **library_versions("open_clip_torch", "torch", "torchvision", "pillow"),
-        }
+        if long not in LONG:
+            raise BadSetting(f"long '{long}' is not known.\nKnown: {', '.join(LONG)}")
+        self._clip = open_clip_folder(model, resize_mode, device=device)
+        self._long = long
+        self._texts: dict[str, tuple[torch.Tensor, int]] = {}
+        self._others: tuple[Mapping[str, Prompt], dict[str, torch.Tensor]] | None = None
+        self.fingerprint: Mapping[str, Any] = {**self._clip.fingerprint, "long": long}
 
     def rows(self, pictures: Sequence[Picture], prompts: Mapping[str, Prompt]) -> Mapping[str, npt.NDArray[Any]]:
-        """`clip_score` in points 0 to 100, and `clip_truncated` 0 or 1: (n,) each."""
-        texts = [self._text(prompts[picture.prompt_id].text) for picture in pictures]
-        images = torch.stack([self._transform(Image.fromarray(picture.pixels)) for picture in pictures])
-        with scoring_mode():
-            features = self._model.encode_image(images.to(self._device), normalize=True)
-            cosines = (features * torch.stack([feature for feature, _ in texts])).sum(dim=1)
+        """Scores in points 0 to 100, shares as 0 or 1, tokens lost as a count: (n,) each."""
+        images = self._clip.images([picture.pixels for picture in pictures])
+        own = torch.stack([self._text(prompts[picture.prompt_id].text)[0] for picture in pictures])
+        cosines = 100 * (images * own).sum(1).double().cpu().numpy()
+        lost = np.array([self._text(prompts[picture.prompt_id].text)[1] for picture in pictures], dtype=np.float64)
+        margin, first = np.full(len(pictures), np.nan), np.full(len(pictures), np.nan)
+        for row, picture in enumerate(pictures):
+            others = self._other_texts(picture.prompt_id, prompts)
+            if len(others):
+                against = 100 * (others @ images[row]).double().cpu().numpy()
+                margin[row] = max(cosines[row], 0) - np.maximum(against[:OTHERS], 0).mean()
+                first[row] = float(cosines[row] > against.max())
         return {
-            "clip_score": 100 * cosines.clamp(min=0).double().cpu().numpy(),
-            "clip_truncated": np.array([float(cut) for _, cut in texts]),
+            "clip_score": np.maximum(cosines, 0),
+            "clip_cosine": cosines,
+            "clip_margin": margin,
+            "clip_r1": first,
+            "clip_truncated": (lost > 0).astype(np.float64),
+            "clip_tokens_lost": lost,
         }
 
-    def constants(self, prompts: Mapping[str, Prompt]) -> Mapping[str, Any]:
-        return {}
-
-    @staticmethod
-    def aggregates(sheet: ScoreSheet, *, seed: int) -> dict[str, Measurement]:
-        return {}
-
-    @staticmethod
-    def differences(sheet: ScoreSheet, baseline: ScoreSheet, *, seed: int) -> dict[str, PairedDifference]:
-        return {}
-
-    @staticmethod
-    def remarks(sheet: ScoreSheet) -> list[str]:
+    @classmethod
+    def remarks(cls, sheet: ScoreSheet) -> list[str]:
         cut = int(sheet.columns["clip_truncated"].sum())
-        return (
-            [f"clip_score: the prompts of {cut} of {sheet.n} pictures were cut to fit the text encoder."] if cut else []
-        )
+        lost = float(sheet.columns["clip_tokens_lost"].mean())
+        told = f"clip_score: the prompts of {cut} of {sheet.n} pictures were cut to fit the text encoder"
+        return [f"{told}; {lost:.1f} tokens lost on average."] if cut else []
 
-    def _text(self, text: str) -> tuple[torch.Tensor, bool]:
-        """Unit text feature (d,) and whether the text was cut; kept, and encoded one by one so that it never varies."""
+    def _text(self, text: str) -> tuple[torch.Tensor, int]:
+        """Text vector (d,) whose product with a unit picture vector is its cosine, and how many tokens were lost."""
         if text not in self._texts:
-            tokens = self._tokenizer([text])
-            with scoring_mode():
-                feature = self._model.encode_text(tokens.to(self._device), normalize=True)[0]
-            # One more place changes the tokens before it only if something had been cut.
-            longer = self._tokenizer([text], context_length=tokens.shape[1] + 1)
-            self._texts[text] = feature, not torch.equal(tokens, longer[:, :-1])
+            room, length = self._clip.room, self._clip.length(text)
+            if length <= room or self._long == "head":
+                self._texts[text] = self._clip.text(text), max(0, length - room)
+            else:
+                parts = self._parts(text)
+                words = [self._clip.length(part) - 2 for part in parts]
+                weights = [min(count, room - 2) for count in words]
+                total = sum(weights)
+                vector = sum(self._clip.text(part) * (w / total) for part, w in zip(parts, weights, strict=True))
+                assert isinstance(vector, torch.Tensor)
+                self._texts[text] = vector, sum(max(0, count - room + 2) for count in words)
         return self._texts[text]
 
-    def _refuse_lost_ends(self) -> None:
-        """Two long texts score alike if the tokenizer cuts the token they are pooled at (torchmetrics issue 2883)."""
-        one, other = (self._text(f"{start}, {_TOO_LONG}")[0] for start in ("red eyes", "moon"))
-        if torch.equal(one, other):
-            raise BadInput(
-                "This CLIP folder's tokenizer drops the end-of-text token of long texts, so all of them score alike.\n"
-                "Use a tokenizer that truncates before the end-of-text token."
-            )
+    def _parts(self, text: str) -> list[str]:
+        """The text cut at commas into parts that fit; a single tag that does not fit stays whole and loses its end."""
+        parts: list[str] = []
+        for tag in text.split(","):
+            longer = f"{parts[-1]},{tag}" if parts else tag
+            if parts and self._clip.length(longer) <= self._clip.room:
+                parts[-1] = longer
+            else:
+                parts.append(tag.strip())
+        return parts
+
+    def _other_texts(self, prompt_id: str, prompts: Mapping[str, Prompt]) -> torch.Tensor:
+        """(k, d): up to 99 other texts of the set in an order keyed by the prompt, k = 0 where there are none."""
+        if self._others is None or self._others[0] is not prompts:
+            self._others = prompts, {}
+        kept = self._others[1]
+        if prompt_id not in kept:
+            own = prompts[prompt_id].text
+            texts = sorted({prompt.text for prompt in prompts.values()} - {own})
+            rng = np.random.Generator(np.random.Philox(key=random_seed(0, "other prompts", own)))
+            chosen = rng.permutation(len(texts))[: AMONG - 1]
+            vectors = [self._text(texts[k])[0] for k in chosen]
+            width = self._text(own)[0].shape[0]
+            kept[prompt_id] = torch.stack(vectors) if vectors else self._text(own)[0].new_zeros((0, width))
+        return kept[prompt_id]

@@ -2,44 +2,39 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from PIL import Image
 
-from ambergrade.errors import BadInput, BadSetting
-from ambergrade.identity import file_digest
-from ambergrade.nouns import Measurement, Picture, Prompt
-from ambergrade.score.folders import load_timm, require_files, scoring_mode
+from ambergrade.errors import BadSetting
+from ambergrade.nouns import RATINGS, Measurement, Picture, Prompt
+from ambergrade.score.adherence import SIDE, Tables, per_tag, replicates, statistics
+from ambergrade.score.scoring import Metric
 from ambergrade.score.sheet import ScoreSheet
-from ambergrade.score.statistics import (
-    Floats,
-    PairedDifference,
-    percentile_interval,
-    resampling_weights,
-    wilson_interval,
-)
+from ambergrade.score.statistics import Floats, PairedDifference, bootstrap_difference, percentile_interval
+from ambergrade.score.tagger import Tagger, read_rates
+from ambergrade.score.tags import canonical_tags
+from ambergrade.store import find_file
 
-CATEGORIES = {"0": "general", "1": "artist", "3": "copyright", "4": "character", "5": "meta", "9": "rating"}
-"""Danbooru's numbers in selected_tags.csv; 9 is WD's own, its four rows are ratings, not tags."""
-_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+__all__ = ["TagAdherence", "per_tag"]
 
 
-class TagAdherence:
-    """Scores pictures with a tagger folder: timm config.json + model.safetensors, selected_tags.csv, thresholds.json.
+class TagAdherence(Metric):
+    """Scores pictures with a WD v3 tagger folder (see score/tagger.py). p is a tag's probability, τ its threshold.
 
-    Per picture, over the prompt's tags that the tagger knows, with p = sigmoid(logit):
-    `tag_recall` share of asked tags with p > threshold; `tag_prob` mean p of asked tags; `tag_leak` mean p
-    of unwanted tags; `tag_balance` = ½(mean p over asked + mean (1-p) over unwanted), the closed-world form
-    of sdeval's Bikini Plus, with equal weights; `tag_scorable` share of asked tags that the tagger knows.
+    Per picture, over the prompt's tags that the tagger knows:
+    `tag_recall` share of asked tags with p > τ; `tag_prob` mean p of asked tags; `tag_leak` mean p of unwanted tags;
+    `tag_balance` = ½(mean p over asked + mean (1-p) over unwanted), the closed-world form of sdeval's Bikini Plus with
+    equal weights; `tag_negative_leak` share of unwanted and negative-prompt tags with p > τ; `tag_contradiction` 1
+    where the prompt pins one member of an exclusive group, it is not seen, and another is; `tag_excess` how many
+    unasked general tags are seen (compare it with a baseline); `tag_scorable` share of asked tags that it knows.
+    `rating_hit` 1 where the most probable rating is the asked one; `rating_error` how many steps it is off;
+    `rating_leak` P(questionable) + P(explicit) where the prompt is safe.
     Each named group adds `tag_recall_<group>` and `tag_prob_<group>` over its asked tags.
-    A picture with nothing to score in a column is NaN there.
+    A picture with nothing to score in a column is NaN there. Precision against the prompt is not told: what nobody
+    asked for may well be in the picture.
     """
 
     name = "tag_adherence"
@@ -49,194 +44,181 @@ class TagAdherence:
         tagger: str,
         thresholds: Mapping[str, float] | None = None,
         groups: Mapping[str, Sequence[str]] | None = None,
+        exclusive: Mapping[str, Sequence[str]] | None = None,
+        rates: str | None = None,
         device: str = "cpu",
     ) -> None:
-        """`thresholds`: category name to probability; by default the folder's thresholds.json."""
-        self._folder = load_timm(tagger, device=device)
-        self._device = device
-        rows = _read_tags(self._folder.path)
-        classes = self._folder.network.num_classes
-        if classes != len(rows):
-            raise BadInput(
-                f"{self._folder.path}: {len(rows)} rows in selected_tags.csv, {classes} outputs in the network."
-            )
-        needed = {category for _, category in rows} - {"rating"}
-        if thresholds is None:
-            found = json.loads(require_files(self._folder.path, "thresholds.json")[0].read_text())
-            thresholds = {category: float(value) for category, value in found.items() if category in needed}
-        if not needed <= thresholds.keys():
-            raise BadSetting(f"Thresholds are needed for {sorted(needed)}, found {sorted(thresholds)}.")
-        # Tag name to (output, threshold), in the order of the csv.
-        self._known = {
-            name: (output, float(thresholds[category]))
-            for output, (name, category) in enumerate(rows)
-            if category != "rating"
-        }
+        """`thresholds`: category name to probability; by default the folder's thresholds.json or its model card's.
+
+        `exclusive`: group to tags of which a picture shows one at most; tags the tagger lacks are left out. `rates`:
+        a rates.csv of the tagger's errors (evaluate.py action=calibrate), by default the folder's own.
+        """
+        self._tagger = Tagger(tagger, thresholds, device)
+        known = self._tagger.known
         self._groups = {name: list(tags) for name, tags in (groups or {}).items()}
-        unknown = sorted({tag for tags in self._groups.values() for tag in tags} - self._known.keys())
+        unknown = sorted({tag for tags in self._groups.values() for tag in tags} - known.keys())
         if unknown:
             raise BadSetting(f"Tag groups name tags that the tagger does not know: {', '.join(unknown[:12])}.")
+        self._exclusive = {
+            name: [tag for tag in tags if tag in known] for name, tags in sorted((exclusive or {}).items())
+        }
+        own_rates = self._tagger.path / "rates.csv"
+        file = find_file(rates) if rates else own_rates if own_rates.is_file() else None
+        self._rates = read_rates(file) if file else {}
+        self._rated = set(self._tagger.ratings) == set(RATINGS)
         self.columns: Mapping[str, bool] = {
             "tag_recall": True,
             "tag_prob": True,
             "tag_leak": False,
             "tag_balance": True,
+            "tag_negative_leak": False,
+            "tag_contradiction": False,
+            "tag_excess": False,
             "tag_scorable": True,
+            **({"rating_hit": True, "rating_error": False, "rating_leak": False} if self._rated else {}),
             **{f"tag_{what}_{group}": True for group in self._groups for what in ("recall", "prob")},
         }
         self.fingerprint: Mapping[str, Any] = {
-            **self._folder.fingerprint,
-            "tags": file_digest(self._folder.path / "selected_tags.csv"),
-            "thresholds": {category: float(thresholds[category]) for category in sorted(needed)},
+            **self._tagger.fingerprint,
             "groups": self._groups,
-            "preprocessing": f"white pad to square, PIL {self._folder.interpolation} to {self._folder.size}, BGR",
+            "exclusive": self._exclusive,
         }
 
     def rows(self, pictures: Sequence[Picture], prompts: Mapping[str, Prompt]) -> Mapping[str, npt.NDArray[Any]]:
-        """The columns, and `tag_adherence.asked` / `.unwanted` (n, U): p where the tag is, NaN elsewhere."""
+        """The columns; `tag_adherence.p` (n, U) of the tags that prompts name; `tag_adherence.rating` (n, 4)."""
         tags = self._tags(prompts)
-        outputs, threshold = _columns_of(self._known, tags)
-        p = self.probabilities([picture.pixels for picture in pictures])[:, outputs]
-        asked = _mask([prompts[picture.prompt_id].tags for picture in pictures], tags)
-        unwanted = _mask([prompts[picture.prompt_id].unwanted for picture in pictures], tags)
-        hit = (p > threshold).astype(np.float64)
+        every = self._tagger.probabilities([picture.pixels for picture in pictures])
+        p = every[:, [self._tagger.known[tag] for tag in tags]]
+        shown = [prompts[picture.prompt_id] for picture in pictures]
+        asked = _mask([prompt.tags for prompt in shown], tags)
+        unwanted = _mask([prompt.unwanted for prompt in shown], tags)
+        negative = _mask([_ruled_out(prompt) for prompt in shown], tags)
+        seen = p > np.array([self._tagger.threshold(tag) for tag in tags])
         prob, leak = _mean_where(p, asked), _mean_where(p, unwanted)
-        wanted = np.array([len(set(prompts[picture.prompt_id].tags)) for picture in pictures], dtype=np.float64)
+        wanted = np.array([len(set(prompt.tags)) for prompt in shown], dtype=np.float64)
         found: dict[str, npt.NDArray[Any]] = {
-            "tag_recall": _mean_where(hit, asked),
+            "tag_recall": _mean_where(seen, asked),
             "tag_prob": prob,
             "tag_leak": leak,
             "tag_balance": (prob + 1 - leak) / 2,
+            "tag_negative_leak": _mean_where(seen, negative),
+            "tag_contradiction": self._contradiction(tags, asked, seen),
+            "tag_excess": self._excess(every, shown),
             "tag_scorable": np.divide(asked.sum(1), wanted, out=np.full(len(wanted), np.nan), where=wanted > 0),
-            "tag_adherence.asked": np.where(asked, p, np.nan).astype(np.float32),
-            "tag_adherence.unwanted": np.where(unwanted, p, np.nan).astype(np.float32),
+            "tag_adherence.p": p.astype(np.float32),
         }
+        if self._rated:
+            found |= self._rating(every, shown)
         for group, members in self._groups.items():
             inside = asked & np.isin(tags, members)
-            found[f"tag_recall_{group}"] = _mean_where(hit, inside)
+            found[f"tag_recall_{group}"] = _mean_where(seen, inside)
             found[f"tag_prob_{group}"] = _mean_where(p, inside)
         return found
 
+    def probabilities(self, pixels: Sequence[npt.NDArray[np.uint8]]) -> Floats:
+        """Probability of every output of the tagger: (n, T)."""
+        return self._tagger.probabilities(pixels)
+
     def constants(self, prompts: Mapping[str, Prompt]) -> Mapping[str, Any]:
-        """Names and thresholds of the U tags that prompts name, the groups, and the asked tags the tagger lacks."""
+        """The U tags and what is known of them, and what each prompt asks for, as places among the tags."""
         tags = self._tags(prompts)
+        place = {tag: k for k, tag in enumerate(tags)}
         named = {tag for prompt in prompts.values() for tag in prompt.tags}
+        about = [self._tagger.tags[self._tagger.known[tag]] for tag in tags]
         return {
-            "tags": list(tags),
-            "thresholds": [self._known[tag][1] for tag in tags],
+            "tags": tags,
+            "thresholds": [self._tagger.threshold(tag) for tag in tags],
+            "categories": [tag.category for tag in about],
+            "counts": [tag.count for tag in about],
             "groups": self._groups,
-            "unscorable": sorted(named - self._known.keys()),
+            "rates": {tag: self._rates[tag] for tag in tags if tag in self._rates},
+            "asked": {key: sorted({place[t] for t in prompt.tags if t in place}) for key, prompt in prompts.items()},
+            "rating": {key: prompt.rating for key, prompt in prompts.items()},
+            "unscorable": sorted(named - self._tagger.known.keys()),
         }
 
-    def probabilities(self, pixels: Sequence[npt.NDArray[np.uint8]]) -> Floats:
-        """Probability of every output for pictures of any size, uint8 RGB: (n, T)."""
-        batch = torch.from_numpy(np.stack([self.prepare(picture) for picture in pixels]))
-        with scoring_mode():
-            logits: torch.Tensor = self._folder.network(batch.to(self._device))
-        probabilities: Floats = logits.sigmoid().double().cpu().numpy()
-        return probabilities
+    @classmethod
+    def aggregates(cls, sheet: ScoreSheet, *, seed: int) -> dict[str, Measurement]:
+        """Over tags, bootstrapped over prompts.
 
-    def prepare(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """uint8 RGB (height, width, 3) to what a WD v3 network reads: BGR (3, size, size), as wdv3-timm does."""
-        height, width, _ = pixels.shape
-        side = max(height, width)
-        square = np.full((side, side, 3), 255, dtype=np.uint8)
-        top, left = (side - height) // 2, (side - width) // 2
-        square[top : top + height, left : left + width] = pixels
-        target_height, target_width = self._folder.size
-        image = Image.fromarray(square)
-        if image.size != (target_width, target_height):
-            image = image.resize((target_width, target_height), _FILTERS[self._folder.interpolation])
-        scaled = np.asarray(image, dtype=np.float32) / 255
-        # mean and std stand in RGB order; the swap is last, as in wdv3-timm.
-        normal = (scaled - np.array(self._folder.mean, np.float32)) / np.array(self._folder.std, np.float32)
-        return np.ascontiguousarray(normal[:, :, ::-1].transpose(2, 0, 1))
-
-    @staticmethod
-    def aggregates(sheet: ScoreSheet, *, seed: int) -> dict[str, Measurement]:
-        """`tag_macro_recall` (and one per group): mean over tags of each tag's recall, bootstrapped over prompts."""
-        found = {}
-        for name, hits, asked in _macro_tables(sheet):
-            value = float(_macro(hits.sum(0), asked.sum(0)))
-            low, high = percentile_interval(_resampled_macro(hits, asked, seed))
-            found[name] = Measurement(value, low, high, int((asked.sum(1) > 0).sum()))
+        `tag_macro_recall` (and one per group, and for characters): mean of the tags' recalls, since common tags
+        saturate the `tag_micro_recall` of all slots. `tag_lift`: macro recall less what permuted prompts would reach.
+        `tag_auroc`: mean over tags of P(p where asked > p where not), for tags with 10 prompts on each side: chance is
+        ½ whatever the threshold or the tag's frequency. `tag_corrected_recall`: recall less the tagger's own errors.
+        """
+        tables, found = Tables(sheet), {}
+        for name, (formula, prompts) in statistics(tables).items():
+            value, moved = replicates(tables, formula, seed)
+            low, high = percentile_interval(moved, prompts)
+            found[name] = Measurement(value, low, high, prompts)
         return found
 
-    @staticmethod
-    def differences(sheet: ScoreSheet, baseline: ScoreSheet, *, seed: int) -> dict[str, PairedDifference]:
+    @classmethod
+    def differences(cls, sheet: ScoreSheet, baseline: ScoreSheet, *, seed: int) -> dict[str, PairedDifference]:
         """Paired: both sheets are resampled by the same draws of prompts; p is the bootstrap's."""
-        found = {}
-        theirs = {name: (hits, asked) for name, hits, asked in _macro_tables(baseline)}
-        for name, hits, asked in _macro_tables(sheet):
-            other_hits, other_asked = theirs[name]
-            value = float(_macro(hits.sum(0), asked.sum(0)) - _macro(other_hits.sum(0), other_asked.sum(0)))
-            moved = _resampled_macro(hits, asked, seed) - _resampled_macro(other_hits, other_asked, seed)
-            prompts = int((asked.sum(1) > 0).sum())
-            found[name] = _bootstrap_difference(value, moved[~np.isnan(moved)], prompts)
+        ours, theirs = Tables(sheet), Tables(baseline)
+        others, found = statistics(theirs), {}
+        for name, (formula, prompts) in statistics(ours).items():
+            value, moved = replicates(ours, formula, seed)
+            other_value, other_moved = replicates(theirs, others[name][0], seed)
+            found[name] = bootstrap_difference(value - other_value, moved - other_moved, prompts, True)
         return found
 
-    @staticmethod
-    def remarks(sheet: ScoreSheet) -> list[str]:
+    @classmethod
+    def remarks(cls, sheet: ScoreSheet) -> list[str]:
+        said = []
         unscorable = sheet.constants["tag_adherence"]["unscorable"]
-        if not unscorable:
-            return []
-        some = ", ".join(unscorable[:8]) + (", …" if len(unscorable) > 8 else "")
-        share = float(np.nanmean(sheet.columns["tag_scorable"]))
-        return [f"tag_adherence: {share:.0%} of asked tags are scorable; the tagger does not know {some}."]
+        if unscorable:
+            some = ", ".join(unscorable[:8]) + (", …" if len(unscorable) > 8 else "")
+            share = float(np.nanmean(sheet.columns["tag_scorable"]))
+            said.append(f"tag_adherence: {share:.0%} of asked tags are scorable; the tagger does not know {some}.")
+        if statistics(Tables(sheet))["tag_auroc"][1] == 0:
+            said.append(f"tag_auroc: not given, no tag is asked by {SIDE} prompts and not asked by {SIDE} others.")
+        return said
 
     def _tags(self, prompts: Mapping[str, Prompt]) -> list[str]:
-        """The tags that any prompt asks for or rules out and that the tagger knows, in the csv's order."""
-        named = {tag for prompt in prompts.values() for tag in (*prompt.tags, *prompt.unwanted)}
-        return [tag for tag in self._known if tag in named]
+        """The tags that any prompt names and the exclusive ones that the tagger knows, in the csv's order."""
+        named = {tag for prompt in prompts.values() for tag in (*prompt.tags, *_ruled_out(prompt))}
+        named |= {tag for tags in self._exclusive.values() for tag in tags}
+        return [tag for tag in self._tagger.known if tag in named]
 
+    def _contradiction(
+        self, tags: Sequence[str], asked: npt.NDArray[np.bool_], seen: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.float64]:
+        """(n,): 1 where any pinned group shows another member and not the asked one; NaN where none is pinned."""
+        pinned, wrong = np.zeros(len(asked), dtype=np.bool_), np.zeros(len(asked), dtype=np.bool_)
+        for members in self._exclusive.values():
+            inside = np.isin(tags, members)
+            one = (asked & inside).sum(1) == 1
+            right, other = (seen & asked & inside).any(1), (seen & ~asked & inside).any(1)
+            pinned |= one
+            wrong |= one & other & ~right
+        return np.where(pinned, wrong, np.nan)
 
-def _bootstrap_difference(value: float, replicates: Floats, prompts: int) -> PairedDifference:
-    """A difference with its replicates' percentile interval and p; all NaN where nothing could be compared."""
-    if replicates.size < 2:
-        return PairedDifference(value, math.nan, math.nan, math.nan, prompts, math.nan)
-    low, high = percentile_interval(replicates)
-    tail = min(float(np.mean(replicates <= 0)), float(np.mean(replicates >= 0)))
-    p = min(1.0, 2 * max(tail, 1 / (1 + replicates.size)))
-    return PairedDifference(value, low, high, p, prompts, 2.8 * float(replicates.std(ddof=1)))
+    def _excess(self, every: Floats, shown: Sequence[Prompt]) -> npt.NDArray[np.float64]:
+        """(n,): general tags above the threshold that the prompt does not name."""
+        general = [k for name, k in self._tagger.known.items() if self._tagger.tags[k].category == "general"]
+        names = np.array([self._tagger.tags[k].name for k in general])
+        seen = every[:, general] > self._tagger.thresholds.get("general", 1.0)
+        return np.array(
+            [float((row & ~np.isin(names, prompt.tags)).sum()) for row, prompt in zip(seen, shown, strict=True)]
+        )
 
-
-def per_tag(sheet: ScoreSheet) -> list[dict[str, Any]]:
-    """One row per asked tag: pictures asked and hit, recall with its Wilson 95 % interval, mean probability."""
-    constants = sheet.constants["tag_adherence"]
-    p = sheet.features["tag_adherence.asked"].astype(np.float64)
-    asked = ~np.isnan(p)
-    hits, count = ((p > np.array(constants["thresholds"])) & asked).sum(0), asked.sum(0)
-    low, high = wilson_interval(hits, count)
-    return [
-        {
-            "tag": tag,
-            "pictures": int(count[k]),
-            "hits": int(hits[k]),
-            "recall": float(hits[k] / count[k]),
-            "low": float(low[k]),
-            "high": float(high[k]),
-            "mean_prob": float(p[asked[:, k], k].mean()),
+    def _rating(self, every: Floats, shown: Sequence[Prompt]) -> dict[str, npt.NDArray[Any]]:
+        p = every[:, [self._tagger.ratings[name] for name in RATINGS]]
+        asked = np.array([RATINGS.index(prompt.rating) for prompt in shown])
+        off = np.abs(p.argmax(1) - asked).astype(np.float64)
+        return {
+            "rating_hit": (off == 0).astype(np.float64),
+            "rating_error": off,
+            "rating_leak": np.where(asked == 0, p[:, 2] + p[:, 3], np.nan),
+            "tag_adherence.rating": p.astype(np.float32),
         }
-        for k, tag in enumerate(constants["tags"])
-        if count[k]
-    ]
 
 
-def _read_tags(folder: Any) -> list[tuple[str, str]]:
-    """(name, category name) of every output, from selected_tags.csv."""
-    path = require_files(folder, "selected_tags.csv")[0]
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"name", "category"} <= rows[0].keys():
-        raise BadInput(f"{path} must have the columns tag_id,name,category,count.")
-    strange = sorted({row["category"] for row in rows} - CATEGORIES.keys())
-    if strange:
-        raise BadInput(f"{path}: unknown categories {', '.join(strange)}; known are {', '.join(CATEGORIES)}.")
-    return [(row["name"], CATEGORIES[row["category"]]) for row in rows]
-
-
-def _columns_of(known: Mapping[str, tuple[int, float]], tags: Sequence[str]) -> tuple[list[int], Floats]:
-    return [known[tag][0] for tag in tags], np.array([known[tag][1] for tag in tags], dtype=np.float64)
+def _ruled_out(prompt: Prompt) -> tuple[str, ...]:
+    """What must not be seen: the unwanted tags, and the negative prompt's, unless the prompt asks for them as well."""
+    return tuple(tag for tag in (*prompt.unwanted, *canonical_tags(prompt.negative)) if tag not in prompt.tags)
 
 
 def _mask(named: Sequence[Sequence[str]], tags: Sequence[str]) -> npt.NDArray[np.bool_]:
@@ -248,39 +230,8 @@ def _mask(named: Sequence[Sequence[str]], tags: Sequence[str]) -> npt.NDArray[np
     return mask
 
 
-def _mean_where(values: Floats, mask: npt.NDArray[np.bool_]) -> Floats:
+def _mean_where(values: npt.NDArray[Any], mask: npt.NDArray[np.bool_]) -> Floats:
     """Mean along axis 1 over the mask; NaN where the mask is empty."""
     count = mask.sum(1)
     mean: Floats = np.divide((values * mask).sum(1), count, out=np.full(len(count), np.nan), where=count > 0)
     return mean
-
-
-def _macro_tables(sheet: ScoreSheet) -> list[tuple[str, Floats, Floats]]:
-    """(aggregate's name, hits, asked) over all tags and over each group; hits and asked are (P, tags)."""
-    constants = sheet.constants["tag_adherence"]
-    p = sheet.features["tag_adherence.asked"].astype(np.float64)
-    asked = ~np.isnan(p)
-    hit = asked & (p > np.array(constants["thresholds"]))
-    prompts = list(dict.fromkeys(sheet.prompt_ids))
-    member = (np.array(prompts)[:, None] == np.array(sheet.prompt_ids)[None, :]).astype(np.float64)
-    hits, count = member @ hit, member @ asked
-    tables = [("tag_macro_recall", hits, count)]
-    for group, members in constants["groups"].items():
-        inside = np.isin(constants["tags"], members)
-        tables.append((f"tag_macro_recall_{group}", hits[:, inside], count[:, inside]))
-    return tables
-
-
-def _macro(hits: Floats, asked: Floats) -> Floats:
-    """Mean over tags (last axis) of hits/asked; tags that were not asked are left out."""
-    known = asked > 0
-    recall = np.divide(hits, asked, out=np.zeros_like(hits), where=known)
-    count = known.sum(-1)
-    macro: Floats = np.divide(recall.sum(-1), count, out=np.full(count.shape, np.nan), where=count > 0)
-    return macro
-
-
-def _resampled_macro(hits: Floats, asked: Floats, seed: int) -> Floats:
-    """Macro recall of every bootstrap draw of prompts: (B,)."""
-    weights = resampling_weights(hits.shape[0], seed=seed)
-    return _macro(weights @ hits, weights @ asked)

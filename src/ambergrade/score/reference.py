@@ -1,0 +1,174 @@
+"""Reference statistics: what real pictures look like to a network, as a named .npz that pytorch-fid reads too.
+
+The file holds pytorch-fid's `mu` (d,) and `sigma` (d, d) in float64, and beside them `features` (m, d) float32 and
+`about` (JSON: the extractor's fingerprint and the pictures' digest), which other tools pass over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from ambergrade.errors import BadInput, MissingObject
+from ambergrade.identity import canonical_json, digest, file_digest
+from ambergrade.score.features import FeatureSource
+from ambergrade.store import find_file, written_aside
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Moments of real pictures' features, and the features where they are known."""
+
+    mean: Floats
+    """(d,)"""
+    covariance: Floats
+    """(d, d), unbiased."""
+    features: npt.NDArray[np.float32] | None = None
+    """(m, d); None for a file of another tool, which keeps moments only."""
+    about: Mapping[str, Any] | None = None
+    """`extractor` (fingerprint) and `pictures` (digest of their files); None for a file of another tool."""
+
+    @property
+    def m(self) -> int | None:
+        """Pictures behind it; None where another tool did not say."""
+        return None if self.features is None else len(self.features)
+
+    @property
+    def d(self) -> int:
+        return len(self.mean)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over moments, features and origin."""
+        whole = hashlib.sha256(canonical_json(self.about).encode())
+        for array in (self.mean, self.covariance, self.features):
+            if array is not None:
+                whole.update(f"{array.shape}{array.dtype}".encode() + np.ascontiguousarray(array).tobytes())
+        return whole.hexdigest()
+
+    @classmethod
+    def of_features(cls, features: npt.NDArray[np.float32], about: Mapping[str, Any] | None = None) -> Reference:
+        """Moments in float64 of features (m, d)."""
+        x = features.astype(np.float64)
+        centred = x - x.mean(0)
+        return cls(x.mean(0), centred.T @ centred / (len(x) - 1), features.astype(np.float32), about)
+
+    def write(self, path: Path) -> None:
+        """Write the .npz; equal content gives equal bytes."""
+        arrays: dict[str, Any] = {"mu": self.mean, "sigma": self.covariance}
+        if self.features is not None:
+            arrays["features"] = self.features
+        if self.about is not None:
+            arrays["about"] = np.array(canonical_json(self.about))
+        with written_aside(path) as aside, aside.open("wb") as file:
+            np.savez(file, **arrays)
+
+    @classmethod
+    def read(cls, path: Path) -> Reference:
+        """Read what `write`, pytorch-fid or TTUR wrote. Raises BadInput for another file."""
+        try:
+            with np.load(path, allow_pickle=False) as found:
+                arrays = {name: found[name] for name in found.files}
+        except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
+            raise BadInput(f"{path} is not a whole .npz file: {str(error)[:200]}") from error
+        if not {"mu", "sigma"} <= arrays.keys():
+            raise BadInput(f"{path} holds {sorted(arrays)}; reference statistics need mu and sigma.")
+        mean, covariance = arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64)
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise BadInput(f"{path}: mu {mean.shape} and sigma {covariance.shape} do not fit each other.")
+        about = json.loads(str(arrays["about"])) if "about" in arrays else None
+        return cls(mean, covariance, arrays.get("features"), about)
+
+
+def build_reference(source: FeatureSource, files: Sequence[Path], *, batch: int = 32) -> Reference:
+    """Statistics of picture files, read one batch at a time and sent through the same code as generated pictures."""
+    if len(files) < 2:
+        raise BadInput(f"Reference statistics need at least 2 pictures, found {len(files)}.")
+    parts = []
+    for start in tqdm(range(0, len(files), batch), desc="reference", unit="batch", disable=None):
+        parts.append(source([read_rgb(path) for path in files[start : start + batch]]))
+    pictures = digest([file_digest(path) for path in files])
+    return Reference.of_features(np.concatenate(parts), {"extractor": source.fingerprint, "pictures": pictures})
+
+
+def find_reference(
+    source: FeatureSource, reference: str, pictures: str | None, *, batch: int = 32, trust: bool = False
+) -> Reference:
+    """The statistics that a metric is configured with.
+
+    `reference` is an .npz, a folder of them named by extractor, or a text file that lists pictures of the folder
+    `pictures`, one a line. An .npz made by
+    another extractor (or by another tool, which does not say: `trust` takes it nevertheless) is refused, since a
+    Fréchet distance between differently prepared pictures measures the preparation.
+    """
+    path = find_file(reference)
+    if path.is_dir():
+        path = path / f"{source.key}.npz"
+        if not path.is_file():
+            raise MissingObject(
+                f"The statistics {reference} hold none of this extractor ({source.key}), or another version did.\n"
+                "Build them again: python pipelines/evaluate.py action=reference …"
+            )
+    if path.suffix != ".npz":
+        if pictures is None:
+            raise MissingObject(f"{path} lists pictures, but no folder was named.\nGive `pictures`, or an .npz file.")
+        return build_reference(source, listed(path, find_file(pictures)), batch=batch)
+    found = Reference.read(path)
+    if found.d != source.d:
+        raise BadInput(f"{path} has {found.d} features, the extractor gives {source.d}.")
+    if found.about is None and not trust:
+        raise BadInput(
+            f"{path} does not say which network and which resize made it (pytorch-fid's files do not).\n"
+            "Set trust_reference=true if you know that they are this extractor's."
+        )
+    if found.about is not None and canonical_json(found.about["extractor"]) != canonical_json(source.fingerprint):
+        unlike = [key for key, value in source.fingerprint.items() if found.about["extractor"].get(key) != value]
+        raise BadInput(
+            f"{path} was made by another extractor: it differs in {', '.join(unlike) or 'its fields'}.\n"
+            "Build the statistics again: python pipelines/evaluate.py action=reference …"
+        )
+    return found
+
+
+def listed(reference: Path, pictures: Path) -> list[Path]:
+    """The picture files that a list names; raises BadInput or MissingObject for a list that cannot serve."""
+    names = [line.strip() for line in reference.read_text().splitlines() if line.strip()]
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise BadInput(
+            f"{reference} must name at least 2 pictures, each once; found {len(set(names))} of {len(names)}."
+        )
+    files = [pictures / name for name in names]
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise MissingObject(f"{len(missing)} of {len(files)} reference pictures are not in {pictures}: {missing[:3]} …")
+    return files
+
+
+def read_rgb(path: Path) -> npt.NDArray[np.uint8]:
+    """A picture file as it is seen: EXIF turned, transparency on white, 16 bits scaled to 8. Raises BadInput."""
+    try:
+        with Image.open(path) as file:
+            image: Image.Image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I;16"):
+                return np.repeat(np.rint(np.asarray(image) / 257).astype(np.uint8)[..., None], 3, axis=2)
+            if image.mode in ("I", "F"):
+                raise BadInput(f"{path}: pictures of {image.mode} pixels (32 bits) are not read; save it as 8-bit RGB.")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BadInput(f"{path} is not a whole picture: {str(error)[:200]}") from error
