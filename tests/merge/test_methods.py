@@ -224,6 +224,33 @@ def test_tensor_sum_takes_a_band_of_rows(width: float, offset: float, rows: set[
     assert ((found == 0).all(1) | (found == 1).all(1)).all()
 
 
+@pytest.mark.parametrize("ramp", [0.0, 0.4])
+def test_crossover_of_waves_takes_those_above_the_cut(ramp: float) -> None:
+    """Cosines of 2, 5 and 7 periods in 16 samples have 0.25, 0.625 and 0.875 of the highest frequency."""
+    time = torch.arange(16, dtype=torch.float64)
+
+    def wave(periods: int) -> Tensor:
+        return torch.cos(2 * math.pi * periods * time / 16).float()
+
+    shares = [0.0, 1.0, 1.0] if not ramp else [0.0, 0.8125, 1.0]  # (0.625 - 0.5) / 0.4 + 0.5
+    expected = 3 + sum(share * wave(periods) for share, periods in zip(shares, (2, 5, 7), strict=True))
+    found = call("crossover", torch.full((16,), 3.0), 4 + wave(2) + wave(5) + wave(7), cutoff=0.5, ramp=ramp)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_crossover_in_two_dimensions_against_the_matrix_of_the_transform() -> None:
+    x, y = random(6, 5), random(6, 5, seed=1)
+    rows, columns = scipy.linalg.dft(6), scipy.linalg.dft(5)
+    spectrum = rows @ (y - x).numpy().astype(float) @ columns.T
+    cycles = [np.array([0, 1, 2, 3, 2, 1]) / 3, np.array([0, 1, 2, 2, 1]) / 2]
+    radius = np.sqrt((cycles[0][:, None] ** 2 + cycles[1][None] ** 2) / 2)
+    kept = np.where(radius >= 0.6, spectrum, 0)
+    expected = x.numpy() + (np.linalg.inv(rows) @ kept @ np.linalg.inv(columns).T).real
+    np.testing.assert_allclose(call("crossover", x, y, cutoff=0.6).numpy(), expected, atol=1e-6)
+    torch.testing.assert_close(call("crossover", x, y, cutoff=0.0), y)
+    torch.testing.assert_close(call("crossover", x, y, cutoff=1.1), x)
+
+
 @pytest.mark.parametrize("shape", [(20, 12), (9, 30), (6, 4, 3, 3)])
 def test_low_rank_is_scipys_truncated_svd(shape: tuple[int, ...]) -> None:
     x = random(*shape)
