@@ -92,6 +92,7 @@ def main(config_name: str, *, conf: Path = CONF) -> Callable[[Task], Callable[[]
         def command() -> None:
             arguments = sys.argv[1:]
             try:
+                arguments = _longhand(arguments, config_name, conf)
                 flags = _flags(arguments)
                 if flags.help:
                     print(_help(task, config_name, conf))
@@ -184,6 +185,14 @@ def _flags(arguments: list[str]) -> Namespace:
     if flags.resolve and not flags.cfg:
         raise BadSetting("--resolve goes with --cfg: --cfg job --resolve.")
     return flags
+
+
+def _longhand(arguments: list[str], name: str, conf: Path) -> list[str]:
+    """`coefficients.a=…` is short for `merge.coefficients.a=…` wherever a pipeline has no coefficients of its own."""
+    root = yaml.safe_load((conf / f"{name}.yaml").read_text()) or {}
+    if "coefficients" in root or not any("merge" in entry for entry in root.get("defaults", [])):
+        return arguments
+    return [re.sub(r"^(\+{0,2})coefficients\.", r"\1merge.coefficients.", argument) for argument in arguments]
 
 
 def _hand_to_hydra(task: Task, name: str, conf: Path, arguments: list[str], overrides: list[str]) -> None:

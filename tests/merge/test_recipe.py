@@ -61,7 +61,7 @@ def test_recipes_that_cannot_be_made_are_refused() -> None:
         (UnknownName, {"dtype": "half"}),
         (UnknownName, {"inputs": {"beta7": "0" * 64}}),
         (UnknownName, {"policies": {"vea": "base"}}),
-        (BadSetting, {"policies": {"vae": "merge"}}),
+        (BadSetting, {"policies": {"vae": "mrege"}}),
     ]
     for error, change in wrong:
         with pytest.raises(error):

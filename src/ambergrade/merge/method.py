@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ambergrade.errors import UnknownName
+from ambergrade.errors import BadSetting, UnknownName
 from ambergrade.identity import random_seed
 
 if TYPE_CHECKING:
@@ -66,6 +66,14 @@ class Method:
         words = {word.removesuffix("...") for word in arguments} | {values["gives"]}
         assert words <= {*KINDS}, (name, words)
         return cls(name, values["source"], arguments, values["gives"], values["parameters"] or {})
+
+    def kinds(self, count: int) -> list[str]:
+        """`model` or `difference` for each of `count` arguments. Raises BadSetting for a count it does not take."""
+        *fixed, last = self.arguments
+        repeated = last.endswith("...")
+        if count < len(self.arguments) or (count > len(self.arguments) and not repeated):
+            raise BadSetting(f"{self.name}() takes {', '.join(self.arguments)}; {count} given.")
+        return [*fixed, *[last.removesuffix("...")] * (count - len(fixed))]
 
     @functools.cached_property
     def function(self) -> Callable[..., Tensor]:

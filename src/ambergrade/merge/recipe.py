@@ -9,21 +9,10 @@ from functools import cached_property
 from typing import Any
 
 from ambergrade import identity
-from ambergrade.errors import BadInput, BadSetting, UnknownName
+from ambergrade.errors import BadInput, UnknownName
 from ambergrade.identity import canonical_json
 from ambergrade.merge.formula import Formula
-from ambergrade.merge.resident import DTYPES
-
-POLICIES: Mapping[str, str] = {
-    "vae": "base",
-    "cosmetic": "base",
-    "missing": "refuse",
-    "nonfinite": "refuse",
-}
-"""What happens to the VAE, to integer and cosmetic tensors, to keys or shapes that differ, to NaN and infinity.
-
-Each has one value today; a recipe names them so that it still means the same when there are more.
-"""
+from ambergrade.merge.plan import DTYPES, POLICIES, check_policies
 
 
 @dataclass(frozen=True)
@@ -33,7 +22,7 @@ class Recipe:
     formula: Formula
     coefficients: Mapping[str, float]
     inputs: Mapping[str, str]
-    """Alias to weights digest (`family.weights_digest`)."""
+    """Alias to digest: a file's sha256, a folder's `input_digest`, or the weights digest of a model in memory."""
     dtype: str | None = None
     """fp32, fp16 or bf16; None keeps the base's."""
     policies: Mapping[str, str] = field(default_factory=lambda: dict(POLICIES))
@@ -42,22 +31,23 @@ class Recipe:
         self.formula.check_coefficients(self.coefficients)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UnknownName("dtype", self.dtype, DTYPES)
-        for alias in self.formula.models:
+        for alias in self.named:
             if alias not in self.inputs:
                 raise UnknownName("model", alias, self.inputs, f"The formula {self.formula.text} needs its digest.")
-        for name, value in self.policies.items():
-            if name not in POLICIES:
-                raise UnknownName("merge policy", name, POLICIES)
-            if value != POLICIES[name]:
-                raise BadSetting(f"Merge policy {name}={value} is not known. Its one value is '{POLICIES[name]}'.")
+        check_policies(self.policies, self.formula.models)
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The inputs that the formula names: models, then LoRAs."""
+        return (*self.formula.models, *self.formula.loras)
 
     @cached_property
     def document(self) -> dict[str, Any]:
-        """The recipe as plain values: canonical formula, only the models it names, every policy."""
+        """The recipe as plain values: canonical formula, only the inputs it names, every policy."""
         return {
             "formula": self.formula.text,
             "coefficients": {name: float(value) for name, value in self.coefficients.items()},
-            "inputs": {alias: self.inputs[alias] for alias in self.formula.models},
+            "inputs": {alias: self.inputs[alias] for alias in self.named},
             "dtype": self.dtype,
             "policies": {**POLICIES, **self.policies},
         }
@@ -72,34 +62,44 @@ class Recipe:
     @classmethod
     def from_json(cls, text: str) -> Recipe:
         """Read what `to_json` wrote. Raises BadInput where keys are missing or unknown."""
-        document = json.loads(text)
+        try:
+            document = json.loads(text)
+        except ValueError:
+            document = None
         expected = {"formula", "coefficients", "inputs", "dtype", "policies"}
         if not isinstance(document, dict) or document.keys() != expected:
             raise BadInput(f"A merge recipe has the keys {sorted(expected)}; found {text[:200]}")
         return cls(**{**document, "formula": Formula.parse(document["formula"], document["inputs"])})
 
 
-def metadata(recipe: Recipe, *, architecture: str, prediction_type: str = "epsilon") -> dict[str, str]:
+def metadata(
+    recipe: Recipe,
+    *,
+    architecture: str,
+    prediction_type: str = "epsilon",
+    parents: Mapping[str, tuple[Any, Mapping[str, Any]]] | None = None,
+) -> dict[str, str]:
     """The header of the merged single file: no time and no path, so equal recipes give equal bytes.
 
     `modelspec.*` is Stability's ModelSpec 1.0.0; `sd_merge_recipe` and `sd_merge_models` are what A1111's checkpoint
-    merger writes, with our digests of weights where it has those of files; `ambergrade.recipe` rebuilds the merge.
-    `architecture` is ModelSpec's word for the family, such as `stable-diffusion-xl-v1-base`.
+    merger writes, with the inputs' own recipes nested; `ambergrade.recipe` rebuilds the merge. `architecture` is
+    ModelSpec's word for the family, such as `stable-diffusion-xl-v1-base`; `parents` gives for an alias its own
+    `sd_merge_recipe` and `sd_merge_models`.
     """
-    names = recipe.formula.models
     numbers = ", ".join(f"{name} = {value!r}" for name, value in recipe.document["coefficients"].items())
     merge = {"type": "ambergrade", "custom_name": recipe.formula.name, **recipe.document}
-    models = {
-        recipe.inputs[alias]: {"name": alias, "legacy_hash": None, "sd_merge_recipe": None, "digest_of": "weights"}
-        for alias in names
-    }
+    models: dict[str, Any] = {}
+    for alias in recipe.named:
+        own, ancestors = (parents or {}).get(alias, (None, {}))
+        models |= ancestors
+        models[recipe.inputs[alias]] = {"name": alias, "legacy_hash": None, "sd_merge_recipe": own}
     return {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": architecture,
         "modelspec.implementation": "sgm",
         "modelspec.title": recipe.formula.name or "merge",
         "modelspec.description": recipe.formula.text + (f" with {numbers}" if numbers else ""),
-        "modelspec.merged_from": ", ".join(names),
+        "modelspec.merged_from": ", ".join(recipe.named),
         "modelspec.prediction_type": prediction_type,
         "sd_merge_recipe": canonical_json(merge),
         "sd_merge_models": canonical_json(models),

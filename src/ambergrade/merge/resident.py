@@ -1,49 +1,43 @@
 """Merging in memory: the inputs are read once, and every further point costs one pass over the weights.
 
-All arithmetic is fp32 in the order the formula is written, with unfused operations (`a + w * (b - c)`, no `lerp`, no
-`add(alpha=)`: fused forms change bits with the CPU), and one rounding at the end. The difference of two nearby fp16
-values is exact in fp32, so a formula kept as written ends on the fp16 number nearest to the exact result; where two
-are equally near it may be either (at 0.8 and 0.5 it is always the even one; at 0.6 and 0.7 in all but 1 of 600).
+The same plan and the same arithmetic as for files, so a live model has the bits of the file that would be released.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ambergrade.errors import BadInput, UnknownName
-from ambergrade.merge.formula import (
-    OPERATORS,
-    Binary,
-    Coefficient,
-    Formula,
-    Model,
-    Negative,
-    Node,
-    Number,
-    nodes,
-    number,
-)
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-VAE_PREFIX = "first_stage_model."
-COSMETIC_ENDINGS = ("position_ids", "logit_scale")
-"""Index tables and CLIP's temperature: averaging them means nothing and breaks ids."""
+from ambergrade.family.detect import Layout, detect
+from ambergrade.family.files import DTYPES as WORDS
+from ambergrade.family.files import TORCH
+from ambergrade.family.layouts import Source
+from ambergrade.merge.evaluate import Evaluator, canonical_parts, check_operands, operands, refuse_nonfinite
+from ambergrade.merge.formula import Formula
+from ambergrade.merge.lora import targets
+from ambergrade.merge.plan import DTYPES, Plan, Task, check_policies, make_plan
 
 
-def is_copied(name: str, tensor: Tensor) -> bool:
-    """Whether this single-file key is copied from the base: the VAE, what is not float, and the cosmetic."""
-    return not tensor.is_floating_point() or name.startswith(VAE_PREFIX) or name.endswith(COSMETIC_ENDINGS)
+@dataclass(frozen=True)
+class _Live:
+    """One parameter of a live module and the part of a merged tensor that it holds."""
+
+    target: Tensor
+    source: Source
 
 
 class ResidentMerge:
-    """A formula over models held in memory; `at` gives the merge for one set of coefficients.
+    """A formula over models held in memory in their own precision; a point is merged anew from them.
 
-    What is copied from the base (`formula.models[0]`, see `is_copied`) is copied byte for byte. All else must be in
-    every model with one shape. Sub-expressions without a coefficient, such as `anxl3 - anxl2`, are computed once and
-    kept in fp32.
+    What is copied from the base (`formula.models[0]`; see `plan`) is copied byte for byte. All else must be in every
+    model with one shape.
 
     >>> x, y = {"w": torch.tensor([1.0])}, {"w": torch.tensor([3.0])}
     >>> merge = ResidentMerge(Formula.parse("x + a * (y - x)", ["x", "y"]), {"x": x, "y": y})
@@ -52,116 +46,156 @@ class ResidentMerge:
     """
 
     def __init__(
-        self, formula: Formula, inputs: Mapping[str, Mapping[str, Tensor]], *, dtype: str | None = None
+        self,
+        formula: Formula,
+        inputs: Mapping[str, Mapping[str, Tensor]],
+        *,
+        dtype: str | None = None,
+        policies: Mapping[str, str] | None = None,
     ) -> None:
-        """`inputs` maps each alias to its tensors; `dtype` is one of fp32, fp16, bf16, or None for the base's own.
+        """`inputs` maps each alias, of models and LoRAs, to its tensors (single-file names for models).
 
-        Raises UnknownName for a dtype or a missing model, BadInput for keys or shapes that differ (with a list) and
-        for a tensor that holds an infinity or NaN (with its name).
+        `dtype` is one of fp32, fp16, bf16, or None for the base's own. Raises UnknownName for a dtype or a missing
+        model, BadInput for keys or shapes that differ (with a list) and for values that cannot be merged.
         """
         if dtype is not None and dtype not in DTYPES:
             raise UnknownName("dtype", dtype, DTYPES)
-        for alias in formula.models:
+        for alias in (*formula.models, *formula.loras):
             if alias not in inputs:
                 raise UnknownName("model", alias, inputs, f"The formula {formula.text} needs it.")
         self.formula = formula
-        self._dtype = None if dtype is None else DTYPES[dtype]
-        self._inputs = {alias: inputs[alias] for alias in formula.models}
+        self._dtype = dtype
+        self._policies = check_policies(policies or {}, formula.models)
+        self._inputs = {alias: inputs[alias] for alias in (*formula.models, *formula.loras)}
         self._base = inputs[formula.models[0]]
-        self._merged = [name for name, tensor in self._base.items() if not is_copied(name, tensor)]
-        self._check_layout()
-        self._check_finite()
-        self._constants: dict[Node, dict[str, Tensor]] = {}
-        for node in _constant_differences(formula.expression):
-            program = self._program(node, {})
-            self._constants[node] = {name: program(name) for name in self._merged}
+        shapes = {name: tuple(tensor.shape) for name, tensor in self._base.items()}
+        self._layout = _layout(shapes)
+        self._parts = canonical_parts(self._layout, shapes)
+        self._lora_targets = {
+            alias: targets({name: tuple(tensor.shape) for name, tensor in inputs[alias].items()}, shapes)
+            for alias in formula.loras
+        }
+        # Any point with every model in it will do for the checks, and an odd one divides by no zero.
+        some = {name: 0.6180339 + 0.1 * place for place, name in enumerate(formula.coefficients)}
+        self._check(self._plan(some))
 
     def at(self, coefficients: Mapping[str, float]) -> dict[str, Tensor]:
-        """The merged tensors, in the base's order: fresh storage for what is merged, the base's own for what is copied.
+        """The merged tensors, in the base's order: fresh storage for what is merged, the input's for what is copied.
 
         Raises BadSetting for coefficients that do not fit the formula and BadInput, with the tensor's name, where the
         result is beyond the range of the output dtype.
         """
-        self.formula.check_coefficients(coefficients)
-        program = self._program(self.formula.expression, coefficients)
-        result = dict(self._base)
-        for name in self._merged:
-            base = self._base[name]
-            exact, exact_base = program(name), base.to(torch.float32)
-            # -0.0 + 0.0 is 0.0: an unchanged zero keeps its sign, so that merge(x, x) is x to the bit.
-            exact = torch.where(exact == exact_base, exact_base, exact)
-            result[name] = exact.to(self._dtype or base.dtype)
-            if not result[name].isfinite().all():
-                raise BadInput(
-                    f"{self.formula.text}\nThe merge at {dict(coefficients)} leaves the range of {result[name].dtype} "
-                    f"in '{name}'.\nUse smaller coefficients, or an output dtype of greater range (bf16, fp32)."
-                )
-        return result
+        plan = self._plan(coefficients)
+        made: dict[str, Tensor] = {}
 
-    def _program(self, node: Node, coefficients: Mapping[str, float]) -> Callable[[str], Tensor]:
-        """A function from a tensor's name to the fp32 value of `node`, with its plain numbers worked out."""
-        if node in self._constants:
-            return self._constants[node].__getitem__
-        match node:
-            case Model(alias):
-                tensors = self._inputs[alias]
-                return lambda name: tensors[name].to(torch.float32)
-            case Negative(operand):
-                inner = self._program(operand, coefficients)
-                return lambda name: -inner(name)
-            case Binary(sign, left, right):
-                operate = OPERATORS[sign]
-                if not _holds_model(left):
-                    factor, second = number(left, coefficients), self._program(right, coefficients)
-                    return lambda name: operate(factor, second(name))
-                first = self._program(left, coefficients)
-                if not _holds_model(right):
-                    factor = number(right, coefficients)
-                    return lambda name: operate(first(name), factor)
-                second = self._program(right, coefficients)
-                return lambda name: operate(first(name), second(name))
-            case Number() | Coefficient():
-                raise AssertionError(f"{node} holds no model")
+        def one(evaluator: Evaluator, task: Task) -> None:
+            made[task.name] = self._value(plan, task, evaluator)
 
-    def _check_layout(self) -> None:
-        """Refuse keys that are not in every model and shapes that differ, all of them in one list."""
-        base_alias = self.formula.models[0]
-        complaints = []
-        for alias, tensors in self._inputs.items():
-            names = {name for name, tensor in tensors.items() if not is_copied(name, tensor)}
-            complaints += [f"'{name}' is missing in {alias}" for name in self._merged if name not in names]
-            complaints += [
-                f"'{name}' of {alias} is missing in {base_alias}" for name in sorted(names - {*self._merged})
-            ]
-            for name in self._merged:
-                shape, base_shape = tuple(tensors[name].shape) if name in names else None, tuple(self._base[name].shape)
-                if shape not in (None, base_shape):
-                    complaints.append(f"'{name}' is {shape} in {alias}, {base_shape} in {base_alias}")
-        if complaints:
-            shown = "\n  ".join(complaints[:12]) + ("\n  …" if len(complaints) > 12 else "")
-            raise BadInput(
-                f"{self.formula.text}\nThe models do not hold the same tensors; {len(complaints)} differ:\n  {shown}\n"
-                "Merge models of one family, and of one prediction type."
-            )
+        self._each(plan, one)
+        return {name: made[name] for name in plan.tasks}
 
-    def _check_finite(self) -> None:
-        for alias, tensors in self._inputs.items():
-            for name in self._base if tensors is self._base else self._merged:
-                if not tensors[name].to(torch.float32).isfinite().all():
-                    raise BadInput(f"'{name}' of {alias} holds NaN or infinity. Mend or replace that checkpoint.")
+    def assign(self, modules: Mapping[str, nn.Module], coefficients: Mapping[str, float]) -> None:
+        """Write a point straight into live modules (component name to module), without a copy of the model.
 
+        The parameters get the values that `at` gives, in the modules' own dtype. Raises as `at`, and BadInput where a
+        module and the merged tensors do not hold the same.
+        """
+        plan = self._plan(coefficients)
+        live = self._live(modules, plan)
 
-def _holds_model(node: Node) -> bool:
-    return any(isinstance(part, Model) for part in nodes(node))
+        def one(evaluator: Evaluator, task: Task) -> None:
+            if task.name in live:
+                value = self._value(plan, task, evaluator)
+                for part in live[task.name]:
+                    part.target.copy_(part.source.take({task.name: value}))
 
+        with torch.no_grad():
+            self._each(plan, one)
 
-def _constant_differences(node: Node) -> Iterator[Binary]:
-    """The largest parts that hold models and no coefficient: their value is one for all points."""
-    if isinstance(node, Binary):
-        if _holds_model(node) and not any(isinstance(part, Coefficient) for part in nodes(node)):
-            yield node
+    def _plan(self, coefficients: Mapping[str, float]) -> Plan:
+        described = {
+            alias: {name: (WORDS[tensor.dtype], tuple(tensor.shape)) for name, tensor in self._inputs[alias].items()}
+            for alias in self.formula.models
+        }
+        loras = {alias: tuple(found) for alias, found in self._lora_targets.items()}
+        return make_plan(self.formula, coefficients, described, dtype=self._dtype, policies=self._policies, loras=loras)
+
+    def _each(self, plan: Plan, work: Callable[[Evaluator, Task], None]) -> None:
+        threads = torch.get_num_threads()
+        free: SimpleQueue[Evaluator] = SimpleQueue()
+        for _ in range(threads):
+            free.put(Evaluator(plan.base, self._parts, self._lora_tensors))
+
+        def one(task: Task) -> None:
+            evaluator = free.get()
+            try:
+                work(evaluator, task)
+            finally:
+                free.put(evaluator)
+
+        torch.set_num_threads(1)  # our threads, not torch's own within each
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                for _ in pool.map(one, plan.tasks.values()):
+                    pass
+        finally:
+            torch.set_num_threads(threads)
+
+    def _value(self, plan: Plan, task: Task, evaluator: Evaluator) -> Tensor:
+        first = self._inputs[task.mixture.models[0]][task.name]
+        if task.kind == "copy":
+            return first
+        if task.kind == "ids":
+            return first.to(torch.int64)
+        tensors = {alias: self._inputs[alias][task.name] for alias in operands(task, plan.base)}
+        if task.mixture.linear:
+            value = torch.empty(task.shape, dtype=TORCH[task.dtype])
+            flat = {alias: tensor.reshape(-1) for alias, tensor in tensors.items()}
+            finite = evaluator.linear(task, flat, value.view(-1))
         else:
-            yield from _constant_differences(node.left)
-            yield from _constant_differences(node.right)
-    elif isinstance(node, Negative):
-        yield from _constant_differences(node.operand)
+            value = evaluator.whole(task, tensors)
+            finite = evaluator.combiner.finite(value.view(-1))
+        if not finite:
+            refuse_nonfinite(task, tensors, f"{self.formula.text} at {dict(plan.coefficients)}")
+        return value
+
+    def _lora_tensors(self, alias: str, name: str) -> Mapping[str, Tensor]:
+        return {key: self._inputs[alias][key] for key in self._lora_targets[alias][name]}
+
+    def _check(self, plan: Plan) -> None:
+        """What values alone can tell, of every input, once."""
+        probe = Evaluator(plan.base, {}, self._lora_tensors)
+        for task in plan.tasks.values():
+            tensors = {alias: self._inputs[alias][task.name] for alias in operands(task, plan.base)}
+            check_operands(task, tensors, plan.base, cosmetic=self._policies["cosmetic"])
+            for alias, tensor in tensors.items():
+                if tensor.is_floating_point() and not probe.combiner.finite(tensor.reshape(-1)):
+                    raise BadInput(f"'{task.name}' of {alias} holds NaN or infinity. Mend or replace that checkpoint.")
+
+    def _live(self, modules: Mapping[str, nn.Module], plan: Plan) -> dict[str, list[_Live]]:
+        """Merged name to the parameters it fills. Raises BadInput naming what does not fit; nothing is written then."""
+        if self._layout is None:
+            raise BadInput("Tensors of no known family cannot be written into live modules.")
+        shapes = {name: task.shape for name, task in plan.tasks.items()}
+        found: dict[str, list[_Live]] = {}
+        complaints = []
+        for part, module in modules.items():
+            state: dict[str, Any] = module.state_dict(keep_vars=False)
+            plan_of = self._layout.family.to_diffusers(part, shapes)
+            complaints += [f"missing: {part}/{key}" for key in sorted(state.keys() - plan_of.keys())]
+            complaints += [f"unexpected: {part}/{key}" for key in sorted(plan_of.keys() - state.keys())]
+            for key, source in plan_of.items():
+                if key in state and source.shape(shapes) != tuple(state[key].shape):
+                    complaints.append(f"shape: {part}/{key}")
+                elif key in state:
+                    found.setdefault(source.keys[0], []).append(_Live(state[key], source))
+        if complaints:
+            raise BadInput("The live modules do not fit the merge:\n" + "\n".join(complaints[:6]))
+        return found
+
+
+def _layout(shapes: Mapping[str, tuple[int, ...]]) -> Layout | None:
+    try:
+        return detect(shapes)
+    except BadInput:
+        return None

@@ -1,0 +1,289 @@
+"""Weighted sums of weights, equal to exact arithmetic rounded once.
+
+A linear formula comes to one rational weight per model, `sum(P[i] * x[i]) / Q` with whole P and Q. fp16 values are
+whole multiples of 2**-24 below 2**16, so with weights of a few digits that sum is exact in float64, in any order and
+fused or not; one division and one rounding follow. Where exactness is not certain beforehand (many digits, bf16, fp32)
+the elements whose rounding an error bound leaves open are decided by exact comparison with the midpoint, at last by
+fractions. A correctly rounded result is unique, so threads, chunks, SIMD width and device cannot change a bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 18
+"""Elements worked on at a time: the float64 temporaries stay near the cache."""
+_DIGITS = {
+    torch.float64: 52,
+    torch.float32: 23,
+    torch.float16: 10,
+    torch.bfloat16: 7,
+    torch.float8_e4m3fn: 3,
+    torch.float8_e5m2: 2,
+}
+"""Stored bits of the significand."""
+_SMALL = {torch.float16, torch.float8_e4m3fn, torch.float8_e5m2}
+"""Whole multiples of 2**-24 below 2**17."""
+_MOST_P, _MOST_Q = 1 << 12, 1 << 11
+"""With sum(|P|) and Q up to these, small inputs give an exact sum, and no quotient but a midpoint rounds to one."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One rational weight per tensor, none of them zero."""
+
+    exact: tuple[Fraction, ...]
+
+    @cached_property
+    def q(self) -> int:
+        return math.lcm(*(weight.denominator for weight in self.exact))
+
+    @cached_property
+    def p(self) -> tuple[int, ...]:
+        return tuple(int(weight * self.q) for weight in self.exact)
+
+    @cached_property
+    def short(self) -> bool:
+        """Few enough digits for an exact sum of small inputs."""
+        return sum(map(abs, self.p)) <= _MOST_P and self.q <= _MOST_Q
+
+    @cached_property
+    def scaled(self) -> tuple[tuple[float, ...], float, bool]:
+        """Factors and divisor as floats, and whether they are exact."""
+        if self.q < 2**53 and max(map(abs, self.p)) < 2**53:
+            return tuple(map(float, self.p)), float(self.q), True
+        return tuple(map(float, self.exact)), 1.0, False
+
+
+class Combiner:
+    """Weighted sums chunk by chunk in buffers of its own: one for each thread."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self._sum = torch.empty(CHUNK, dtype=torch.float64, device=self.device)
+        self._wide = torch.empty(CHUNK, dtype=torch.float64, device=self.device)
+        self._single = torch.empty(CHUNK, dtype=torch.float32, device=self.device)
+        self._magnitude = np.empty(CHUNK, np.int16)
+
+    def combine(self, weights: Weights, tensors: Sequence[Tensor], out: Tensor, base: Tensor | None = None) -> bool:
+        """`out` becomes the weighted sum of flat tensors of any float dtypes, correctly rounded to its dtype.
+
+        Where the result is zero and `base` is -0.0, it is -0.0, so that merging a model with itself changes no bit.
+        Returns whether all of `out` is finite. float64 results may be an ulp off; all others are exact.
+        """
+        finite = True
+        for start in range(0, out.numel(), CHUNK):
+            part = slice(start, start + CHUNK)
+            finite &= self._chunk(weights, [x[part] for x in tensors], out[part], None if base is None else base[part])
+        return finite
+
+    def finite(self, x: Tensor) -> bool:
+        """Whether all of a flat float tensor is finite."""
+        for start in range(0, x.numel(), CHUNK):
+            part = x[start : start + CHUNK]
+            if self.device.type == "cpu" and x.dtype == torch.float16:
+                if int(self._sizes(part).max()) >= 0x7C00:
+                    return False
+            elif not math.isfinite(float(part.float().abs().amax() if x.dtype != torch.float64 else part.abs().amax())):
+                return False
+        return True
+
+    def _chunk(self, weights: Weights, xs: list[Tensor], out: Tensor, base: Tensor | None) -> bool:
+        small = all(x.dtype in _SMALL for x in xs)
+        halves = self.device.type == "cpu" and all(x.dtype == torch.float16 for x in (*xs, out))
+        if halves and (weights.short or self._tame(weights, xs)):
+            return self._half(weights, xs, out, base)
+        total = self._weighted(weights.scaled[0], xs)
+        quotient = total / weights.scaled[1]
+        if out.dtype == torch.float64 or (small and weights.short):
+            out.copy_(_rounded(quotient, out.dtype))
+        else:
+            self._careful(weights, xs, total, quotient, out)
+        if base is not None:
+            zeros = out == 0
+            if bool(zeros.any()):
+                wide = base.double()
+                out[zeros & (wide == 0) & torch.signbit(wide)] = -0.0
+        return math.isfinite(float(out.float().abs().amax())) if len(out) else True
+
+    def _weighted(self, factors: Sequence[float], xs: list[Tensor], *, magnitudes: bool = False) -> Tensor:
+        """The sum in float64 of factor * x, or of their magnitudes."""
+        n = len(xs[0])
+        total, wide, single = self._sum[:n], self._wide[:n], self._single[:n]
+        if magnitudes:
+            total = torch.empty_like(total)
+        for number, (factor, x) in enumerate(zip(factors, xs, strict=True)):
+            target = wide if number else total
+            # float16 to float64 in one step is three times slower than in two
+            target.copy_(x if x.dtype in (torch.float32, torch.float64) else single.copy_(x))
+            if magnitudes:
+                target.abs_()
+                factor = abs(factor)
+            if number:
+                total.add_(wide, alpha=factor)
+            elif factor != 1:
+                total.mul_(factor)
+        return total
+
+    # --- fp16 to fp16 on the CPU
+
+    def _tame(self, weights: Weights, xs: list[Tensor]) -> bool:
+        """Whether float64's error is below 4 fp32 ulps at every fp16 midpoint, the smallest of which is 2**-25."""
+        most = max(float(self._sizes(x).max()) for x in xs) if len(xs[0]) else 0
+        top = float(np.array(most, np.int16).view(np.float16))
+        spread = sum(abs(float(weight)) for weight in weights.exact)
+        return (len(xs) + 2) * 2.0**-51 * spread * top <= 2.0**-46
+
+    def _sizes(self, x: Tensor) -> np.ndarray[Any, Any]:
+        """Magnitudes as whole numbers, in the order of the values."""
+        return np.bitwise_and(x.view(torch.int16).numpy(), np.int16(0x7FFF), out=self._magnitude[: len(x)])
+
+    def _half(self, weights: Weights, xs: list[Tensor], out: Tensor, base: Tensor | None) -> bool:
+        factors, divisor, _ = weights.scaled
+        total = self._weighted(factors, xs)
+        single = self._single[: len(out)]
+        # The reciprocal's error is far below fp32's half ulp, so what is a midpoint arrives on it.
+        single.copy_(torch.mul(total, 1 / divisor, out=self._wide[: len(out)]))
+        out.copy_(single)
+        sizes = self._sizes(out)
+        if len(out) == 0:
+            return True
+        smallest, largest = int(sizes.min()), int(sizes.max())
+        # Above 1/Q a quotient may lie closer to a midpoint than fp32 tells; below it none does.
+        bound = int(np.array(0.9 / divisor, np.float16).view(np.int16))
+        bits = single.view(torch.int32).numpy()
+        if not weights.short:
+            open_ones = np.flatnonzero(_near_midpoint(bits, window=4))
+            self._settle(weights, xs, total, out, open_ones)
+        elif largest >= bound:
+            open_ones = np.flatnonzero(sizes >= bound)
+            open_ones = open_ones[_near_midpoint(bits[open_ones], window=0)]
+            left_over = total.numpy()[open_ones] - single.numpy()[open_ones].astype(np.float64) * divisor
+            self._settle(weights, xs, total, out, open_ones[left_over != 0])  # 0: a true tie, rounded to even already
+        if smallest == 0 and base is not None:
+            zeros = np.flatnonzero(sizes == 0)
+            old = base[torch.from_numpy(zeros)].double().numpy()
+            out.view(torch.int16).numpy()[zeros[(old == 0) & np.signbit(old)]] = np.int16(-32768)
+        return largest < 0x7C00
+
+    # --- anything else
+
+    def _careful(self, weights: Weights, xs: list[Tensor], total: Tensor, quotient: Tensor, out: Tensor) -> None:
+        """Round, and settle what the error bound leaves open."""
+        total = total.clone()  # the buffer is used again below
+        error = self._weighted(weights.scaled[0], xs, magnitudes=True)
+        error.mul_((len(xs) + 2) * 2.0**-52 / weights.scaled[1])
+        low, high = _rounded(quotient - error, out.dtype), _rounded(quotient + error, out.dtype)
+        out.copy_(low)
+        unsure = torch.nonzero(low != high).reshape(-1).cpu().numpy()
+        self._settle(weights, xs, total, out, unsure)
+
+    def _settle(
+        self, weights: Weights, xs: list[Tensor], total: Tensor, out: Tensor, where: np.ndarray[Any, Any]
+    ) -> None:
+        """Decide the elements at `where` by exact comparison with the midpoint between the two nearest numbers."""
+        if not len(where):
+            return
+        index = torch.from_numpy(where).to(out.device)
+        values = [x[index].double().cpu().numpy() for x in xs]
+        n = total[index].cpu().numpy()
+        factors, divisor, whole = weights.scaled
+        with np.errstate(over="ignore", invalid="ignore"):
+            size = np.sum([np.abs(f * v) for f, v in zip(factors, values, strict=True)], axis=0)
+            error = (size * (len(xs) + 2) * 2.0**-52 + np.abs(n) * 2.0**-52) / divisor
+            low = _rounded(torch.from_numpy(n / divisor - error), out.dtype)
+            high = _rounded(torch.from_numpy(n / divisor + error), out.dtype)
+        lows, highs = _as_finite(low), _as_finite(high)
+        # All partial sums are multiples of the smallest ulp: below 2**52 of them the sum is exact.
+        ulps = [
+            np.where(v == 0, np.inf, np.abs(v)) * 2.0 ** -(_DIGITS[x.dtype] + 1)
+            for v, x in zip(values, xs, strict=True)
+        ]
+        sure = (size < np.min(ulps, axis=0) * 2.0**52) & whole & (divisor < 2**28)
+        gap = highs - lows
+        next_up = _as_finite(torch.nextafter(low, torch.full_like(low, math.inf)) if _DIGITS[out.dtype] > 3 else high)
+        adjacent = (gap == 0) | (next_up == highs)
+        middle = lows / 2 + highs / 2
+        side = np.sign(n - middle * divisor)
+        for place in np.flatnonzero(~(sure & adjacent)):
+            if gap[place] == 0:
+                continue
+            truth = sum(
+                (w * Fraction(float(v[place])) for w, v in zip(weights.exact, values, strict=True)), Fraction(0)
+            )
+            if not adjacent[place]:
+                lows[place], highs[place] = _neighbours(truth, out.dtype)
+                middle[place] = lows[place] / 2 + highs[place] / 2
+            side[place] = (truth > Fraction(middle[place])) - (truth < Fraction(middle[place]))
+        even = _even(torch.from_numpy(lows), out.dtype)
+        chosen = np.where((side < 0) | ((side == 0) & even), lows, highs)
+        chosen = np.where(lows == highs, lows, chosen)
+        settled = torch.from_numpy(chosen).to(out.dtype)
+        signs = torch.from_numpy(np.where(chosen == 0, n, chosen))  # a tiny negative sum rounds to -0.0
+        out[index] = torch.copysign(settled.double(), signs).to(out.dtype).to(out.device)
+
+
+def _near_midpoint(bits: np.ndarray[Any, Any], *, window: int) -> np.ndarray[Any, Any]:
+    """Whether fp32 values, as bits, lie within `window` ulps of where fp16 changes; subnormal ones may be in doubt."""
+    shifted = bits + np.int32(window)
+    near = (shifted & 0xFFF) <= 2 * window
+    found = np.flatnonzero(near)
+    representable = ((shifted[found] & 0x1000) == 0) & ((shifted[found] & 0x7FFFFFFF) >= 0x38800000)  # 2**-14
+    near[found[representable]] = False
+    return near
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 to `dtype` in one correct rounding (torch's own goes through float32 and rounds twice)."""
+    if dtype == torch.float64:
+        return x
+    single = x.float()
+    if dtype == torch.float32:
+        return single
+    # Round to odd in float32, which keeps more than two bits beyond `dtype`: Boldo and Melquiond 2008, theorem 3.
+    exact = single.double() == x
+    up = torch.where(x > single.double(), math.inf, -math.inf).float()
+    even = (single.view(torch.int32) & 1) == 0
+    odd = torch.where(~exact & even & single.isfinite(), torch.nextafter(single, up), single)
+    return odd.to(dtype)
+
+
+def _as_finite(x: Tensor) -> np.ndarray[Any, Any]:
+    """float64 values; infinity becomes the number that would follow the largest."""
+    info = torch.finfo(x.dtype)
+    wide = x.double()
+    beyond = info.max * (1 + 2.0 ** -(_DIGITS[x.dtype] + 1)) if x.dtype != torch.float64 else math.inf
+    following = 2.0 ** math.ceil(math.log2(beyond)) if math.isfinite(beyond) else math.inf
+    return torch.where(wide.abs() > info.max, torch.copysign(torch.full_like(wide, following), wide), wide).numpy()
+
+
+def _neighbours(truth: Fraction, dtype: torch.dtype) -> tuple[float, float]:
+    """The two numbers of `dtype` around a fraction."""
+    info = torch.finfo(dtype)
+    size, sign = abs(truth), -1 if truth < 0 else 1
+    smallest = Fraction(info.smallest_normal)
+    exponent = 0
+    unit = smallest
+    while unit * 2 <= size:
+        unit *= 2
+        exponent += 1
+    ulp = unit / 2 ** _DIGITS[dtype]
+    lower = size // ulp * ulp
+    near, far = float(lower) * sign, float(lower + ulp) * sign
+    return min(near, far), max(near, far)
+
+
+def _even(x: Tensor, dtype: torch.dtype) -> np.ndarray[Any, Any]:
+    """Whether the last stored bit of each value in `dtype` is 0."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    stored = x.to(dtype)
+    return ((stored.view(kinds[stored.element_size()]) & 1) == 0).numpy()

@@ -1,0 +1,206 @@
+"""A merge's inputs, opened by their headers: a single file, a diffusers folder, or tensors in memory.
+
+Every tensor is known by its single-file name; where it lies in files is a list of byte ranges.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ambergrade import identity
+from ambergrade.errors import BadInput, MissingObject
+from ambergrade.family.detect import Layout, detect, families
+from ambergrade.family.files import PASSIVE_FILE, weight_files
+from ambergrade.family.layouts import Source
+from ambergrade.merge.header import Entry, Header, read_header
+from ambergrade.store import write_json
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Range:
+    """Some bytes of one of an input's files."""
+
+    file: int
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of an input, under its single-file name."""
+
+    dtype: str
+    """As safetensors spells it."""
+    shape: Shape
+    """In the single-file layout."""
+    ranges: tuple[Range, ...]
+    """One after the other they are the values, but for a transposed one."""
+    transposed: bool = False
+
+    @property
+    def size(self) -> int:
+        return sum(part.size for part in self.ranges)
+
+    def slice(self, start: int, size: int) -> list[Range]:
+        """The ranges of some of its bytes."""
+        found = []
+        for part in self.ranges:
+            first, last = max(start, 0), min(start + size, part.size)
+            if first < last:
+                found.append(Range(part.file, part.start + first, last - first))
+            start -= part.size
+        return found
+
+
+@dataclass(frozen=True)
+class Input:
+    """One model, or LoRA, of a merge."""
+
+    alias: str
+    path: Path
+    files: tuple[Path, ...]
+    sizes: tuple[int, ...]
+    """Bytes of the files."""
+    tensors: Mapping[str, Stored]
+    """By single-file name, in file order. A LoRA's keep their own names."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    layout: Layout | None = None
+    """None for a family that is not known, and for a LoRA."""
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        return {name: stored.shape for name, stored in self.tensors.items()}
+
+
+def open_input(alias: str, path: Path, *, plain: bool = False) -> Input:
+    """Read the headers of a single file or a diffusers folder; `plain` keeps the names of the file.
+
+    Raises MissingObject for what is not there, BadInput for what is damaged.
+    """
+    found = {path.name: (path, "")} if not path.is_dir() else _folder_files(path)
+    headers = {name: read_header(file) for name, (file, _) in found.items()}
+    keys: dict[str, tuple[int, Entry]] = {}
+    for number, (name, (_, prefix)) in enumerate(found.items()):
+        keys |= {prefix + key: (number, entry) for key, entry in headers[name].entries.items()}
+    layout = None
+    if not plain:
+        try:
+            layout = detect({key: entry.shape for key, (_, entry) in keys.items()})
+        except BadInput:
+            if path.is_dir():
+                raise
+    sources = dict(layout.sources) if layout else {key: Source((key,)) for key in keys}
+    if layout:  # moving averages and leftovers of training keep their own names
+        used = {key for source in sources.values() for key in source.keys}
+        sources |= {key: Source((key,)) for key in keys if key not in used and not path.is_dir()}
+    tensors = {name: _stored(name, source, keys, alias) for name, source in sources.items()}
+    order = sorted(tensors, key=lambda name: (tensors[name].ranges[0].file, tensors[name].ranges[0].start, name))
+    files = tuple(file for file, _ in found.values())
+    return Input(
+        alias,
+        path,
+        files,
+        tuple(header.size for header in headers.values()),
+        {name: tensors[name] for name in order},
+        _metadata(headers),
+        layout,
+    )
+
+
+def _metadata(headers: Mapping[str, Header]) -> Mapping[str, str]:
+    return next(iter(headers.values())).metadata if len(headers) == 1 else {}
+
+
+def _folder_files(path: Path) -> dict[str, tuple[Path, str]]:
+    """Relative name to file and the prefix of its keys."""
+    found: dict[str, tuple[Path, str]] = {}
+    for part in sorted({part for family in families() for part in family.components}):
+        for file in weight_files(path / part) if (path / part).is_dir() else []:
+            found[f"{part}/{file.name}"] = (file, f"{part}/")
+    if not found:
+        raise MissingObject(f"{path} is no diffusers folder: no folder in it holds weights of a known network.")
+    if (path / PASSIVE_FILE).is_file():
+        found[PASSIVE_FILE] = (path / PASSIVE_FILE, "")
+    return found
+
+
+def _stored(name: str, source: Source, keys: Mapping[str, tuple[int, Entry]], alias: str) -> Stored:
+    parts = [keys[key] for key in source.keys]
+    dtypes = {entry.dtype for _, entry in parts}
+    if len(dtypes) > 1:
+        raise BadInput(f"{', '.join(source.keys)} of {alias} are one tensor of several dtypes: {sorted(dtypes)}.")
+    shape = source.shape({key: keys[key][1].shape for key in source.keys})
+    ranges = tuple(Range(number, entry.start, entry.size) for number, entry in parts)
+    return Stored(parts[0][1].dtype, shape, ranges, source.form == "transposed")
+
+
+class Digests:
+    """sha256 of files, remembered by (device, inode, modification time, size)."""
+
+    def __init__(self, cache: Path | None = None) -> None:
+        """`cache`: a JSON file that is read now and brought up to date by `save`; None remembers nothing."""
+        self.cache = cache
+        self._known: dict[str, str] = {}
+        if cache is not None and cache.is_file():
+            try:
+                known = json.loads(cache.read_text())
+                self._known = {key: value for key, value in known.items() if len(value) == 64}
+            except (ValueError, AttributeError, TypeError):
+                self._known = {}  # a broken cache is an empty one
+
+    def known(self, file: Path) -> str | None:
+        return self._known.get(_fingerprint(os.stat(file)))
+
+    def tell(self, before: os.stat_result, file: Path, sha256: str) -> None:
+        """Remember a digest, unless the file changed since `before`."""
+        if _fingerprint(os.stat(file)) == _fingerprint(before):
+            self._known[_fingerprint(before)] = sha256
+
+    def of_file(self, file: Path) -> str:
+        """The digest, read from the disk where it is not known."""
+        found = self.known(file)
+        if found is None:
+            before = os.stat(file)
+            with file.open("rb", buffering=0) as opened:
+                found = hashlib.file_digest(opened, "sha256").hexdigest()
+            self.tell(before, file, found)
+        return found
+
+    def save(self) -> None:
+        if self.cache is not None:
+            write_json(self.cache, self._known)
+
+
+def input_digest(names: Sequence[str], digests: Sequence[str]) -> str:
+    """One file's own sha256; for a folder, the sha256 over its files' names and digests."""
+    return digests[0] if len(digests) == 1 else identity.digest(dict(zip(names, digests, strict=True)))
+
+
+def _fingerprint(found: os.stat_result) -> str:
+    return f"{found.st_dev}:{found.st_ino}:{found.st_mtime_ns}:{found.st_size}"
+
+
+def default_cache() -> Path:
+    """Where digests are remembered between runs: the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "ambergrade" / "sha256.json"
+
+
+def parent_recipe(metadata: Mapping[str, str]) -> tuple[Any, dict[str, Any]]:
+    """`sd_merge_recipe` and `sd_merge_models` of an input that is itself a merge, as A1111 nests them."""
+    try:
+        recipe = json.loads(metadata.get("sd_merge_recipe", "null"))
+        models = json.loads(metadata.get("sd_merge_models", "{}"))
+    except ValueError:
+        return None, {}
+    if not isinstance(models, dict) or len(metadata.get("sd_merge_models", "")) > 1 << 18:
+        models = {}
+    return recipe, models

@@ -1,0 +1,178 @@
+"""A merge of files, planned from their headers: what will be read, what will be written, and at what cost."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ambergrade.errors import UnknownName
+from ambergrade.family.files import TORCH
+from ambergrade.merge.evaluate import Parts, canonical_parts, operands
+from ambergrade.merge.formula import Formula
+from ambergrade.merge.header import header_bytes, read_exactly
+from ambergrade.merge.inputs import Input, Stored, open_input, parent_recipe
+from ambergrade.merge.lora import targets
+from ambergrade.merge.plan import Plan, Task, check_policies, make_plan
+from ambergrade.merge.recipe import Recipe, metadata
+
+UNKNOWN = "unknown"
+"""ModelSpec's architecture for tensors of no known family."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A merge that can be run."""
+
+    formula: Formula
+    coefficients: Mapping[str, float]
+    dtype: str | None
+    policies: Mapping[str, str]
+    inputs: Mapping[str, Input]
+    """Models and LoRAs, by alias."""
+    owner: Mapping[str, str]
+    """Alias to the first alias of the same file, which is read for both."""
+    plan: Plan
+    lora_targets: Mapping[str, Mapping[str, tuple[str, ...]]]
+
+    @cached_property
+    def parts(self) -> Parts:
+        base = self.inputs[self.plan.base]
+        return canonical_parts(base.layout, base.shapes)
+
+    def operands(self, task: Task) -> tuple[str, ...]:
+        return operands(task, self.plan.base)
+
+    def stored(self, alias: str, name: str) -> Stored:
+        return self.inputs[alias].tensors[name]
+
+    @cached_property
+    def described(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {task.name: (task.dtype, task.shape) for task in self.plan.tasks.values()}
+
+    @cached_property
+    def _reserved(self) -> tuple[bytes, dict[str, int]]:
+        stand_ins = {alias: f"{number:064x}" for number, alias in enumerate(self.owner)}
+        return header_bytes(self.described, self.metadata(self.recipe(stand_ins)))
+
+    @property
+    def header_length(self) -> int:
+        return len(self._reserved[0])
+
+    @property
+    def offsets(self) -> dict[str, int]:
+        return self._reserved[1]
+
+    @property
+    def bytes_out(self) -> int:
+        return self.header_length + sum(task.size for task in self.plan.tasks.values())
+
+    @property
+    def bytes_in(self) -> int:
+        """Of all distinct input files."""
+        return sum(sum(self.inputs[owner].sizes) for owner in dict.fromkeys(self.owner.values()))
+
+    def recipe(self, digests: Mapping[str, str]) -> Recipe:
+        return Recipe(self.formula, self.coefficients, digests, self.dtype, self.policies)
+
+    def metadata(self, recipe: Recipe) -> dict[str, str]:
+        base = self.inputs[self.plan.base]
+        parents = {alias: parent_recipe(self.inputs[alias].metadata) for alias in recipe.named}
+        return metadata(
+            recipe,
+            architecture=base.layout.family.architecture if base.layout else UNKNOWN,
+            prediction_type="v" if "v_pred" in base.tensors else "epsilon",
+            parents=parents,
+        )
+
+    def lora_tensors(self, alias: str, name: str) -> Mapping[str, Tensor]:
+        """The tensors of a LoRA that one weight needs, read from the file."""
+        opened = self.inputs[alias]
+        found = {}
+        for key in self.lora_targets[alias][name]:
+            stored = opened.tensors[key]
+            data = torch.empty(stored.size, dtype=torch.uint8)
+            descriptor = os.open(opened.files[0], os.O_RDONLY)
+            try:
+                read_exactly(descriptor, [memoryview(data.numpy())], stored.ranges[0].start)
+            finally:
+                os.close(descriptor)
+            found[key] = data.view(TORCH[stored.dtype]).reshape(stored.shape)
+        return found
+
+    def told(self) -> str:
+        """What a dry run prints: formula by component and block, costs, audit."""
+        lines = [self.formula.text]
+        if self.coefficients:
+            lines.append("with " + ", ".join(f"{name} = {value:g}" for name, value in self.coefficients.items()))
+        family = self.inputs[self.plan.base].layout
+        lines.append(f"family   {family.family.name if family else 'unknown: merged as plain tensors'}")
+        for text, places in self.plan.groups().items():
+            shown = ", ".join(f"{place} ({count})" for place, count in sorted(places.items()))
+            lines.append(f"  {text}\n      {shown}")
+        gigabytes = (self.bytes_in + self.bytes_out) / 1e9
+        lines.append(f"read     {self.bytes_in:,} bytes of {len(set(self.owner.values()))} inputs")
+        lines.append(f"write    {self.bytes_out:,} bytes")
+        lines.append(f"memory   about {self.memory >> 20} MiB beside the program's own")
+        lines.append(f"time     about {gigabytes / 1.0:.0f} s at 1 GB/s of disk")
+        return "\n".join([*lines, *(f"audit    {line}" for line in self.plan.audit)])
+
+    @property
+    def memory(self) -> int:
+        """Bytes of buffers: slots of a batch, and the largest tensor that must be whole."""
+        batch = (4 << 20) * (len(set(self.owner.values())) + 1)
+        whole = [task.size * 4 * (len(task.models) + 2) for task in self.plan.tasks.values() if not task.mixture.linear]
+        return batch * 6 + max(whole, default=0)
+
+
+def open_job(
+    formula: Formula,
+    paths: Mapping[str, Path],
+    *,
+    coefficients: Mapping[str, float] | None = None,
+    dtype: str | None = None,
+    policies: Mapping[str, str] | None = None,
+) -> Job:
+    """Plan a merge from headers alone. `paths` maps aliases, of models and LoRAs, to files or diffusers folders.
+
+    Raises AmbergradeError for whatever would go wrong later, as far as headers tell.
+    """
+    numbers = dict(coefficients or {})
+    for alias in (*formula.models, *formula.loras):
+        if alias not in paths:
+            raise UnknownName("model", alias, paths, f"The formula {formula.text} needs it.")
+    formula.check_coefficients(numbers)
+    chosen = check_policies(policies or {}, formula.models)
+    inputs: dict[str, Input] = {}
+    owner: dict[str, str] = {}
+    first_of: dict[tuple[str, bool], str] = {}
+    for alias in (*formula.models, *formula.loras):
+        is_lora = alias in formula.loras
+        key = (os.path.realpath(paths[alias]), is_lora)
+        owner[alias] = first_of.setdefault(key, alias)
+        if owner[alias] == alias:
+            inputs[alias] = open_input(alias, paths[alias], plain=is_lora)
+        else:
+            inputs[alias] = inputs[owner[alias]]
+    shapes = inputs[formula.models[0]].shapes
+    lora_targets = {alias: targets(inputs[alias].shapes, shapes, inputs[alias].metadata) for alias in formula.loras}
+    described = {
+        alias: {name: (stored.dtype, stored.shape) for name, stored in inputs[alias].tensors.items()}
+        for alias in formula.models
+    }
+    plan = make_plan(
+        formula,
+        numbers,
+        described,
+        dtype=dtype,
+        policies=chosen,
+        loras={alias: tuple(found) for alias, found in lora_targets.items()},
+    )
+    if inputs[formula.models[0]].layout is None:
+        plan.audit.append("no known family: tensors of equal names are merged as plain tensors")
+    return Job(formula, numbers, dtype, chosen, inputs, owner, plan, lora_targets)

@@ -1,0 +1,295 @@
+"""What becomes of every tensor, decided from names, dtypes and shapes alone, strictly, and told as an audit."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cached_property
+from typing import Literal
+
+from ambergrade.errors import BadInput, BadSetting, UnknownName
+from ambergrade.merge.blocks import component
+from ambergrade.merge.formula import Formula
+from ambergrade.merge.header import FLOATS, ITEM
+from ambergrade.merge.mixture import Applied, Mixture, mixer
+from ambergrade.merge.nodes import Call, nodes
+
+POLICIES: Mapping[str, str] = {
+    "vae": "base",
+    "cosmetic": "refuse",
+    "missing": "refuse",
+    "nonfinite": "refuse",
+    "ema": "drop",
+}
+"""The defaults, strict: see CHOICES for what else there is."""
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "vae": ("base", "merge"),  # or a model's alias: that one's VAE, byte for byte
+    "cosmetic": ("refuse", "base"),  # where temperatures or prediction markers differ: refuse, or take the base's
+    "missing": ("refuse", "base", "zero_delta"),  # the base's tensor in its place, or the whole tensor from the base
+    "nonfinite": ("refuse",),
+    "ema": ("drop", "base"),  # moving averages (model_ema.): left out, or copied from the base
+}
+DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+IDS = "position_ids"
+TEMPERATURE = "logit_scale"
+MARKERS = ("v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std")
+"""Keys by which a file says how it predicts; names that ComfyUI and others look for."""
+EMA = "model_ema."
+
+Described = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Single-file name to dtype (as safetensors spells it) and shape."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What becomes of one tensor."""
+
+    name: str
+    dtype: str
+    """Of the output."""
+    shape: tuple[int, ...]
+    mixture: Mixture
+    """A copy is the one model with weight 1."""
+    kind: Literal["copy", "ids", "merge"]
+    compared: tuple[str, ...] = ()
+    """Models whose tensor is read only to be compared: cosmetic ones must agree."""
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self.mixture.models, *self.compared)))
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * ITEM[self.dtype]
+
+
+@dataclass
+class Plan:
+    """Every task, in the base's order, and what is to be told."""
+
+    formula: Formula
+    coefficients: Mapping[str, float]
+    base: str
+    tasks: dict[str, Task]
+    audit: list[str] = field(default_factory=list)
+
+    def groups(self) -> dict[str, Counter[str]]:
+        """Resolved formula to the components (blocks of the UNet) it holds for, with their numbers of tensors."""
+        found: dict[str, Counter[str]] = {}
+        for task in self.tasks.values():
+            text = "copied from " + task.mixture.models[0] if task.kind != "merge" else str(task.mixture)
+            found.setdefault(text, Counter())[_place(task.name)] += 1
+        return found
+
+
+def check_policies(policies: Mapping[str, str], models: tuple[str, ...]) -> dict[str, str]:
+    """All policies, defaults filled in. Raises UnknownName for an unknown one, BadSetting for an unknown value."""
+    for name, value in policies.items():
+        if name not in POLICIES:
+            raise UnknownName("merge policy", name, POLICIES)
+        known = (*CHOICES[name], *(models if name == "vae" else ()))
+        if value not in known:
+            raise BadSetting(f"Merge policy {name}={value} is not known. Choose one of: {', '.join(known)}.")
+    return {**POLICIES, **policies}
+
+
+def make_plan(
+    formula: Formula,
+    coefficients: Mapping[str, float],
+    described: Mapping[str, Described],
+    *,
+    dtype: str | None = None,
+    policies: Mapping[str, str] | None = None,
+    loras: Mapping[str, tuple[str, ...]] | None = None,
+) -> Plan:
+    """Decide every tensor.
+
+    `described` holds every model of the formula; `dtype` is one of DTYPES, None for the base's own; `loras` gives for
+    each LoRA alias the weights it changes. Raises BadInput with the list of what is missing, superfluous or misshapen.
+    """
+    for alias in formula.models:
+        if alias not in described:
+            raise UnknownName("model", alias, described, f"The formula {formula.text} needs it.")
+    if dtype is not None and dtype not in DTYPES:
+        raise UnknownName("dtype", dtype, DTYPES)
+    chosen = check_policies(policies or {}, formula.models)
+    _refuse_idle_vae(formula, chosen)
+    maker = _Maker(formula, mixer(formula, coefficients), described, dtype, chosen, loras or {})
+    return Plan(formula, dict(coefficients), formula.models[0], maker.tasks(), maker.audit)
+
+
+def _refuse_idle_vae(formula: Formula, policies: Mapping[str, str]) -> None:
+    expressions = [formula.expression, *(node for _, node in formula.lines)]
+    calls = [part.function for node in expressions for part in nodes(node) if isinstance(part, Call)]
+    if "vae" in calls and policies["vae"] != "merge":
+        raise BadSetting(f"vae() has no effect while policies.vae is '{policies['vae']}': set policies.vae to 'merge'.")
+
+
+@dataclass
+class _Maker:
+    formula: Formula
+    mix: Callable[[str], Mixture]
+    described: Mapping[str, Described]
+    dtype: str | None
+    policies: Mapping[str, str]
+    loras: Mapping[str, tuple[str, ...]]
+    audit: list[str] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)
+    relaxed: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def base(self) -> str:
+        return self.formula.models[0]
+
+    def tasks(self) -> dict[str, Task]:
+        made: dict[str, Task] = {}
+        for name in self.described[self.base]:
+            task = self.task(name)
+            if task is not None:
+                made[name] = task
+        self.superfluous()
+        if self.complaints:
+            shown = "\n  ".join(self.complaints[:12]) + ("\n  …" if len(self.complaints) > 12 else "")
+            raise BadInput(
+                f"{self.formula.text}\n"
+                f"The models do not hold the same tensors; {len(self.complaints)} differ:\n  {shown}\n"
+                "Merge models of one family and of one prediction type, or relax policies.missing: base | zero_delta."
+            )
+        self.tell(made)
+        return made
+
+    def task(self, name: str) -> Task | None:
+        base = self.base
+        dtype, shape = self.described[base][name]
+        if name.startswith(EMA):
+            if self.policies["ema"] == "drop":
+                self.relaxed["moving averages (model_ema) left out"] += 1
+                return None
+            return Task(name, dtype, shape, _copy(base), "copy")
+        if name.endswith(IDS):
+            return Task(name, "I64", shape, _copy(base), "ids" if dtype in FLOATS else "copy")
+        if name.endswith(TEMPERATURE) or name in MARKERS:
+            others = tuple(alias for alias in self.involved if alias != base)
+            return Task(name, dtype, shape, _copy(base), "copy", tuple(a for a in others if name in self.described[a]))
+        if component(name) == "vae" and self.policies["vae"] != "merge":
+            owner = base if self.policies["vae"] == "base" else self.policies["vae"]
+            if name not in self.described[owner]:
+                self.complaints.append(f"'{name}' is missing in {owner}")
+                return None
+            return Task(name, *self.described[owner][name], _copy(owner), "copy")
+        if dtype not in FLOATS:
+            return Task(name, dtype, shape, _copy(base), "copy")
+        mixture = self.without_idle_loras(self.mix(name), name)
+        mixture = self.with_what_is_there(mixture, name, shape)
+        out = dtype if self.dtype is None else DTYPES[self.dtype]
+        return Task(name, out, shape, mixture, "merge")
+
+    @cached_property
+    def involved(self) -> tuple[str, ...]:
+        """The base and the models that have a weight somewhere."""
+        floats = [name for name, (dtype, _) in self.described[self.base].items() if dtype in FLOATS]
+        found = {self.base} | {alias for name in floats for alias in self.mix(name).models}
+        return tuple(alias for alias in self.formula.models if alias in found)
+
+    def without_idle_loras(self, mixture: Mixture, name: str) -> Mixture:
+        kept = [
+            (atom, weight)
+            for atom, weight in mixture.terms
+            if not (isinstance(atom, Applied) and atom.function == "lora" and name not in self.loras[_file(atom)])
+        ]
+        return Mixture(tuple(kept))
+
+    def with_what_is_there(self, mixture: Mixture, name: str, shape: tuple[int, ...]) -> Mixture:
+        """The mixture, once the models that lack the tensor are dealt with as policies.missing says."""
+        wrong = []
+        for alias in mixture.models:
+            found = self.described[alias].get(name)
+            if found is None:
+                wrong.append((alias, f"'{name}' is missing in {alias}"))
+            elif found[1] != shape:
+                wrong.append((alias, f"'{name}' is {found[1]} in {alias}, {shape} in {self.base}"))
+        if not wrong:
+            return mixture
+        if self.policies["missing"] == "refuse":
+            self.complaints += [complaint for _, complaint in wrong]
+            return mixture
+        for alias, _ in wrong:
+            self.relaxed[f"missing or misshapen in {alias}: {self.policies['missing']}"] += 1
+        if self.policies["missing"] == "zero_delta" or not mixture.linear:
+            return _copy(self.base)
+        lacking = {alias for alias, _ in wrong}
+        total: dict[str, Fraction] = {self.base: Fraction(0)}
+        for atom, weight in mixture.terms:
+            assert isinstance(atom, str)
+            key = self.base if atom in lacking else atom
+            total[key] = total.get(key, Fraction(0)) + weight
+        return Mixture(tuple((alias, weight) for alias, weight in total.items() if weight))
+
+    def superfluous(self) -> None:
+        """Tensors of other models that the base lacks."""
+        base = self.described[self.base]
+        for alias in self.involved:
+            extra = sorted(
+                name
+                for name in self.described[alias].keys() - base.keys()
+                if not name.startswith(EMA) and not name.endswith(IDS)
+            )
+            marked = [name for name in extra if name in MARKERS]
+            if marked and self.policies["cosmetic"] == "refuse":
+                raise BadInput(
+                    f"{alias} is marked {', '.join(marked)} and {self.base} is not: they predict different things.\n"
+                    "Merge models of one prediction type, or take the base's marks with policies.cosmetic: base."
+                )
+            vae_copied = self.policies["vae"] != "merge"
+            extra = [
+                name
+                for name in extra
+                if name not in MARKERS and not name.endswith(TEMPERATURE)
+                if not (vae_copied and component(name) == "vae")
+            ]
+            if self.policies["missing"] == "refuse":
+                self.complaints += [f"'{name}' of {alias} is missing in {self.base}" for name in extra]
+            elif extra:
+                self.relaxed[f"of {alias}, not in {self.base}, left out"] += len(extra)
+        lacking = {
+            mark: [alias for alias in self.involved if mark not in self.described[alias]]
+            for mark in MARKERS
+            if mark in base
+        }
+        for mark, aliases in lacking.items():
+            if aliases and self.policies["cosmetic"] == "refuse":
+                raise BadInput(
+                    f"{self.base} is marked {mark} and {', '.join(aliases)} not: they predict different things.\n"
+                    "Merge models of one prediction type, or take the base's marks with policies.cosmetic: base."
+                )
+
+    def tell(self, tasks: Mapping[str, Task]) -> None:
+        kinds = Counter(task.kind for task in tasks.values())
+        self.audit.append(f"{kinds['merge']} tensors merged, {kinds['copy']} copied from {self.base} or as told")
+        vae = [task for task in tasks.values() if component(task.name) == "vae"]
+        if vae and self.policies["vae"] != "merge":
+            self.audit.append(f"VAE: {len(vae)} tensors of {vae[0].mixture.models[0]}, byte for byte")
+        if kinds["ids"]:
+            self.audit.append(f"position_ids: stored as {self.base}'s floats, written as int64")
+        self.audit += [f"{text} ({count})" for text, count in sorted(self.relaxed.items())]
+        if self.formula.unused:
+            self.audit.append(f"lines that the result does not need: {', '.join(self.formula.unused)}")
+
+
+def _copy(alias: str) -> Mixture:
+    return Mixture(((alias, Fraction(1)),))
+
+
+def _file(atom: Applied) -> str:
+    return str(dict(atom.options)["file"])
+
+
+def _place(name: str) -> str:
+    part = component(name)
+    if part != "unet":
+        return part or "others"
+    words = name.removeprefix("model.diffusion_model.").split(".")
+    return f"unet {words[0]}.{words[1]}" if words[0].endswith("blocks") else f"unet {words[0]}"
