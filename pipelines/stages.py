@@ -355,10 +355,17 @@ def evaluate(chain: Chain, merger: Merger, point: Point, prompts: PromptSet, tit
         for prompt, pixels in zip(prompts.prompts, cut(done.files["pictures"], chain.sampler.width), strict=False):
             run.picture(f"{prompts.name}/{prompt.id}", Image.fromarray(pixels))
 
+    kind, about, inputs = filed_under(chain, merger, point, prompts)
+    return chain.stage(title, kind, 1, about, inputs, work, journal, dict(point), told)
+
+
+def filed_under(
+    chain: Chain, merger: Merger, point: Point, prompts: PromptSet
+) -> tuple[str, dict[str, Any], dict[str, str]]:
+    """Stage, settings and inputs of a point's scores: its identity in the ledger."""
     about = {"recipe": merger.recipe(point).document, "sampler": asdict(chain.sampler)}
     inputs = {"prompts": prompts.digest, "scorers": chain.scorers}
-    kind = "point" if prompts.name == "sweep" else "evaluation"
-    return chain.stage(title, kind, 1, about, inputs, work, journal, dict(point), told)
+    return {"sweep": "point", "rung": "rung"}.get(prompts.name, "evaluation"), about, inputs
 
 
 def sweep(

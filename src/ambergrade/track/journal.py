@@ -117,6 +117,10 @@ class Journal:
                 raise
             run.end("FINISHED")
 
+    def attached(self, id: str, name: str, key: str) -> Run:
+        """The open run of another process, to hang children below; its owner ends it."""
+        return Run(self, id, name, key, done=False, resumed=True)
+
     def attempt(self, what: str, action: Callable[[], T]) -> T | None:
         """Do something to MLflow; what fails is told, never raised."""
         if self.client is None:

@@ -1,0 +1,273 @@
+"""What pipelines/sweep.py does: one point in any process, and, in the parent, what goes before and after the points."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import stages
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from stages import Chain, Merger
+
+from ambergrade import config
+from ambergrade.errors import BadInput, BadSetting
+from ambergrade.identity import digest
+from ambergrade.merge.formula import Formula
+from ambergrade.nouns import PromptSet
+from ambergrade.score import figures
+from ambergrade.score.comparison import aggregates, winners
+from ambergrade.score.sheet import ScoreSheet
+from ambergrade.score.statistics import prompt_means, winner_set
+from ambergrade.search.explain import why_new
+from ambergrade.store import Ledger, find_file, write_json
+from ambergrade.track import ui
+from ambergrade.track.journal import Journal, Run
+
+FREE = ("block", "dry", "why", "race", "search", "leaderboard")
+"""Settings that may differ between two points of one loaded merge; so may the coefficients."""
+
+_live: dict[str, tuple[Chain, Merger]] = {}
+
+
+def point(settings: dict[str, Any]) -> dict[str, Any]:
+    """Score one point: `score`, `rows` (one a prompt, in their order), pictures drawn now, and where the sheet lies."""
+    chain, merger = live(settings)
+    done = stages.evaluate(chain, merger, coefficients(settings), prompts_of(chain, settings), label_of(settings))
+    objective = settings["search"]["objective"]
+    sheet = ScoreSheet.read(done.files["scores"])
+    if objective not in sheet.columns:
+        raise BadSetting(
+            f"search.objective={objective} is not scored per picture here.\nScored: {', '.join(sorted(sheet.columns))}"
+        )
+    rows = prompt_means(sheet.columns[objective], sheet.prompt_ids)
+    return {
+        "score": float(np.nanmean(rows)) if not np.isnan(rows).all() else float("nan"),
+        "rows": [float(row) for row in rows],
+        "pictures": sheet.n if done.fresh else 0,
+        "seconds": done.seconds,
+        "sheet": done.digests["scores"],
+        "identity": done.identity,
+    }
+
+
+def live(settings: dict[str, Any]) -> tuple[Chain, Merger]:
+    """The chain and the merge with its models in memory: loaded once a process, whatever the coefficients."""
+    free = {**settings["merge"], "coefficients": None}
+    key = digest({**{name: value for name, value in settings.items() if name not in FREE}, "merge": free})
+    if key not in _live:
+        stages.use_threads(settings["compute"])
+        journal = Journal.open(Path(settings["root"]), settings["name"])
+        chain = Chain(settings, journal, _parent(journal))
+        models = settings["models"]
+        named = Formula.parse(settings["merge"]["formula"], models).models
+        missing = [alias for alias in named if not models[alias]]
+        if missing:
+            raise BadSetting(
+                f"The formula needs {', '.join(missing)}.\nName the file: models.{missing[0]}=PATH, "
+                "for example the one that pipelines/train.py wrote."
+            )
+        family = settings["family"]["name"]
+        opened = {alias: stages.open_checkpoint(find_file(models[alias]), family) for alias in named}
+        _live.clear()  # one merge in memory
+        _live[key] = (chain, Merger(chain, opened))
+    return _live[key]
+
+
+def coefficients(settings: Mapping[str, Any]) -> dict[str, float]:
+    return dict(settings["merge"]["coefficients"])
+
+
+def prompts_of(chain: Chain, settings: Mapping[str, Any]) -> PromptSet:
+    """The sweep's prompts, or the part of them that a rung adds."""
+    prompts = stages.read_prompts(chain, "sweep")
+    if settings["block"] is None:
+        return prompts
+    start, stop = settings["block"]
+    if not 0 <= start < stop <= len(prompts.prompts):
+        raise BadSetting(
+            f"Prompts {start} to {stop} are asked for, the set has {len(prompts.prompts)}.\n"
+            f"End the race there: race=[…,{len(prompts.prompts)}]."
+        )
+    return PromptSet("rung", prompts.prompts[start:stop])
+
+
+def label_of(settings: Mapping[str, Any]) -> str:
+    block = settings["block"]
+    return stages.label_of(coefficients(settings)) + (f", prompts {block[0]}–{block[1]}" if block else "")
+
+
+def _parent(journal: Journal) -> Run:
+    """The sweep's run, opened by the parent process; nothing for a point that is drawn alone."""
+    about = Path(HydraConfig.get().runtime.output_dir).parent / "sweep.json" if HydraConfig.initialized() else None
+    if about is None or not about.exists():
+        return Run(journal, "", "", "", done=False, resumed=False)
+    return journal.attached(**json.loads(about.read_text()))
+
+
+# --- in the parent, around the points ---------------------------------------------------------------------------
+
+
+@contextmanager
+def opens(cfg: Any, sweep: Any) -> Iterator[tuple[Run, Journal]]:
+    """The sweep's own run, and everything that many jobs must not make at once: database, experiment, prompts."""
+    settings = config.plain(cfg)
+    root = Path(settings["root"])
+    print(f"sweep {sweep.key[:12]}, {len(sweep.search)} points, {sweep.folder}", flush=True)
+    if settings["data"]["draw"]:
+        stages.draw_world(settings)
+    journal = Journal.open(root, settings["name"])
+    swept = ", ".join(key.rpartition(".")[2] for key in sweep.plan.axes)
+    params = {"formula": settings["merge"]["formula"], "objective": settings["search"]["objective"], "swept": swept}
+    params |= {f"values.{key.rpartition('.')[2]}": sweep.plan.spec(key) for key in sweep.plan.axes}
+    with journal.run(f"sweep {sweep.key[:8]}: {swept}", key=sweep.key, kind="sweep", params=params) as run:
+        write_json(sweep.folder / "sweep.json", {"id": run.id, "name": run.name, "key": run.key})
+        if not run.done:
+            run.text(yaml.safe_dump(settings, sort_keys=False), "config.yaml")
+        yield run, journal
+    for trouble in journal.troubles:
+        print(f"not journaled: {trouble}")
+
+
+def judge(scores: Any, higher_is_better: bool) -> tuple[int, ...]:
+    """The points of a rung that cannot be told from the best."""
+    return winner_set(np.asarray(scores), higher_is_better=higher_is_better).members
+
+
+def previews(cfg: Any) -> bool:
+    return bool(cfg.dry or cfg.why)
+
+
+def preview(sweep: Any, points: Sequence[tuple[Any, Any]]) -> None:
+    """Hit or miss and cost of every point; with `why` what told a point from the finished one most like it."""
+    total, rate = 0, None
+    for trial, cfg in points:
+        settings = config.plain(cfg)
+        if settings["data"]["draw"] and trial is points[0][0]:
+            stages.draw_world(settings)
+        chain, merger = live(settings)
+        prompts = prompts_of(chain, settings)
+        kind, about, inputs = stages.filed_under(chain, merger, coefficients(settings), prompts)
+        known = chain.ledger.find(kind, Ledger.identity(kind, 1, about, inputs))
+        past = _records(chain.ledger.root / "records" / kind) if rate is None or settings["why"] else []
+        rate = rate if rate is not None else _seconds_a_picture(past, inputs, len(prompts.prompts))
+        total += 0 if known else len(prompts.prompts)
+        told = "hit " if known else f"miss   {len(prompts.prompts)} pictures"
+        print(f"  {trial.label:<34}{told}")
+        if settings["why"] and settings["why"] in (trial.label, label_of(settings)):
+            wanted = {"settings": about, "inputs": inputs}
+            for key, now, then in why_new(wanted, ({name: row[name] for name in wanted} for row in past)):
+                print(f"    {key}: {_short(now)} (nearest finished point: {_short(then)})")
+    hours = (
+        "unknown time: nothing was drawn so far" if not rate else f"about {total * rate / 3600:.2f} h on this device"
+    )
+    print(f"{total} pictures, {hours}, 0 GB of checkpoints (points are merged live)")
+    if settings["why"] and not any(settings["why"] == trial.label for trial, _ in points):
+        raise BadSetting(
+            f"why={settings['why']} is no point of this sweep: {', '.join(t.label for t, _ in points[:6])}."
+        )
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+
+
+def _seconds_a_picture(records: Sequence[Mapping[str, Any]], inputs: Mapping[str, str], pictures: int) -> float:
+    """Median over points that were scored by the same suite on the same prompts; 0 where there is none."""
+    like = [row["seconds"] / pictures for row in records if row["inputs"] == dict(inputs)]
+    return float(np.median(like)) if like else 0.0
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def closes(cfg: Any, sweep: Any) -> None:
+    """The leaderboard, the winner set and the heat map, on the screen, on disk and on the sweep's page in MLflow."""
+    settings = config.plain(cfg)
+    run, journal = sweep.around
+    ledger = Ledger(Path(settings["root"]) / "mlruns")
+    done = [trial for trial in sweep.trials if trial.outcome is not None and trial.outcome.status == "done"]
+    if sweep.race is not None:
+        print(f"\nrace: {sweep.race.text}")
+        run.tags({"race": sweep.race.text})
+        done = [trial for trial in done if trial.label in sweep.race.alive]
+    sheets = {trial.label: _sheet(ledger, trial, sweep) for trial in done}
+    if not sheets:
+        return
+    objective, folder = settings["search"]["objective"], sweep.folder
+    try:
+        found = winners(sheets, objective)
+    except BadInput as error:  # of points that cannot be paired
+        print(f"\nNo winner set: {error}")
+        return
+    rows = {label: aggregates(sheet) for label, sheet in sheets.items()}
+    table = figures.leaderboard_text(rows, settings["leaderboard"], winner=found.best, winner_set=found.members)
+    (folder / "leaderboard.txt").write_text(table + "\n")
+    print(f"\n{table}")
+    run.note(f"```\n{table}\n```")
+    run.metrics({objective: rows[found.best][objective], "points": len(done)})
+    run.tags({"winner": found.best, "winner_set": "; ".join(found.members)})
+    names = list(sweep.plan.axes)
+    scores = {label: rows[label][objective].value for label in rows}
+    plane = len(names) == 2 and all(isinstance(sweep.plan.axes[name], list) for name in names)
+    if plane and _heat_map(sweep, done, scores, found, folder / "heat_map.png", objective):
+        run.picture("heat map", folder / "heat_map.png")
+    kind = "rung" if sweep.race is not None else "point"
+    short = [name.rpartition(".")[2] for name in names]
+    view = run.view("sweep", kind, order_by=objective, params=short, metrics=settings["leaderboard"])
+    print(f"\nfiles   {folder}\nMLflow  {ui.ui_command(Path(settings['root']))}")
+    print(f"        {ui.deep_link(journal.experiment_id, view=view)}", flush=True)
+
+
+def _sheet(ledger: Ledger, trial: Any, sweep: Any) -> ScoreSheet:
+    """A point's sheet; of a race the rungs' sheets joined."""
+    if sweep.race is None:
+        return ScoreSheet.read(ledger.store.path(trial.outcome.value["sheet"]))
+    parts = []
+    for start, stop in zip((0, *sweep.race.rungs), sweep.race.rungs, strict=False):
+        rung = replace(trial, block=(start, stop))
+        if rung.recall() and rung.outcome is not None:
+            parts.append(ScoreSheet.read(ledger.store.path(rung.outcome.value["sheet"])))
+    return joined(parts)
+
+
+def joined(sheets: Sequence[ScoreSheet]) -> ScoreSheet:
+    """Sheets of different prompts by the same scorers as one."""
+    first = sheets[0]
+    return replace(
+        first,
+        prompt_ids=tuple(one for sheet in sheets for one in sheet.prompt_ids),
+        seeds=tuple(one for sheet in sheets for one in sheet.seeds),
+        columns={name: np.concatenate([sheet.columns[name] for sheet in sheets]) for name in first.columns},
+        features={name: np.concatenate([sheet.features[name] for sheet in sheets]) for name in first.features},
+        prompts_digest=digest([sheet.prompts_digest for sheet in sheets]),
+    )
+
+
+def _heat_map(
+    sweep: Any, done: Sequence[Any], scores: Mapping[str, float], found: Any, path: Path, objective: str
+) -> bool:
+    names = list(sweep.plan.axes)
+    try:
+        places = {trial.label: tuple(float(trial.point[name]) for name in names) for trial in done}
+    except ValueError:  # words have no place on an axis
+        return False
+    figures.heat_map(
+        {places[label]: score for label, score in scores.items()},
+        path,
+        title=f"sweep {sweep.key[:8]}",
+        score_name=objective,
+        axes=(names[0].rpartition(".")[2], names[1].rpartition(".")[2]),
+        card=None,
+        winner=places[found.best],
+        winner_set=[places[label] for label in found.members],
+        higher_is_better=sweep.search.higher_is_better,
+    )
+    return True

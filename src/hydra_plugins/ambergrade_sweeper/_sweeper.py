@@ -1,0 +1,359 @@
+"""Hydra's sweeper `ambergrade`: grid, Optuna's samplers and racing, on any launcher, killed and continued at will.
+
+    python pipelines/sweep.py --multirun coefficients.a=0.6,0.8,1.0 coefficients.b=0.25,0.5
+
+With `keyed` every point has a folder named by what it is, `<hydra.sweep.dir>/<sweep>/<point>`, where its job leaves its
+outcome; the same command takes up what is there, tries failures again, and draws the rest. Without, it behaves as
+Hydra's own sweeper does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from ambergrade.errors import AmbergradeError, BadSetting
+from ambergrade.identity import digest
+from ambergrade.search.load import Search, search
+from ambergrade.search.racing import Race
+from hydra_plugins.ambergrade_sweeper._outcomes import Outcome, Recorded, Trial, failure_table
+from hydra_plugins.ambergrade_sweeper._plan import Plan, point_key, read_plan
+
+ENDED_BY_A_SIGNAL = (130, 143)
+
+
+@dataclass
+class AmbergradeSweeperConf:
+    _target_: str = "hydra_plugins.ambergrade_sweeper._sweeper.AmbergradeSweeper"
+    search: dict[str, Any] = field(default_factory=lambda: {"name": "grid"})
+    """Keys of a yaml in conf/search; its `values` serve where the command line sweeps over nothing."""
+    space: str = ""
+    """Where the names of `values` live in the configuration."""
+    rungs: list[int] | None = None
+    """Prompts after each rung of a race; null draws every point whole."""
+    max_batch_size: int | None = None
+    """Jobs handed to the launcher at once: its slots. null: all of a grid, one of a search that learns."""
+    keyed: bool = False
+    where: list[str] = field(default_factory=list)
+    """Settings that change no result, so not which sweep this is."""
+    params: dict[str, str] | None = None
+
+
+ConfigStore.instance().store(
+    group="hydra/sweeper", name="ambergrade", node=AmbergradeSweeperConf, provider="ambergrade"
+)
+
+
+class SweepFailed(AmbergradeError):
+    """Some points failed; the others are kept."""
+
+
+@dataclass
+class Sweep:
+    """What a pipeline is told of the sweep around its points."""
+
+    key: str
+    folder: Path
+    search: Search
+    plan: Plan
+    trials: list[Trial] = field(default_factory=list)
+    race: Race | None = None
+    around: Any = None
+    """What the hook `opens` yielded."""
+
+
+class Hooks(Protocol):
+    """What a task may offer as `task.sweep()`: code in the parent process around the points."""
+
+    def opens(self, cfg: DictConfig, sweep: Sweep) -> AbstractContextManager[Any]:
+        """Entered before the first job and left after the last."""
+
+    def previews(self, cfg: DictConfig) -> bool:
+        """Whether to show the points by `preview` instead of drawing them."""
+
+    def preview(self, sweep: Sweep, points: Sequence[tuple[Trial, DictConfig]]) -> None:
+        """Print what each point would cost."""
+
+    def judge(self, scores: Any, higher_is_better: bool) -> Sequence[int]:
+        """Rows of scores (K points, P prompts) that cannot be told from the best."""
+
+    def closes(self, cfg: DictConfig, sweep: Sweep) -> None:
+        """After the last job, failures included."""
+
+
+class AmbergradeSweeper(Sweeper):
+    def __init__(
+        self,
+        search: dict[str, Any],
+        space: str = "",
+        rungs: list[int] | None = None,
+        max_batch_size: int | None = None,
+        keyed: bool = False,
+        where: Sequence[str] = (),
+        params: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.settings, self.space, self.rungs = dict(search), space, list(rungs or [])
+        self.max_batch_size, self.keyed, self.where, self.params = max_batch_size, keyed, tuple(where), params or {}
+        self.config: DictConfig | None = None
+        self.launcher: Launcher | None = None
+        self._returns: list[Sequence[JobReturn]] = []
+        self._launched = 0
+        if self.rungs and self.settings.get("sampler", "qmc") != "qmc":
+            raise BadSetting(
+                "A race compares points that are known beforehand.\nUse search=grid or search=qmc with it."
+            )
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.config, self.hydra_context = config, hydra_context
+        self.hooks: Hooks | None = task_function.sweep() if hasattr(task_function, "sweep") else None
+        launched = Recorded(task_function) if self.keyed else task_function
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=launched, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
+        """Draw every point; returns the launched batches. Raises SweepFailed at the end if any point failed."""
+        assert self.config is not None
+        sweep = self._sweep(arguments)
+        task = OmegaConf.masked_copy(self.config, [str(key) for key in self.config if key != "hydra"])
+        if self.hooks and self.hooks.previews(task):
+            trials = [self._trial(sweep, point) for point in self._asked(sweep.search)]
+            self.hooks.preview(sweep, [(trial, self._composed(trial)) for trial in trials])
+            return []
+        folder = Path(self.config.hydra.sweep.dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.config, (sweep.folder if self.keyed else folder) / "multirun.yaml")
+        with self.hooks.opens(task, sweep) if self.hooks else nullcontext() as sweep.around:
+            if self.rungs:
+                self._race(sweep)
+            else:
+                self._search(sweep)
+            if self.hooks:
+                self.hooks.closes(task, sweep)
+            table = failure_table(sweep.trials)
+            if table:
+                print(f"\n{table}", flush=True)
+                raise SweepFailed(f"{table.splitlines()[0]} see above.\nRun the same command again to go on with them.")
+        return self._returns
+
+    # --- what to draw ----------------------------------------------------------------------------------------
+
+    def _sweep(self, arguments: Sequence[str]) -> Sweep:
+        assert self.config is not None
+        loader = self.hydra_context.config_loader
+        lines = [f"{key}={value}" for key, value in self.params.items()] + list(arguments)
+        overrides = OverridesParser.create(config_loader=loader).parse_overrides(lines)
+        settings = {key: value for key, value in self.settings.items() if key not in ("values", "start")}
+        settings.setdefault("objective", "")
+        grid = settings.get("name") == "grid"
+        given = self.settings.get("values") or {}
+        plan = read_plan(overrides, {} if given == "???" else given, self.space, listed_only=grid)
+        if grid:  # nothing is swept: one job, as Hydra does it
+            plan = plan if plan.axes else Plan(plan.fixed, {}, plan.order)
+        values = {key: plan.spec(key) for key in plan.axes}
+        made = search(**settings, values=values, start=self._start(plan)) if values else _Single()
+        what = {
+            "config": {str(k): v for k, v in self._task_settings().items() if k not in self.where},
+            "axes": values,
+            "search": {key: value for key, value in settings.items() if key != "trials"},
+            "rungs": self.rungs,
+        }
+        key = digest(what)
+        folder = Path(self.config.hydra.sweep.dir).absolute()
+        if self.keyed:
+            folder = folder / key[:16]
+            folder.mkdir(parents=True, exist_ok=True)
+        return Sweep(key, folder, made, plan)
+
+    def _task_settings(self) -> dict[Any, Any]:
+        whole = OmegaConf.to_container(self.config, resolve=False)
+        assert isinstance(whole, dict)
+        return {key: value for key, value in whole.items() if key not in ("hydra", "search")}
+
+    def _start(self, plan: Plan) -> dict[str, Any] | None:
+        """The search's start point by override keys, where the sweep holds all of its names and no others."""
+        given = self.settings.get("start") or {}
+        start = {f"{self.space}.{name}" if self.space else name: value for name, value in given.items()}
+        return start if start and set(start) == set(plan.axes) else None
+
+    def _asked(self, made: Search) -> list[dict[str, Any]]:
+        return list(iter(made.ask, None))
+
+    def _trial(self, sweep: Sweep, point: dict[str, Any], block: tuple[int, int] | None = None) -> Trial:
+        overrides = sweep.plan.overrides(point)
+        label = sweep.plan.label(point) or "the point"
+        return Trial(label, dict(point), overrides, sweep.folder / point_key(overrides), block)
+
+    def _composed(self, trial: Trial) -> DictConfig:
+        assert self.config is not None
+        whole = self.hydra_context.config_loader.load_sweep_config(self.config, trial.lines)
+        return OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
+
+    # --- drawing ---------------------------------------------------------------------------------------------
+
+    def _search(self, sweep: Sweep) -> None:
+        """Ask, draw, tell, until the search has no more; what an earlier command finished is told first."""
+        if self.keyed:
+            self._recall(sweep)
+        learns = self.settings.get("name") != "grid"
+        slots = self.max_batch_size or (1 if learns else len(sweep.search))
+        while batch := [trial for trial in (self._next(sweep) for _ in range(slots)) if trial]:
+            self._draw(batch)
+            for trial in batch:
+                assert trial.outcome is not None, trial.label
+                sweep.search.tell(trial.point, trial.outcome.score)
+
+    def _next(self, sweep: Sweep) -> Trial | None:
+        point = sweep.search.ask()
+        if point is None:
+            return None
+        trial = self._trial(sweep, point)
+        sweep.trials.append(trial)
+        return trial
+
+    def _recall(self, sweep: Sweep) -> None:
+        """Points of earlier commands: the search hears of them in the order they were proposed in."""
+        for trial in self._past(sweep):
+            if trial.recall():
+                before = trial.outcome
+                assert before is not None
+                trial.before = True
+                sweep.search.recall(trial.point, before.score)
+                sweep.trials.append(trial)
+        if sweep.trials:
+            print(f"  {len(sweep.trials)} of {len(sweep.search)} points finished before", flush=True)
+
+    def _past(self, sweep: Sweep) -> Iterator[Trial]:
+        import json
+
+        files = sorted(sweep.folder.glob("*/point.json"), key=lambda file: json.loads(file.read_text())["number"])
+        for file in files:
+            yield self._trial(sweep, json.loads(file.read_text())["point"])
+
+    def _race(self, sweep: Sweep) -> None:
+        """Rung by rung; a job draws only the prompts that the rung adds."""
+        if self.hooks is None or not self.keyed:
+            raise BadSetting("A race needs a pipeline that scores per prompt.\nUse python pipelines/sweep.py.")
+        points = {sweep.plan.label(point): point for point in self._asked(sweep.search)}
+        higher, hooks = sweep.search.higher_is_better, self.hooks
+        race = sweep.race = Race(list(points), self.rungs, lambda scores: hooks.judge(scores, higher))
+        last: dict[str, Trial] = {}
+        while rung := race.ask():
+            trials = [self._trial(sweep, points[label], (rung.start, rung.stop)) for label in rung.points]
+            for trial in trials:
+                trial.before = trial.recall()
+            self._draw([trial for trial in trials if not trial.before], self.max_batch_size)
+            for trial in trials:
+                last[trial.label] = trial
+                assert trial.outcome is not None, trial.label
+                if trial.outcome.status == "done":
+                    race.tell(trial.label, trial.outcome.value["rows"])
+                else:
+                    race.fail(trial.label)
+            print(f"  rung {rung.number + 1}, {rung.stop} prompts: {len(rung.points)} points drawn", flush=True)
+        for label, point in points.items():
+            rows = race.rows(label)
+            sweep.search.tell(point, float(np.nanmean(rows)) if label in race.alive and rows else float("nan"))
+        sweep.trials += last.values()
+
+    def _draw(self, trials: Sequence[Trial], most: int | None = None) -> None:
+        for start in range(0, len(trials), most or max(len(trials), 1)):
+            self._launch(list(trials[start : start + (most or len(trials))]))
+
+    def _launch(self, trials: list[Trial]) -> None:
+        """One batch. A launcher that dies (a job was killed, or left by sys.exit) is asked again, point by point."""
+        assert self.launcher is not None
+        if self.keyed:
+            self._prepare(trials)
+        try:
+            returns = self.launcher.launch([self._job(trial) for trial in trials], initial_job_idx=self._launched)
+        except (Exception, SystemExit) as error:
+            if not self.keyed or (isinstance(error, SystemExit) and error.code in ENDED_BY_A_SIGNAL):
+                raise
+            left = [trial for trial in trials if not (trial.recall() or trial.outcome)]
+            print(f"  the launcher ended by {type(error).__name__}; {len(left)} points without outcome", flush=True)
+            if len(trials) == 1 and left:
+                trials[0].fail(error)
+                return
+            for trial in left:
+                self._launch([trial])
+            return
+        self._launched += len(trials)
+        self._returns.append(returns)
+        for trial, ended in zip(trials, returns, strict=True):
+            value = ended._return_value
+            done = ended.status == JobStatus.COMPLETED
+            trial.outcome = Outcome("done", value) if done else Outcome("failed", None, _told(value))
+            if not done and not self.keyed:
+                _ = ended.return_value  # raises it, as Hydra's own sweeper does
+
+    def _prepare(self, trials: Sequence[Trial]) -> None:
+        """Folders that say which point they are; an outcome of an earlier try goes."""
+        from ambergrade.store import write_json
+
+        for trial in trials:
+            about = trial.folder / "point.json"
+            trial.file.unlink(missing_ok=True)
+            if not about.exists():
+                number = sum(1 for _ in trial.folder.parent.glob("*/point.json"))
+                write_json(about, {"number": number, "point": trial.point, "overrides": trial.overrides})
+
+    def _job(self, trial: Trial) -> list[str]:
+        if not self.keyed:
+            return trial.lines
+        place = {"hydra.sweep.dir": str(trial.folder.parent), "hydra.sweep.subdir": trial.folder.name}
+        return trial.lines + [f"{key}={_quoted(value)}" for key, value in place.items()]
+
+
+class _Single:
+    """A sweep over nothing: the configuration as it is, once."""
+
+    objective = ""
+    higher_is_better = True
+
+    def __init__(self) -> None:
+        self._left = True
+        self._score: float | None = None
+
+    def __len__(self) -> int:
+        return 1
+
+    def ask(self) -> dict[str, Any] | None:
+        left, self._left = self._left, False
+        return {} if left else None
+
+    def tell(self, point: Any, score: float) -> None:
+        self._score = score
+
+    def recall(self, point: Any, score: float) -> None:
+        self._left = False
+        self.tell(point, score)
+
+    @property
+    def best(self) -> tuple[dict[str, Any], float] | None:
+        return None if self._score is None else ({}, self._score)
+
+
+def _told(error: Any) -> str:
+    from hydra_plugins.ambergrade_sweeper._outcomes import told
+
+    return told(error) if isinstance(error, BaseException) else str(error)
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
