@@ -17,11 +17,12 @@ from ambergrade.config import REPOSITORY
 from ambergrade.family import sdxl
 from ambergrade.generate import stream
 from ambergrade.nouns import PromptSet, SamplerSettings
+from ambergrade.score.adherence import per_tag
 from ambergrade.score.comparison import aggregates
 from ambergrade.score.distances import frechet_distance
 from ambergrade.score.features import Extractor
 from ambergrade.score.folders import load_timm
-from ambergrade.score.metrics.tag_adherence import TagAdherence, per_tag
+from ambergrade.score.metrics.tag_adherence import TagAdherence
 from ambergrade.score.scoring import score
 from ambergrade.score.statistics import wilson_interval
 from ambergrade.world import autoencoder, corpus, grammar, scorers

@@ -20,29 +20,23 @@ def held_out() -> tuple[list[grammar.Scene], np.ndarray]:
     return scenes, corpus.pictures(scenes)
 
 
-def test_tagger_reaches_its_recorded_mean_average_precision(held_out: tuple[list[grammar.Scene], np.ndarray]) -> None:
-    """The bar of issue 2 is 0.98 over all tags: met by what is drawn in colour and shape, missed by the ratings."""
+def test_tagger_reaches_its_mean_average_precision(held_out: tuple[list[grammar.Scene], np.ndarray]) -> None:
     scenes, pictures = held_out
     found = TagAdherence("builtin://tagger").probabilities(list(pictures))
     truth = np.stack([scorers.labels(scene) for scene in scenes])
-    precision = {
-        (tag, category): average_precision_score(truth[:, i], found[:, i])
-        for i, (tag, category) in enumerate(scorers.LABELS)
-        if truth[:, i].any()
-    }
-    assert np.mean([value for (_, category), value in precision.items() if category != 9]) >= 0.98
-    assert np.mean(list(precision.values())) >= 0.955
+    seen = np.flatnonzero(truth.any(axis=0))
+    assert np.mean([average_precision_score(truth[:, i], found[:, i]) for i in seen]) >= 0.98
 
 
 def test_clip_finds_the_picture_of_its_caption(held_out: tuple[list[grammar.Scene], np.ndarray]) -> None:
-    """Recorded 0.848 (chance is 0.002); the bar of issue 2 is 0.90 and not reached yet."""
+    """Chance is 0.002."""
     import open_clip
 
     scenes, pictures = held_out
     folder = BUILTIN / "clip"
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}", require_pretrained=True)
     captions = [", ".join(scorers.clip_words(scene)) for scene in scenes]
-    assert scorers.retrieval_at_1(model.eval(), folder, pictures, captions) >= 0.82
+    assert scorers.retrieval_at_1(model.eval(), folder, pictures, captions) >= 0.90
 
 
 def test_tagger_rates_are_recorded_for_every_general_tag() -> None:
