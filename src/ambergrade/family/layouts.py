@@ -157,6 +157,17 @@ class Family:
                 found |= _reversed(name, source, shapes[name])
         return found
 
+    def into_module(self, part: str, keys: Iterable[str], shapes: Mapping[str, Shape]) -> dict[str, Source]:
+        """A module's own keys to their sources among single-file tensors; keys that nothing there fills are left out.
+
+        Right for any version of transformers, whose modules name the same weights differently.
+        """
+        found: dict[str, Source] = {}
+        for name, source in self.to_single(part, keys).items():
+            if name in shapes:
+                found |= _reversed(name, source, shapes[name])
+        return found
+
 
 def _reversed(name: str, source: Source, shape: Shape) -> dict[str, Source]:
     """The sources of a single-file tensor's sources."""

@@ -145,7 +145,9 @@ class Combiner:
 
     def _sizes(self, x: Tensor) -> np.ndarray[Any, Any]:
         """Magnitudes as whole numbers, in the order of the values."""
-        return np.bitwise_and(x.view(torch.int16).numpy(), np.int16(0x7FFF), out=self._magnitude[: len(x)])
+        sizes = self._magnitude[: len(x)]
+        np.bitwise_and(x.view(torch.int16).numpy(), np.int16(0x7FFF), out=sizes)
+        return sizes
 
     def _half(self, weights: Weights, xs: list[Tensor], out: Tensor, base: Tensor | None) -> bool:
         factors, divisor, _ = weights.scaled

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from ambergrade.store import written_aside
 BATCH = 4 << 20
 """Bytes of each input in a batch, unless one tensor that must be whole is larger."""
 ALIGN = 64
+Slot: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.uint8]]"
 
 
 @dataclass(frozen=True)
@@ -337,7 +338,7 @@ class _Pipeline:
     def run(self, batches: Sequence[Batch]) -> None:
         """All batches, a few at a time; the first failure ends the rest."""
         capacity = int(np.median([batch.size for batch in batches])) if batches else 0
-        slots: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()  # type: ignore[type-arg]
+        slots: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         for _ in range(self.threads + 2):
             slots.put(np.empty(capacity + (capacity >> 2), np.uint8))
         working: list[Future[None]] = []
@@ -350,13 +351,13 @@ class _Pipeline:
                     slots.put(home)
                     break
                 slot = home if batch.size <= len(home) else np.empty(batch.size, np.uint8)
-                reads = self.readers.read(batch, memoryview(slot))
+                reads = self.readers.read(batch, slot.data)
                 back: Callable[[], None] = lambda home=home: slots.put(home)  # type: ignore[misc] # noqa: E731
                 working.append(pool.submit(self.work, batch, slot, reads, back))
             for future in working:
                 future.result()
 
-    def work(self, batch: Batch, slot: np.ndarray, reads: list[Future[None]], back: Callable[[], None]) -> None:  # type: ignore[type-arg]
+    def work(self, batch: Batch, slot: Slot, reads: list[Future[None]], back: Callable[[], None]) -> None:
         evaluator = self.evaluators.get()
         try:
             for future in reads:
@@ -372,7 +373,7 @@ class _Pipeline:
         evaluator: Evaluator,
         segment: Segment,
         places: Mapping[str, Place],
-        slot: np.ndarray,  # type: ignore[type-arg]
+        slot: Slot,
         at: int,
     ) -> None:
         task, job = segment.task, self.job
@@ -402,7 +403,7 @@ class _Pipeline:
         if target is not out:
             out.copy_(target)
         offset = self.offsets[task.name] + segment.start * ITEM[task.dtype]
-        self.sink.write(offset, memoryview(slot)[at : at + size])
+        self.sink.write(offset, slot.data[at : at + size])
 
 
 def _shaped(flat: Tensor, stored: Stored) -> Tensor:

@@ -99,7 +99,7 @@ class Job:
             data = torch.empty(stored.size, dtype=torch.uint8)
             descriptor = os.open(opened.files[0], os.O_RDONLY)
             try:
-                read_exactly(descriptor, [memoryview(data.numpy())], stored.ranges[0].start)
+                read_exactly(descriptor, [data.numpy().data], stored.ranges[0].start)
             finally:
                 os.close(descriptor)
             found[key] = data.view(TORCH[stored.dtype]).reshape(stored.shape)

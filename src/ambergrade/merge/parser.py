@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import PurePosixPath
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from ambergrade.errors import BadSetting, UnknownName, nearest
 from ambergrade.merge import method
@@ -27,6 +27,7 @@ from ambergrade.merge.nodes import (
     nodes,
 )
 
+_AnyNode = TypeVar("_AnyNode", bound=Node)
 ALIAS = re.compile(r"\w+(?:[ .:-]\w+)*")
 _NUMBER = re.compile(r"(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3})?")
 _NAME = re.compile(r"[^\W\d]\w*")
@@ -315,7 +316,7 @@ class _Parser:
             raise self.error(f"More than {MOST_DEPTH} levels. Split the formula into lines with names.", self.last)
         return self.last
 
-    def counted(self, node: Any) -> Any:
+    def counted(self, node: _AnyNode) -> _AnyNode:
         self.count += 1
         if self.count > MOST_NODES:
             raise self.error(f"More than {MOST_NODES} operations. Split the formula into lines.", self.last)

@@ -181,9 +181,12 @@ class ResidentMerge:
         complaints = []
         for part, module in modules.items():
             state: dict[str, Any] = module.state_dict(keep_vars=False)
-            plan_of = self._layout.family.to_diffusers(part, shapes)
+            # The module's own names lead: transformers' versions disagree on a prefix of the text encoders' keys.
+            plan_of = self._layout.family.into_module(part, state, shapes)
+            mine = {name for name in shapes if self._layout.family.component_of(name) == part}
+            used = {name for source in plan_of.values() for name in source.keys}
             complaints += [f"missing: {part}/{key}" for key in sorted(state.keys() - plan_of.keys())]
-            complaints += [f"unexpected: {part}/{key}" for key in sorted(plan_of.keys() - state.keys())]
+            complaints += [f"unexpected: {name}" for name in sorted(mine - used)]
             for key, source in plan_of.items():
                 if key in state and source.shape(shapes) != tuple(state[key].shape):
                     complaints.append(f"shape: {part}/{key}")
