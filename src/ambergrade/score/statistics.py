@@ -148,10 +148,10 @@ def sign_flip_p(differences: Floats, *, seed: int = 0, draws: int = 9999) -> flo
 def winner_set(scores: Floats, *, seed: int = 0, draws: int = DRAWS, higher_is_better: bool = True) -> WinnerSet:
     """The best of K points by mean over prompts, and all that cannot be told from it; `scores` is (K, P).
 
-    Max-T over the joint bootstrap of all K(K-1)/2 pairwise differences (Romano & Wolf 2005): one critical
-    value holds every pair at once, so the intervals stay true although the best was picked from the
-    same data. The value is widened from normal to t tails with P - 1 degrees of freedom: without it 40
-    prompts of one and the same model show a false winner in 10 to 17 % of runs instead of 5 %.
+    Max-T over joint draws of all K(K-1)/2 pairwise differences (Romano & Wolf 2005): one critical value holds every
+    pair at once, so the intervals stay true although the best was picked from the same data. Draws flip the signs of
+    prompts (Fisher's randomisation), each studentised by its own spread. Points of one and the same model on 40
+    prompts show a false winner in 4.1 (9 normal ones) and 4.2 % (25 U-shaped ones) of 3,000 runs.
     Prompts that any point lacks (NaN) are left out of all.
     """
     scores = scores[:, ~np.isnan(scores).any(axis=0)] * (1.0 if higher_is_better else -1.0)
@@ -163,7 +163,8 @@ def winner_set(scores: Floats, *, seed: int = 0, draws: int = DRAWS, higher_is_b
     spread = np.sqrt(np.maximum(_pairwise_variance(scores), 0.0) / n)  # (K, K) standard errors
     critical = _max_t(scores, spread, seed, draws)
     behind = mean[best] - mean
-    low, high = behind - critical * spread[best], behind + critical * spread[best]
+    half = np.multiply(critical, spread[best], out=np.zeros(points), where=spread[best] > 0)
+    low, high = behind - half, behind + half
     members = tuple(k for k in range(points) if low[k] <= 0)
     return WinnerSet(best, members, tuple(map(float, behind)), tuple(map(float, low)), tuple(map(float, high)), n)
 
@@ -206,7 +207,7 @@ def simultaneous_differences(
 ) -> tuple[PairedDifference, ...]:
     """Each of K points (K, P) minus one baseline (P,), with intervals that hold all at once (95 % for the family).
 
-    Max-T over one joint bootstrap (Westfall & Young 1993), t tails as in `winner_set`; p is adjusted the same way.
+    Max-T over joint sign flips (Westfall & Young 1993), as in `winner_set`; p is adjusted the same way.
     Prompts that any point or the baseline lacks are left out of all.
     """
     apart = scores - baseline
@@ -216,13 +217,12 @@ def simultaneous_differences(
         raise BadInput(f"Simultaneous intervals need at least 2 prompts scored everywhere, found {n}.")
     mean, error = apart.mean(1), apart.std(1, ddof=1) / math.sqrt(n)
     live = error > 1e-12 * np.maximum(np.abs(mean), 1e-300)
-    moved = resampling_weights(n, seed=seed, draws=draws) @ (apart[live] - mean[live, None]).T / n
-    largest = np.max(np.abs(moved) / error[live], axis=1, initial=0.0) * math.sqrt(n / (n - 1))
-    critical = _t_from_normal(float(np.quantile(largest, 0.95)), n - 1)
+    largest = _largest_t(apart[live].T, seed, draws) if live.any() else np.zeros(draws)
+    critical = _upper_quantile(largest)
     found = []
     for k in range(len(apart)):
         t = abs(mean[k]) / error[k] if live[k] else (0.0 if mean[k] == 0 else math.inf)
-        p = (1 + int(np.sum(largest >= _normal_from_t(t, n - 1)))) / (1 + draws)
+        p = (1 + int(np.sum(largest >= t))) / (1 + draws)
         half = critical * error[k] if live[k] else 0.0
         value = float(mean[k])
         found.append(PairedDifference(value, value - half, value + half, p, n, 2.8 * float(error[k]), higher_is_better))
@@ -257,23 +257,38 @@ def _pairwise_variance(scores: Floats) -> Floats:
 
 
 def _max_t(scores: Floats, spread: Floats, seed: int, draws: int) -> float:
-    """95 % quantile over draws of max over pairs of |d̄* - d̄|/se, with t tails."""
-    points, n = scores.shape
-    first, second = np.triu_indices(points, 1)
+    """95 % quantile over draws of the largest studentised |d̄* - d̄| among pairs; 0 where all points are equal."""
+    first, second = np.triu_indices(len(scores), 1)
     keep = spread[first, second] > 0
-    first, second = first[keep], second[keep]
-    if first.size == 0:
+    if not keep.any():
         return 0.0
-    weights = resampling_weights(n, seed=seed, draws=draws)
-    moved = weights @ (scores - scores.mean(axis=1, keepdims=True)).T / n  # (B, K)
+    return _upper_quantile(_largest_t((scores[first[keep]] - scores[second[keep]]).T, seed, draws))
+
+
+def _largest_t(apart: Floats, seed: int, draws: int) -> Floats:
+    """max over columns of |d̄*|/se* for every draw of signs, one a prompt, of differences (P, columns): (B,).
+
+    Exact where a difference is as likely as its negative, as between two runs of one model. Signs instead of resampled
+    prompts: a draw's own spread then never vanishes. Resampled and studentised, a column that differs on few prompts
+    drives the largest t of 300 pairs to 6.3 (25 points of the demo on 40 prompts; signs give 3.5), and nothing is
+    ever told apart.
+    """
+    n = len(apart)
+    squared = np.square(apart).mean(0)
+    signs = _generator(seed, "signs", n).integers(0, 2, (draws, n)) * 2.0 - 1.0
     largest = np.empty(draws)
-    for start in range(0, draws, 250):  # (250, pairs) at a time bounds the memory
-        chunk = moved[start : start + 250]
-        largest[start : start + 250] = np.max(
-            np.abs(chunk[:, first] - chunk[:, second]) / spread[first, second], axis=1
-        )
-    # A resampled mean varies by (n-1)/n of what the unbiased spread says.
-    return _t_from_normal(float(np.quantile(largest, 0.95)) * math.sqrt(n / (n - 1)), n - 1)
+    for start in range(0, draws, 250):  # (250, columns) at a time bounds the memory
+        moved = signs[start : start + 250] @ apart / n
+        variance = (squared - moved**2) / (n - 1)
+        t2 = np.divide(moved**2, variance, out=np.full_like(moved, math.inf), where=variance > 1e-12 * squared)
+        largest[start : start + 250] = np.sqrt(t2.max(1))
+    return largest
+
+
+def _upper_quantile(replicates: Floats) -> float:
+    """The ⌈0.95·(B+1)⌉-th smallest of B: an interpolated quantile of few draws would be exceeded more than 5 %."""
+    place = min(math.ceil(0.95 * (replicates.size + 1)), replicates.size)
+    return float(np.partition(replicates, place - 1)[place - 1])
 
 
 def _t_from_normal(z: float, degrees: int) -> float:
@@ -282,17 +297,6 @@ def _t_from_normal(z: float, degrees: int) -> float:
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
     return z + first / degrees + second / degrees**2 + third / degrees**3
-
-
-def _normal_from_t(t: float, degrees: int) -> float:
-    """The inverse of `_t_from_normal`, by bisection."""
-    if not math.isfinite(t):
-        return t
-    low, high = 0.0, t
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_from_normal(middle, degrees) < t else (low, middle)
-    return high
 
 
 def _generator(seed: int, purpose: str, *item: Any) -> np.random.Generator:
