@@ -109,14 +109,15 @@ def test_intervals_cover_the_truth_in_95_of_100_draws() -> None:
 
 @pytest.mark.slow
 def test_one_model_against_itself_shows_a_false_winner_in_5_of_100_runs_at_most() -> None:
+    """3,000 runs, so that the share has a standard error of 0.4 %; against a baseline the test is exact, 5 % in truth."""
     rng = np.random.default_rng(5)
     winners = apart = 0
-    for k in range(1000):
+    for k in range(3000):
         scores = rng.normal(0, 3, (1, 40)) + rng.normal(size=(9, 40))
         winners += len(ours.winner_set(scores, seed=k, draws=400).members) < 9
         baseline = scores[0]
         apart += any(
             d.verdict != "undecided" for d in ours.simultaneous_differences(scores[1:], baseline, seed=k, draws=400)
         )
-    assert winners / 1000 <= 0.05
-    assert apart / 1000 <= 0.05
+    assert winners / 3000 <= 0.05
+    assert apart / 3000 <= 0.05 + 2 * 0.004
