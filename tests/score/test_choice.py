@@ -109,7 +109,7 @@ def test_intervals_cover_the_truth_in_95_of_100_draws() -> None:
 
 @pytest.mark.slow
 def test_one_model_against_itself_shows_a_false_winner_in_5_of_100_runs_at_most() -> None:
-    """3,000 runs, so that the share has a standard error of 0.4 %; against a baseline the test is exact, 5 % in truth."""
+    """3,000 runs: a standard error of 0.4 %. Against a baseline the test is exact, so 5 % in truth."""
     rng = np.random.default_rng(5)
     winners = apart = 0
     for k in range(3000):
