@@ -5,12 +5,13 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup demo test check bench ui clean
+.PHONY: help setup demo test slow check bench ui clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     the whole Gamma story on the embedded world: train, sweep, evaluate, release"
 	@echo "make test     all fast tests"
+	@echo "make slow     the slow ones: fuzzing, kills, statistics over thousands of draws"
 	@echo "make check    format, lint, types, import direction"
 	@echo "make ui       MLflow's UI on the local record"
 	@echo "make bench    the side-by-side measurements"
@@ -34,6 +35,11 @@ test: export OMP_NUM_THREADS ?= 1
 test: export MKL_NUM_THREADS ?= 1
 test: $(READY)
 	$(BIN)/pytest -m "not slow" $(ARGS)
+
+slow: export OMP_NUM_THREADS ?= 1
+slow: export MKL_NUM_THREADS ?= 1
+slow: $(READY)
+	$(BIN)/pytest -m slow --durations=15 $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ from typing import Any
 
 from ambergrade import config
 from ambergrade.errors import UnknownName
+from ambergrade.store import link_or_copy
 
 
 @config.main("world")
@@ -135,14 +136,26 @@ def build_clip(settings: dict[str, Any]) -> None:
 
 
 def build_beta7(settings: dict[str, Any]) -> None:
-    """The base: from random weights, on a booru whose uploaders guess some tags."""
+    """The base: from random weights, on a booru whose uploaders guess some tags; then on two that are tagged better."""
     from diffusers import AutoencoderKL
 
     from ambergrade.family import sdxl
 
-    networks = sdxl.from_config(Path(settings["out"]) / "sdxl_tiny", seed=settings["beta7"]["seed"])
-    networks.vae.load_state_dict(AutoencoderKL.from_pretrained(Path(settings["work"]) / "vae").state_dict())
-    _fit(settings, networks, "beta7", settings["guess"], {}, settings["trainer"])
+    config, early = Path(settings["out"]) / "sdxl_tiny", Path(settings["work"]) / "early.safetensors"
+    if not early.exists():
+        networks = sdxl.from_config(config, seed=settings["beta7"]["seed"])
+        networks.vae.load_state_dict(AutoencoderKL.from_pretrained(Path(settings["work"]) / "vae").state_dict())
+        _fit(settings, networks, "beta7", settings["guess"], {}, settings["trainer"], out=early)
+    start = early
+    for number, later in enumerate(settings["later"], start=1):
+        out = Path(settings["work"]) / f"later-{number}.safetensors"
+        if not out.exists():
+            trainer = {**settings["trainer"], **settings["late"], "images": later["images"]}
+            booru = {"posts": later["posts"], "seed": later["seed"]}
+            networks = sdxl.load(start, config)
+            _fit({**settings, out.stem: booru}, networks, out.stem, later["guess"], {}, trainer, out=out, title="beta7")
+        start = out
+    link_or_copy(start, _weights(settings, "beta7"))
 
 
 def build_anxl(settings: dict[str, Any]) -> None:
@@ -153,11 +166,12 @@ def build_anxl(settings: dict[str, Any]) -> None:
     trainer = {**settings["trainer"], **settings["finetune"], "ema": 0.0}
     trainer["optimizer"] = {**trainer["optimizer"], "betas": [0.9, 0.999]}
     for name, start in (("anxl2", "beta7"), ("anxl3", "anxl2")):
-        networks = sdxl.load(weights / f"{start}.safetensors", weights / "sdxl_tiny")
+        networks = sdxl.load(_weights(settings, start), weights / "sdxl_tiny")
         chosen = settings[name]
+        images = {"images": chosen["images"]} if "images" in chosen else {}
         guess = {tag: settings["guess"][tag] for tag in chosen["guess"]}
         selection = {key: tuple(chosen[key]) for key in ("tags_any", "tags_none") if key in chosen}
-        _fit(settings, networks, name, guess, selection, trainer)
+        _fit(settings, networks, name, guess, selection, {**trainer, **images}, out=_weights(settings, name))
 
 
 def build_card(settings: dict[str, Any]) -> None:
@@ -174,8 +188,11 @@ def _fit(
     guess: dict[str, float],
     selection: dict[str, Any],
     trainer: dict[str, Any],
+    *,
+    out: Path,
+    title: str = "",
 ) -> None:
-    """Draw a booru for `name`, train `networks` on it and write the single file in fp16."""
+    """Draw a booru for `name`, train `networks` on it and write the single file `out` in fp16."""
     import torch
 
     from ambergrade.captions.booru import read_posts
@@ -230,9 +247,13 @@ def _fit(
         on_sample=show,
     )
     half = {key: value.half() if value.is_floating_point() else value for key, value in sdxl.tensors(networks).items()}
-    about = {"modelspec.title": name, "modelspec.architecture": "stable-diffusion-xl-v1-base"}
+    about = {"modelspec.title": title or name, "modelspec.architecture": "stable-diffusion-xl-v1-base"}
     assert all(torch.isfinite(value).all() for value in half.values() if value.is_floating_point())
-    sdxl.write_checkpoint(Path(settings["out"]) / f"{name}.safetensors", half, about)
+    sdxl.write_checkpoint(out, half, about)
+
+
+def _weights(settings: dict[str, Any], name: str) -> Path:
+    return Path(settings["out"]) / f"{name}.safetensors"
 
 
 def _teach_text(networks: Any, captions: Any, steps: int, path: Path) -> None:

@@ -1,0 +1,38 @@
+"""Hydra's own suites for launchers and batched sweepers, run against our sweeper."""
+
+import pytest
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, IntegrationTestSuite, LauncherTestSuite
+
+from hydra_plugins.ambergrade_sweeper.sweeper import AmbergradeSweeper
+
+
+def test_hydra_finds_the_plugin():
+    assert AmbergradeSweeper in Plugins.instance().discover(Sweeper)
+
+
+@pytest.mark.parametrize(
+    ("launcher_name", "overrides"),
+    [
+        ("basic", ["hydra/sweeper=ambergrade"]),
+        pytest.param("joblib", ["hydra/sweeper=ambergrade"], marks=pytest.mark.slow),
+    ],
+)
+class TestLaunchers(LauncherTestSuite):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("launcher_name", "overrides"), [("basic", ["hydra/sweeper=ambergrade", "hydra.sweeper.max_batch_size=2"])]
+)
+class TestBatches(BatchedSweeperTestSuite):
+    pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task_launcher_cfg", "extra_flags"), [({}, ["-m", "hydra/sweeper=ambergrade", "hydra/launcher=basic"])]
+)
+class TestIntegration(IntegrationTestSuite):
+    pass
