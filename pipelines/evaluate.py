@@ -7,6 +7,8 @@ Examples:
     python pipelines/evaluate.py model=PATH suite=full reference=real.txt reference_pictures=DIR
     python pipelines/evaluate.py model=PATH family=sdxl sampler=euler_a prompts=FILE compute=cuda
     python pipelines/evaluate.py action=compare sheet=A.parquet baseline=B.parquet
+    python pipelines/evaluate.py action=compare sheet=[A.parquet,B.parquet] baseline=C.parquet +margins.clip_score=0.3
+    python pipelines/evaluate.py pictures=DIR suite=mosaic                            lossy files' grid, no prompts
     python pipelines/evaluate.py action=reference reference=real.txt reference_pictures=DIR name=real suite=full
     python pipelines/evaluate.py action=calibrate pictures=DIR prompts=tags.jsonl tagger=FOLDER name=my_tagger
 """
@@ -53,12 +55,16 @@ def check(settings: dict[str, Any]) -> None:
         given = " ".join(f"{name}=…" for name in missing)
         raise BadSetting(f"No value for: {', '.join(missing)}.\nGive it on the command line: {given}")
     for name in FILES:
-        if settings[name] is not None:
-            find_file(settings[name])
+        given = settings[name] if isinstance(settings[name], list) else [settings[name]]
+        for file in given:
+            if file is not None:
+                find_file(file)
     model = settings["model"]
     if model is not None and not model.startswith("models:/"):
         find_file(model)
-    for name in ("count", "seeds"):
+    if settings["precision"] not in ("fp32", "bf16"):
+        raise UnknownName("precision", settings["precision"], ("fp32", "bf16"))
+    for name in ("count", "seeds", "noise_batch", "noise_count"):
         if settings[name] is not None and settings[name] < 1:
             raise BadSetting(f"{name} is {settings[name]}, at least 1 is needed.")
     if settings["pictures"] is not None and not Path(settings["pictures"]).is_dir():

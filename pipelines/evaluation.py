@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import stages
-from ambergrade.generate.post import postprocessor
+import torch
 from PIL import Image
 
 from ambergrade.errors import BadInput
 from ambergrade.family import sdxl
 from ambergrade.generate import stream
 from ambergrade.generate.contact_sheet import write_png
+from ambergrade.generate.fast import accelerate, drawn_ahead
+from ambergrade.generate.post import postprocessor
+from ambergrade.generate.texts import TextEncoder
 from ambergrade.identity import digest, file_digest, random_seed
 from ambergrade.nouns import Picture, Prompt, PromptSet
 from ambergrade.score.adherence import per_tag
-from ambergrade.score.comparison import aggregates, differences, remarks
+from ambergrade.score.choice import choose
+from ambergrade.score.comparison import Noise, aggregates, differences, family, kernel_noise, remarks
 from ambergrade.score.features import feature_source
 from ambergrade.score.metrics.control_response import ControlResponse
 from ambergrade.score.pictures import folder_pictures, folder_prompts
 from ambergrade.score.reference import build_reference, listed, read_rgb
-from ambergrade.score.report import html_report
-from ambergrade.score.scoring import load_metric, score
+from ambergrade.score.report import html_choice, html_report
+from ambergrade.score.scoring import load_metric, metric_class, score
 from ambergrade.score.sheet import ScoreSheet, refuse_unlike
 from ambergrade.score.tagger import Tagger, rates_of, write_rates
 from ambergrade.store import Finished, Outputs, Store, find_file, link_or_copy
@@ -48,7 +53,7 @@ def score_pictures(settings: Settings) -> None:
     what = {key: value for key, value in settings.items() if key not in WHERE}
     with journal.run(_title(settings), key=digest([what, prompts.digest]), kind="chain") as parent:
         chain = stages.Chain(settings, journal, parent)
-        contrast = None
+        contrast, noise = None, {}
         if settings["model"]:
             subject = _Model(chain)
             done = subject.stage("score", prompts, chain.metrics)
@@ -57,6 +62,8 @@ def score_pictures(settings: Settings) -> None:
                 assert isinstance(control, ControlResponse)
                 drawn = subject.stage("control response", control.prompts(prompts), [control])
                 contrast = ScoreSheet.read(drawn.files["scores"])
+            if settings["noise_batch"]:
+                noise = _kernel_noise(subject, prompts, done)
         else:
             done = _score_folder(chain, prompts)
         sheet = ScoreSheet.read(done.files["scores"])
@@ -75,13 +82,17 @@ def score_pictures(settings: Settings) -> None:
             find=find,
             baseline=baseline,
             contrast=contrast,
+            noise=noise,
         )
         (folder / "report.html").write_text(text)
         parent.metrics(aggregates(sheet))
+        parent.metrics({f"noise_{name}": found.largest for name, found in noise.items()})
         if not parent.done:
             parent.file(folder / "report.html")
             parent.file(folder / "per_tag.csv")
     _print(sheet, baseline)
+    for name, found in noise.items():
+        print(f"  another batch moves {name:<24}by {found.typical:.2g} (largest {found.largest:.2g})")
     print(f"report  {folder / 'report.html'}\nsheet   {folder / 'scores.parquet'}")
     for trouble in journal.troubles:
         print(f"not journaled: {trouble}")
@@ -95,48 +106,106 @@ class _Model:
         root = Path(chain.settings["root"])
         path = registered_checkpoint(root, named) if named.startswith("models:/") else find_file(named)
         self.checkpoint = stages.open_checkpoint(path, chain.settings["family"]["name"])
-        self._networks: sdxl.Networks | None = None
+        usual = {"precision": "fp32", "compiled": False}
+        self.how = {key: chain.settings[key] for key, value in usual.items() if chain.settings[key] != value}
 
-    def stage(self, title: str, prompts: PromptSet, metrics: list[Any]) -> Finished:
-        """Pictures of every prompt, kept, and their scores."""
+    @cached_property
+    def networks(self) -> sdxl.Networks:
+        found = sdxl.load(self.checkpoint.path, self.chain.family_config, device=self.chain.device)
+        if self.how:
+            dtype = torch.bfloat16 if "precision" in self.how else torch.float32
+            accelerate(found, dtype=dtype, compiled="compiled" in self.how)
+        return found
+
+    @cached_property
+    def texts(self) -> TextEncoder:
+        return TextEncoder(self.networks)
+
+    def stage(
+        self,
+        title: str,
+        prompts: PromptSet,
+        metrics: list[Any],
+        *,
+        among: PromptSet | None = None,
+        batch: int | None = None,
+    ) -> Finished:
+        """Pictures of every prompt, kept, and their scores; scoring runs while the next pictures are drawn.
+
+        `among`: the set that the prompts are scored among (`clip_margin` compares with the others), by default they.
+        """
         chain, post = self.chain, self.chain.settings["post"]
+        sampler = replace(chain.sampler, batch=batch or chain.sampler.batch)
 
         def work(scratch: Path, run: Run) -> Outputs:
-            if self._networks is None:
-                self._networks = sdxl.load(self.checkpoint.path, chain.family_config, device=chain.device)
-            drawn: Iterator[Picture] = stream.pictures(self._networks, prompts, chain.sampler, progress=None)
+            drawn: Iterator[Picture] = drawn_ahead(
+                stream.pictures(self.networks, prompts, sampler, progress=None, faulty=True, texts=self.texts),
+                ahead=2 * sampler.batch,
+            )
             if post:
                 drawn = postprocessor(find_file(post), device=chain.device)(drawn)
             kept: dict[str, Path] = {}
-            sheet = score(_kept(drawn, scratch, kept), _unique(prompts), metrics, sampler=chain.sampler, progress=title)
+            pictures = _kept(drawn, scratch, kept)
+            known = _unique(among or prompts)
+            sheet = score(pictures, known, metrics, sampler=sampler, how=self.how, progress=title)
             return _outputs(sheet, scratch, kept)
 
-        about = {"sampler": asdict(chain.sampler), "title": title}
+        about = {"sampler": asdict(sampler), "title": title, **self.how}
         scorers = digest({metric.name: metric.fingerprint for metric in metrics})
         inputs = {"model": self.checkpoint.digest, "prompts": prompts.digest, "scorers": scorers}
+        if among:
+            inputs["among"] = among.digest
         if post:
             inputs["post"] = file_digest(find_file(post))
-        return chain.stage(title, "evaluation", 2, about, inputs, work, _journal)
+        return chain.stage(title, "evaluation", 3, about, inputs, work, _journal)
+
+
+def _kernel_noise(subject: _Model, prompts: PromptSet, done: Finished) -> dict[str, Noise]:
+    """An A/A row: the first prompts drawn again in another batch."""
+    settings, chain = subject.chain.settings, subject.chain
+    some = prompts.first(settings["noise_count"])
+    again = subject.stage("kernel noise", some, chain.metrics, among=prompts, batch=settings["noise_batch"])
+    found = kernel_noise(*(ScoreSheet.read(one.files["scores"]) for one in (done, again)))
+    keys = [f"{prompt.id} {prompt.seed}" for prompt in some.prompts]
+    both = [key for key in keys if key in done.files and key in again.files]
+    apart = [np.abs(_pixels(done.files[key]) - _pixels(again.files[key])) for key in both]
+    moved = np.array([pixels.mean() for pixels in apart])
+    print(f"  in a batch of {settings['noise_batch']} pixels move by {moved.mean():.3g} levels on average, ", end="")
+    print(f"{max(pixels.max() for pixels in apart):.0f} at most ({len(both)} pictures)")
+    return found
+
+
+def _pixels(file: Path) -> Any:
+    return read_rgb(file).astype(np.float64)
 
 
 def _score_folder(chain: stages.Chain, prompts: PromptSet) -> Finished:
     folder = Path(chain.settings["pictures"])
     found = folder_pictures(folder, prompts)
 
+    def read() -> Iterator[Picture]:
+        for (key, seed), path in found.items():
+            try:
+                yield Picture(key, seed, read_rgb(path))
+            except BadInput as error:
+                yield Picture(key, seed, np.empty((0, 0, 3), np.uint8), fault=str(error))
+
     def work(scratch: Path, run: Run) -> Outputs:
-        pictures = (Picture(key, seed, read_rgb(path)) for (key, seed), path in found.items())
-        return _outputs(score(pictures, prompts, chain.metrics, progress="score"), scratch, {})
+        return _outputs(score(read(), prompts, chain.metrics, progress="score"), scratch, {})
 
     inputs = {
         "pictures": digest({f"{key} {seed}": file_digest(path) for (key, seed), path in found.items()}),
         "prompts": prompts.digest,
         "scorers": chain.scorers,
     }
-    return chain.stage("score the folder", "evaluation", 2, {}, inputs, work, _journal)
+    return chain.stage("score the folder", "evaluation", 3, {}, inputs, work, _journal)
 
 
 def compare(settings: Settings) -> None:
-    """Two sheets, paired; needs no model."""
+    """Sheets against a baseline, paired; needs no model. Several sheets, or margins, are a choice."""
+    if not isinstance(settings["sheet"], str) or settings["margins"]:
+        _choose(settings)
+        return
     sheet, baseline = (ScoreSheet.read(find_file(settings[name])) for name in ("sheet", "baseline"))
     refuse_unlike(sheet, baseline)
     name = digest([sheet.digest, baseline.digest])[:12]
@@ -147,6 +216,37 @@ def compare(settings: Settings) -> None:
     (folder / "comparison.html").write_text(text)
     _print(sheet, baseline)
     print(f"report  {folder / 'comparison.html'}")
+
+
+def _choose(settings: Settings) -> None:
+    files = [settings["sheet"]] if isinstance(settings["sheet"], str) else settings["sheet"]
+    sheets = {label: ScoreSheet.read(find_file(file)) for label, file in zip(labels(files), files, strict=True)}
+    baseline = ScoreSheet.read(find_file(settings["baseline"]))
+    primary, margins = settings["primary"], settings["margins"]
+    apart = family(sheets, baseline, primary)
+    found = choose(sheets, baseline, primary=primary, margins=margins)
+    name = digest([*(sheet.digest for sheet in sheets.values()), baseline.digest, margins])[:12]
+    folder = Path(settings["out"] or Path(settings["root"]) / "mlruns" / "reports" / name)
+    facts = {"baseline": settings["baseline"], "points": str(len(sheets)), "pictures": f"{baseline.n} each"}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "choice.html").write_text(html_choice(found, apart, facts=facts, primary=primary, margins=margins))
+    for label, d in apart.items():
+        mark = "*" if label in found.winners else " "
+        told = "misses " + ", ".join(found.failed[label]) if label in found.failed else "keeps the margins"
+        front = ", Pareto front" if label in found.front else ""
+        print(f"{mark} {label:<28}{primary} {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}] {d.verdict}; {told}{front}")
+    print(f"* cannot be told from the best by {primary} among those that keep every margin; intervals hold all at once")
+    print(f"report  {folder / 'choice.html'}")
+
+
+def labels(files: Sequence[str]) -> list[str]:
+    """A short name for every file: its last parts, as many as tell them apart."""
+    parts = [Path(file).with_suffix("").parts for file in files]
+    for count in range(1, max(map(len, parts)) + 1):
+        found = ["/".join(some[-count:]) for some in parts]
+        if len(set(found)) == len(files):
+            return found
+    raise BadInput("A sheet is named twice.\nGive every sheet once.")
 
 
 def build_references(settings: Settings) -> None:
@@ -199,7 +299,9 @@ def read_prompts(settings: Settings) -> PromptSet:
     if file:
         found = PromptSet.read(find_file(file))
     elif folder:
-        found = folder_prompts(Path(folder))
+        metrics = settings["suite"]["metrics"].values() if settings["action"] == "score" else []
+        needed = settings["action"] != "score" or any(metric_class(one["name"]).needs_prompts for one in metrics)
+        found = folder_prompts(Path(folder), settings["captions"]["rating"], needed=needed)
     else:
         from ambergrade.world.booru import write_prompts
 
@@ -227,6 +329,9 @@ def _kept(pictures: Iterator[Picture], scratch: Path, kept: dict[str, Path]) -> 
     folder = scratch / "pictures"
     folder.mkdir(exist_ok=True)
     for number, picture in enumerate(pictures):
+        if picture.fault:
+            yield picture
+            continue
         path = folder / f"{number:05}.png"
         write_png(path, picture.pixels)
         kept[f"{picture.prompt_id} {picture.seed}"] = path
@@ -254,18 +359,12 @@ def _find(files: Mapping[str, Path], folder: Path | None, prompt_id: str, seed: 
     kept = files.get(f"{prompt_id} {seed}")
     if kept is not None:
         with Image.open(kept) as image:
-            return read_rgb_of(image)
+            return np.asarray(image.convert("RGB"))
     if folder is not None:
         found = [path for path in sorted(folder.rglob("*")) if path.stem in (prompt_id, f"{prompt_id}-{seed}")]
         shown = [path for path in found if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
         return read_rgb(shown[0]) if shown else None
     return None
-
-
-def read_rgb_of(image: Image.Image) -> Any:
-    import numpy as np
-
-    return np.asarray(image.convert("RGB"))
 
 
 def _primary(settings: Settings, sheet: ScoreSheet) -> str:
@@ -286,8 +385,6 @@ def _told(settings: Settings, sheet: ScoreSheet, prompts: PromptSet) -> dict[str
 
 
 def _device(settings: Settings) -> str:
-    import torch
-
     chosen: str = settings["compute"]["device"]
     return ("cuda" if torch.cuda.is_available() else "cpu") if chosen == "auto" else chosen
 

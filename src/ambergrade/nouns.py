@@ -194,7 +194,9 @@ class Picture:
     prompt_id: str
     seed: int
     pixels: npt.NDArray[np.uint8]
-    """Height × width × 3, RGB, 0–255."""
+    """Height × width × 3, RGB, 0–255; nothing of it counts where there is a fault."""
+    fault: str = ""
+    """Why there is no picture: an unreadable file, NaN; empty for a sound one."""
 
 
 @dataclass(frozen=True)

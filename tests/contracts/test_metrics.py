@@ -35,6 +35,8 @@ def stand_ins(tmp_path_factory: Any) -> dict[str, str]:
         "builtin://clip": str(MAKE["make_clip"](root / "clip")),
         "builtin://tagger": str(MAKE["make_tagger"](root / "tagger")),
         "builtin://features": str(MAKE["make_timm"](root / "features", 2)),
+        "aesthetic.model": str(MAKE["make_timm"](root / "grades", 7)),
+        "preference.model": str(root / "clip"),
         "reference": str(reference),
         "pictures": str(reference.parent / "pictures"),
     }
@@ -43,7 +45,8 @@ def stand_ins(tmp_path_factory: Any) -> dict[str, str]:
 def settings_of(path: Path, stand_ins: dict[str, str]) -> dict[str, Any]:
     settings = yaml.safe_load(path.read_text())
     found = {
-        key: stand_ins[key] if value == "???" else stand_ins.get(str(value), value) for key, value in settings.items()
+        key: stand_ins.get(f"{path.stem}.{key}") or stand_ins[key] if value == "???" else stand_ins.get(str(value), value)
+        for key, value in settings.items()
     }
     more = {"pictures": stand_ins["pictures"]} if "reference" in settings else {}
     return {**found, **more, **({"few": True} if "few" in settings else {})}
@@ -142,6 +145,8 @@ def test_other_weights_are_another_fingerprint(
     other["builtin://clip"] = str(MAKE["make_clip"](tmp_path / "clip", seed=1))
     other["builtin://features"] = str(MAKE["make_timm"](tmp_path / "features", 2, seed=1))
     other["builtin://tagger"] = str(MAKE["make_tagger"](tmp_path / "tagger", seed=1))
+    other["aesthetic.model"] = str(MAKE["make_timm"](tmp_path / "grades", 7, seed=1))
+    other["preference.model"] = other["builtin://clip"]
     assert load_metric(**settings_of(path, other)).fingerprint["weights"] != metric.fingerprint["weights"]
 
 

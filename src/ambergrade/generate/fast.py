@@ -13,18 +13,22 @@ from ambergrade.family.sdxl import Networks
 from ambergrade.nouns import Picture
 
 
-def accelerate(networks: Networks, *, dtype: torch.dtype = torch.bfloat16, backend: str = "inductor") -> Networks:
+def accelerate(
+    networks: Networks, *, dtype: torch.dtype = torch.bfloat16, compiled: bool = True, backend: str = "inductor"
+) -> Networks:
     """Change the networks in place for speed; pictures move by what `dtype` rounds.
 
     The UNet's repeated blocks are compiled one for all with fixed shapes, so `sdxl.assign` (which copies into the same
-    tensors) needs no new compilation; a smaller last batch does, once. The VAE is in bf16, whose range fp16 lacks.
+    tensors) needs no new compilation; `stream.pictures` fills a smaller last batch up. The VAE is in bf16,
+    whose range fp16 lacks.
     """
     for module in networks.modules().values():
         module.to(dtype=dtype)
     for module in (networks.unet, networks.vae):
         module.to(memory_format=torch.channels_last)
     unet: Any = networks.unet
-    unet.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=backend)
+    if compiled:
+        unet.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=backend)
     return networks
 
 

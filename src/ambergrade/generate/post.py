@@ -41,6 +41,9 @@ def postprocessor(path: Path, *, device: str = "cpu") -> Callable[[Stream], Stre
     @torch.inference_mode()
     def processed(pictures: Stream) -> Stream:
         for picture in pictures:
+            if picture.fault:
+                yield picture
+                continue
             x = torch.from_numpy(np.ascontiguousarray(picture.pixels)).permute(2, 0, 1)[None].float().to(device) / 255
             y = network(x)
             if not y.isfinite().all():

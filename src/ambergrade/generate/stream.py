@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -29,22 +30,38 @@ from ambergrade.nouns import Picture, Prompt, PromptSet, SamplerSettings
 
 
 def pictures(
-    networks: Networks, prompts: PromptSet, sampler: SamplerSettings, *, progress: str | None = "pictures"
+    networks: Networks,
+    prompts: PromptSet,
+    sampler: SamplerSettings,
+    *,
+    progress: str | None = "pictures",
+    faulty: bool = False,
+    texts: TextEncoder | None = None,
 ) -> Iterator[Picture]:
     """Yield one picture a prompt, in the prompts' order; `progress` names the progress bar, None shows none.
 
-    Raises UnknownName for a sampler that is not there, BadSetting for settings that cannot be drawn, BadInput where
-    the networks give NaN or infinity (with the prompt's id).
+    `faulty`: yield a picture with its `fault` where the networks give NaN or infinity, instead of raising. `texts`: an
+    encoder that several streams of the same text encoders' weights share, so that each prompt is encoded once.
+    Raises UnknownName for a sampler that is not there, BadSetting for settings that cannot be drawn, BadInput for NaN
+    or infinity, with the prompt's id.
     """
     _check(sampler)
     pipeline = sdxl.pipeline(networks, scheduler(sampler.name, networks.scheduler_config))
     pipeline.set_progress_bar_config(disable=True)
-    encoder = TextEncoder(networks)
+    encoder = texts or TextEncoder(networks)
     with tqdm(total=len(prompts.prompts), desc=progress, unit="picture", disable=progress is None or None) as bar:
         for start in range(0, len(prompts.prompts), sampler.batch):
             batch = prompts.prompts[start : start + sampler.batch]
             for prompt, pixels in zip(batch, _draw(pipeline, networks, batch, sampler, encoder), strict=True):
-                yield Picture(prompt.id, prompt.seed, pixels.numpy())
+                if pixels is not None:
+                    yield Picture(prompt.id, prompt.seed, pixels.numpy())
+                elif faulty:
+                    nothing = np.empty((0, 0, 3), np.uint8)
+                    yield Picture(prompt.id, prompt.seed, nothing, "the networks drew NaN or infinity")
+                else:
+                    raise BadInput(
+                        f"The networks drew NaN or infinity for prompt '{prompt.id}'. Check the checkpoint's weights."
+                    )
             bar.update(len(batch))
 
 
@@ -60,8 +77,8 @@ def scheduler(name: str, config: dict[str, Any]) -> Any:
 @torch.inference_mode()
 def _draw(
     pipeline: Any, networks: Networks, batch: tuple[Prompt, ...], sampler: SamplerSettings, encoder: TextEncoder
-) -> list[Tensor]:
-    """(H, W, 3) uint8 pixels of each prompt of one batch.
+) -> list[Tensor | None]:
+    """(H, W, 3) uint8 pixels of each prompt of one batch, None where they are not finite.
 
     Prompts of other lengths are drawn apart: padding a short one to its neighbour's windows would change its picture.
     """
@@ -69,9 +86,11 @@ def _draw(
     given = encoder([*(prompt.text for prompt in batch), *(prompt.negative for prompt in batch)], [*names, *names])
     pairs = list(zip(given[: len(batch)], given[len(batch) :], strict=True))
     windows = [max(encoder.windows(one) for one in pair) for pair in pairs]
-    drawn: list[Tensor] = [torch.empty(0)] * len(batch)
+    drawn: list[Tensor | None] = [None] * len(batch)
     for count in dict.fromkeys(windows):
         places = [k for k, windows_of in enumerate(windows) if windows_of == count]
+        if is_compiled(networks):  # another batch shape would be compiled anew
+            places += places[-1:] * (sampler.batch - len(places))
         conditions = [[encoder.padded(one, count) for one in pairs[k]] for k in places]
         pixels = _draw_alike(pipeline, networks, [batch[k] for k in places], sampler, conditions)
         for k, picture in zip(places, pixels, strict=True):
@@ -85,8 +104,8 @@ def _draw_alike(
     batch: Sequence[Prompt],
     sampler: SamplerSettings,
     conditions: Sequence[Sequence[tuple[Tensor, Tensor]]],
-) -> Tensor:
-    """(B, H, W, 3) uint8 pixels of prompts whose conditions are equally long."""
+) -> list[Tensor | None]:
+    """(H, W, 3) uint8 pixels of prompts whose conditions are equally long, None where they are not finite."""
     (states, pooled), (negative_states, negative_pooled) = (
         (torch.stack([one[which][0] for one in conditions]), torch.stack([one[which][1] for one in conditions]))
         for which in (0, 1)
@@ -104,13 +123,9 @@ def _draw_alike(
             height=sampler.height,
             output_type="pt",
         ).images
-    for prompt, image in zip(batch, drawn, strict=True):
-        if not image.isfinite().all():
-            raise BadInput(
-                f"The networks drew NaN or infinity for prompt '{prompt.id}'. Check the checkpoint's weights."
-            )
+    sound = drawn.isfinite().flatten(1).all(1).tolist()
     pixels: Tensor = (drawn.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
-    return pixels
+    return [one if fine else None for one, fine in zip(pixels, sound, strict=True)]
 
 
 def _check(sampler: SamplerSettings) -> None:

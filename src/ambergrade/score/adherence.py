@@ -16,7 +16,6 @@ import numpy.typing as npt
 from ambergrade.nouns import RATINGS
 from ambergrade.score.sheet import ScoreSheet
 from ambergrade.score.statistics import (
-    Z95,
     Floats,
     bootstrap_difference,
     false_discovery_q,
@@ -111,11 +110,15 @@ def statistics(tables: Tables) -> dict[str, tuple[Statistic, int]]:
     everything = np.ones(len(tables.tags), dtype=np.bool_)
     subsets = {"": everything}
     subsets |= {f"_{name}": np.isin(tables.tags, members) for name, members in tables.constants["groups"].items()}
-    if "character" in categories[asked.any(0)]:
-        subsets["_character"] = categories == "character"
+    for category in sorted(set(categories[asked.any(0)]) - {"general"}):
+        subsets[f"_{category}"] = categories == category
+    subsets |= _count_bins(np.array(tables.constants["counts"]), asked)
     for suffix, columns in subsets.items():
         add(f"tag_macro_recall{suffix}", _macro_recall(tables, columns), columns)
     add("tag_micro_recall", _micro_recall(tables), everything)
+    if tables.constants["rates"]:
+        known = ~np.isnan(tables.rates[:, 0])
+        add("tag_recall_of_real", _of_real(tables), known)
     add("tag_lift", _lift(tables), everything)
     eligible = _two_sided(asked)
     add("tag_auroc", _auroc(tables, np.flatnonzero(eligible)), eligible)
@@ -166,6 +169,7 @@ def rogan_gladen(share: Floats, tpr: Floats, fpr: Floats) -> Floats:
 
 def rating_confusion(sheet: ScoreSheet) -> npt.NDArray[np.int64] | None:
     """(4, 4) pictures, asked rating by seen rating, in the order of RATINGS; None where the tagger has no ratings."""
+    sheet = sheet.rows(sheet.sound)
     seen = sheet.features.get("tag_adherence.rating")
     if seen is None:
         return None
@@ -177,7 +181,8 @@ def rating_confusion(sheet: ScoreSheet) -> npt.NDArray[np.int64] | None:
 
 def per_tag(sheet: ScoreSheet, baseline: ScoreSheet | None = None, *, seed: int = 0) -> list[dict[str, Any]]:
     """One row per asked tag, in the tagger's order; with a baseline, its paired difference in recall and q besides."""
-    tables = Tables(sheet)
+    keep = sheet.sound if baseline is None else sheet.sound & baseline.sound
+    tables = Tables(sheet.rows(keep))
     whole = np.ones((1, len(tables.prompts)))
     recall, floor = recall_by_tag(tables, whole)[0], floor_by_tag(tables, whole)[0]
     pictures = (tables.pictures[:, None] * tables.asked).sum(0)
@@ -214,7 +219,7 @@ def per_tag(sheet: ScoreSheet, baseline: ScoreSheet | None = None, *, seed: int 
             }
         )
     if baseline is not None:
-        _add_differences(rows, tables, Tables(baseline), seed)
+        _add_differences(rows, tables, Tables(baseline.rows(keep)), seed)
     return rows
 
 
@@ -264,6 +269,28 @@ def _micro_recall(tables: Tables) -> Statistic:
     return share
 
 
+def _of_real(tables: Tables) -> Statistic:
+    """Macro recall as a share of the recall that the tagger has on real pictures of the same tags: 1 is as good."""
+    tpr = tables.rates[:, 0]
+
+    def share(weights: Floats) -> Floats:
+        recall = recall_by_tag(tables, weights)
+        return _macro(np.where(np.isnan(tpr), np.nan, recall)) / _macro(np.where(np.isnan(recall), np.nan, tpr))
+
+    return share
+
+
+def _count_bins(counts: npt.NDArray[np.int64], asked: Masks) -> dict[str, Masks]:
+    """Tags by how many pictures the tagger learned them from; none where all asked tags are in one bin."""
+    bins = {
+        "_over_10k": counts >= 10_000,
+        "_1k_to_10k": (counts >= 1_000) & (counts < 10_000),
+        "_under_1k": (counts > 0) & (counts < 1_000),
+    }
+    found = {name: members for name, members in bins.items() if (asked.any(0) & members).any()}
+    return found if len(found) > 1 else {}
+
+
 def _lift(tables: Tables) -> Statistic:
     return lambda weights: _macro(recall_by_tag(tables, weights) - floor_by_tag(tables, weights))
 
@@ -302,8 +329,3 @@ def _two_sided(asked: Masks) -> Masks:
 def _above(ours: Floats, theirs: Floats) -> Floats:
     """(a, b): 1 where ours is larger, ½ where equal."""
     return np.asarray((ours[:, None] > theirs) + 0.5 * (ours[:, None] == theirs))
-
-
-def wald_interval(value: float, error: float) -> tuple[float, float]:
-    """value ± 1.96 errors within 0 and 1."""
-    return max(0.0, value - Z95 * error), min(1.0, value + Z95 * error)

@@ -68,6 +68,8 @@ class ClipFolder:
         batch = torch.stack([self.transform(Image.fromarray(picture)) for picture in pixels])
         with scoring_mode():
             found: torch.Tensor = self.model.encode_image(batch.to(self.device), normalize=True)
+        if not found.isfinite().all():
+            raise BadInput("The CLIP folder gives NaN for a picture: look at its weights.")
         self._last = list(pixels), found
         return found
 
@@ -75,7 +77,10 @@ class ClipFolder:
         """Unit embedding (d,) of a text cut at what the tokenizer holds; each is encoded alone, so it never varies."""
         if text not in self._texts:
             with scoring_mode():
-                self._texts[text] = self.model.encode_text(self.tokenizer([text]).to(self.device), normalize=True)[0]
+                found = self.model.encode_text(self.tokenizer([text]).to(self.device), normalize=True)[0]
+            if not found.isfinite().all():
+                raise BadInput(f"The CLIP folder gives NaN for the text '{text[:60]}': look at its weights.")
+            self._texts[text] = found
         return self._texts[text]
 
     @property

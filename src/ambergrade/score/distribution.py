@@ -29,10 +29,13 @@ class SetDistance(Metric):
     """A distance between the generated and the real pictures as sets. Its error bars say sampling noise only."""
 
     columns: Mapping[str, bool] = {}
+    needs_prompts = False
     values: ClassVar[Mapping[str, bool]]
     """Names of what `statistics` gives, to whether higher is better."""
     corrected: ClassVar[Sequence[str]] = ()
     """Those that are also given as `<name>_corrected`, less the bias of order 1/n that the jackknife sees."""
+    shares: ClassVar[Sequence[str]] = ()
+    """Those that lie between 0 and 1, and so do their limits."""
     needs_rank = False
     """Whether a covariance must have full rank for the number to mean something."""
     needs_features = True
@@ -91,7 +94,10 @@ class SetDistance(Metric):
         found = {}
         for name, (value, left_out) in cls._all(sheet).items():
             half = Z95 * jackknife_error(left_out)
-            found[name] = Measurement(value, value - half, value + half, sheet.n, cls._better(name))
+            low, high = value - half, value + half
+            if name in cls.shares and not math.isnan(half):
+                low, high = max(low, 0.0), min(high, 1.0)
+            found[name] = Measurement(value, low, high, sheet.n, cls._better(name))
         return found
 
     @classmethod

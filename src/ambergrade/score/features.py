@@ -131,12 +131,16 @@ class Extractor(torch.nn.Module):
             self.num_features = int(self(blank).shape[1])
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        x = self.prepared(pixels)
+        features: torch.Tensor = self.network.forward_head(self.network.forward_features(x), pre_logits=True)
+        return features.flatten(1)
+
+    def prepared(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What the network is shown: squashed to its size with antialias, not quantised, normalised."""
         x = pixels.float()
         if tuple(x.shape[2:]) != self.size:
             x = functional.interpolate(x, self.size, mode=self.interpolation, antialias=True).clamp(0, 255)
-        x = (x - self.mean) / self.std
-        features: torch.Tensor = self.network.forward_head(self.network.forward_features(x), pre_logits=True)
-        return features.flatten(1)
+        return (x - self.mean) / self.std
 
 
 def by_shape(

@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ambergrade.errors import BadInput, MissingObject
 from ambergrade.nouns import Prompt, PromptSet
-from ambergrade.score.tags import canonical_tags
+from ambergrade.score.tags import canonical_tags, rating_of
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-def folder_prompts(folder: Path) -> PromptSet:
+def folder_prompts(folder: Path, ratings: Mapping[str, Sequence[str]], *, needed: bool = True) -> PromptSet:
     """The prompts of a folder: its prompts.jsonl, else a text file beside each picture (`a.png`, `a.txt`).
 
-    A text file's prompt is taken as booru tags. Raises MissingObject naming pictures without a prompt.
+    A text file's prompt is taken as booru tags, with `ratings` as the words that ask for a rating. Where prompts are
+    not `needed`, a picture without one has an empty one. Raises MissingObject naming pictures without a prompt.
     """
     if (folder / "prompts.jsonl").is_file():
         return PromptSet.read(folder / "prompts.jsonl", folder.name)
     files = _files(folder)
     missing = [path.name for path in files if not path.with_suffix(".txt").is_file()]
-    if missing:
+    if missing and needed:
         raise MissingObject(
             f"{folder} has no prompts.jsonl, and {len(missing)} of {len(files)} pictures lack a .txt: {missing[:3]} …\n"
             "Write one of them, or give prompts=FILE.jsonl (keys: id, text; id is the picture's name without suffix)."
         )
     made = []
     for path in files:
-        text = path.with_suffix(".txt").read_text().strip()
-        made.append(Prompt(path.stem, text, 0, tags=canonical_tags(text)))
+        beside = path.with_suffix(".txt")
+        text = beside.read_text().strip() if beside.is_file() else ""
+        tags = canonical_tags(text)
+        made.append(Prompt(path.stem, text, 0, tags=tags, rating=rating_of(tags, ratings)))
     return PromptSet(folder.name, tuple(made))
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from ambergrade.nouns import RATINGS, Measurement, Prompt, PromptSet
 from ambergrade.score.adherence import Tables, per_tag, rating_confusion
-from ambergrade.score.comparison import aggregates, differences, remarks
+from ambergrade.score.choice import Choice
+from ambergrade.score.comparison import Noise, aggregates, differences, remarks
+from ambergrade.score.html import arrow, bar, data, interval, number, page, short, table
 from ambergrade.score.sheet import ScoreSheet
 from ambergrade.score.statistics import PairedDifference, prompt_means
 
@@ -23,30 +21,8 @@ Pixels = npt.NDArray[np.uint8]
 Find = Callable[[str, int], Pixels | None]
 """(prompt id, seed) to the picture, or None where it was not kept."""
 
-SIDE = 320
-"""Longest side of an embedded picture, pixels."""
 SHOWN = 6
 """Best prompts, and worst prompts."""
-STYLE = """
-:root{--ink:#222;--soft:#767076;--line:#e4dfd8;--paper:#fbf9f5;--card:#fff;--good:#0072b2;--bad:#d55e00;--mid:#8a8a8a}
-*{box-sizing:border-box}body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.45 system-ui,sans-serif}
-main{max-width:1120px;margin:0 auto;padding:28px 24px 60px}h1{font-size:26px;margin:0 0 4px}
-h2{font-size:18px;margin:34px 0 10px;padding-bottom:4px;border-bottom:2px solid #de8e1e}p{margin:6px 0}
-.soft{color:var(--soft)}.small{font-size:13px}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 16px;margin:10px 0}
-dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
-table{border-collapse:collapse;background:var(--card);width:100%}.wide{overflow-x:auto}
-td,th{padding:4px 10px;border-bottom:1px solid var(--line);text-align:left;white-space:nowrap}
-th{font-weight:600;font-size:13px;color:var(--soft)}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
-.better{color:var(--good)}.worse{color:var(--bad)}.undecided{color:var(--mid)}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(230px,1fr));gap:14px}
-.card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px}
-.card img{width:100%;image-rendering:auto;border-radius:4px;display:block;margin-bottom:4px}
-.card .two{display:grid;grid-template-columns:1fr 1fr;gap:4px}
-.miss{color:var(--bad);font-weight:600}
-ul{margin:6px 0;padding-left:20px}details{margin-top:6px}summary{cursor:pointer}
-code{font-size:12px;overflow-wrap:anywhere}
-"""
 
 
 def html_report(
@@ -59,6 +35,7 @@ def html_report(
     find: Find = lambda prompt_id, seed: None,
     baseline: ScoreSheet | None = None,
     contrast: ScoreSheet | None = None,
+    noise: Mapping[str, Noise] | None = None,
     seed: int = 0,
 ) -> str:
     """The report's text.
@@ -69,22 +46,26 @@ def html_report(
         prompts, find: without them no pictures and no prompt texts are shown.
         baseline: adds paired differences, of aggregates and of tags. Raises BadInput where it cannot be paired.
         contrast: the sheet of `control_response`.
+        noise: what another batch does to every column (`comparison.kernel_noise`).
     """
     first = primary or next(iter(sheet.columns), "")
-    parts = [f"<h1>{escape(title)}</h1>", _facts(facts), _remarks(sheet)]
+    parts = [f"<h1>{escape(title)}</h1>", _facts(facts)]
+    if prompts is not None:
+        parts.append(_strip(sheet, prompts, find))
+    parts.append(_remarks(sheet))
     parts.append(_aggregates("Scores", aggregates(sheet, seed=seed)))
     if baseline is not None:
         parts.append(_differences(differences(sheet, baseline, seed=seed)))
-    if contrast is not None:
-        parts.append(_aggregates("Control response", aggregates_of_contrast(contrast, seed), _CONTRAST))
     if prompts is not None and first:
         parts.append(_prompts(sheet, prompts, find, first))
     if "tag_adherence" in sheet.fingerprints:
         parts += [_tags(per_tag(sheet, baseline, seed=seed)), _rating(sheet)]
+    if contrast is not None:
+        parts.append(_aggregates("Control response", aggregates_of_contrast(contrast, seed), _CONTRAST))
+    if noise:
+        parts.append(_noise(noise))
     parts.append(_made_of(sheet))
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    body = f"<body><main>{''.join(parts)}</main></body>"
-    return f"<!doctype html><html lang=en><head>{head}<style>{STYLE}</style></head>{body}</html>"
+    return page(title, parts)
 
 
 def aggregates_of_contrast(contrast: ScoreSheet, seed: int) -> dict[str, Measurement]:
@@ -113,24 +94,81 @@ def _remarks(sheet: ScoreSheet) -> str:
 
 def _aggregates(heading: str, found: Mapping[str, Measurement], about: str = "") -> str:
     rows = [
-        f"<tr><td>{escape(name)} {_arrow(m.higher_is_better)}</td><td class=n>{_number(m.value)}</td>"
-        f"<td class=n>{_interval(m.low, m.high)}</td><td>{_bar(m.value, m.low, m.high)}</td><td class=n>{m.n}</td></tr>"
+        f"<tr><td>{escape(name)} {arrow(m.higher_is_better)}</td><td class=n>{number(m.value)}</td>"
+        f"<td class=n>{interval(m.low, m.high)}</td><td>{bar(m.value, m.low, m.high)}</td><td class=n>{m.n}</td></tr>"
         for name, m in found.items()
     ]
     note = about or "95 % intervals; the unit is the prompt. ↑ higher is better, ↓ lower is better."
     head = "<tr><th>score</th><th class=n>value</th><th class=n>95 % interval</th><th></th><th class=n>n</th></tr>"
-    return (
-        f"<h2>{heading}</h2><p class='soft small'>{note}</p><div class=wide><table>{head}{''.join(rows)}</table></div>"
+    return table(heading, note, head, rows)
+
+
+def _noise(found: Mapping[str, Noise]) -> str:
+    moved = {name: n for name, n in found.items() if n.largest > 0}
+    rows = [
+        f"<tr><td>{escape(name)}</td><td class=n>{short(n.typical)}</td><td class=n>{short(n.largest)}</td>"
+        f"<td class=n>{short(n.mean.value)}</td><td class=n>{short(n.mean.low)} … {short(n.mean.high)}</td></tr>"
+        for name, n in moved.items()
+    ]
+    still = ", ".join(name for name in found if name not in moved)
+    note = (
+        "The same model, prompts and seeds, drawn in another batch: what the kernels' rounding does to every number. "
+        "A difference below this is none." + (f" Not moved at all: {escape(still)}." if still else "")
     )
+    head = "<tr><th>score</th><th class=n>typical change of a picture</th><th class=n>largest</th>"
+    head += "<th class=n>of the mean</th><th class=n>95 % interval</th></tr>"
+    return table("Kernel noise (A/A)", note, head, rows)
+
+
+def _strip(sheet: ScoreSheet, prompts: PromptSet, find: Find) -> str:
+    """The first picture of the first prompts, neither chosen nor sorted."""
+    text, shown = {prompt.id: prompt.text for prompt in prompts.prompts}, []
+    for prompt_id in dict.fromkeys(sheet.prompt_ids):
+        pixels = find(prompt_id, sheet.seeds[sheet.prompt_ids.index(prompt_id)])
+        if pixels is not None:
+            label = escape(text[prompt_id][:300], quote=True)
+            shown.append(f'<img title="{label}" alt="{label}" src="{data(pixels)}">')
+        if len(shown) == 2 * SHOWN:
+            break
+    return f"<div class=strip>{''.join(shown)}</div>" if shown else ""
+
+
+def html_choice(
+    choice: Choice,
+    apart: Mapping[str, PairedDifference],
+    *,
+    facts: Mapping[str, str],
+    primary: str,
+    margins: Mapping[str, float],
+) -> str:
+    """Many points against one baseline: `apart` are their simultaneous differences in the primary metric."""
+    ends = min(0.0, *(d.low for d in apart.values())), max(0.0, *(d.high for d in apart.values()))
+    rows = [
+        f"<tr><td>{escape(name)}{' ★' if name in choice.winners else ''}</td>"
+        f"<td class='n {d.verdict}'>{number(d.value, True)}</td><td class=n>{interval(d.low, d.high, True)}</td>"
+        f"<td>{bar(d.value, d.low, d.high, d.verdict, ends=ends)}</td><td class=n>{number(d.p)}</td>"
+        f"<td>{'yes' if name in choice.front else ''}</td>"
+        f"<td>{escape('misses ' + ', '.join(choice.failed[name])) if name in choice.failed else 'kept'}</td></tr>"
+        for name, d in apart.items()
+    ]
+    head = f"<tr><th>point</th><th class=n>{escape(primary)}</th><th class=n>95 %, all at once</th><th></th>"
+    head += "<th class=n>adjusted p</th><th>Pareto front</th><th>margins</th></tr>"
+    kept = ", ".join(f"{name} by at most {margin:g}" for name, margin in margins.items()) or "none declared"
+    note = (
+        f"★ cannot be told from the best by {escape(primary)} among the points that keep every margin. Margins (losses "
+        f"that are still none): {escape(kept)}. Intervals and p hold for all points at once."
+    )
+    title = "Points against the baseline"
+    return page(title, [f"<h1>{title}</h1>", _facts(facts), table("Choice", note, head, rows)])
 
 
 def _differences(found: Mapping[str, PairedDifference]) -> str:
     rows = [
-        f"<tr><td>{escape(name)} {_arrow(d.higher_is_better)}</td>"
-        f"<td class='n {d.verdict}'>{_number(d.value, True)}</td>"
-        f"<td class=n>{_interval(d.low, d.high, True)}</td><td>{_bar(d.value, d.low, d.high, d.verdict)}</td>"
-        f"<td class={d.verdict}>{d.verdict}</td><td class=n>{_number(d.p)}</td>"
-        f"<td class=n>{_number(d.detectable)}</td></tr>"
+        f"<tr><td>{escape(name)} {arrow(d.higher_is_better)}</td>"
+        f"<td class='n {d.verdict}'>{number(d.value, True)}</td>"
+        f"<td class=n>{interval(d.low, d.high, True)}</td><td>{bar(d.value, d.low, d.high, d.verdict)}</td>"
+        f"<td class={d.verdict}>{d.verdict}</td><td class=n>{number(d.p)}</td>"
+        f"<td class=n>{number(d.detectable)}</td></tr>"
         for name, d in found.items()
     ]
     head = "<tr><th>score</th><th class=n>difference</th><th class=n>95 % interval</th><th></th><th>verdict</th>"
@@ -138,7 +176,7 @@ def _differences(found: Mapping[str, PairedDifference]) -> str:
     note = (
         "Paired on the same prompts and seeds. “Detectable” is the smallest true difference found in 4 of 5 such runs."
     )
-    return _table("Against the baseline", note, head, rows)
+    return table("Against the baseline", note, head, rows)
 
 
 def _prompts(sheet: ScoreSheet, prompts: PromptSet, find: Find, column: str) -> str:
@@ -157,11 +195,11 @@ def _prompts(sheet: ScoreSheet, prompts: PromptSet, find: Find, column: str) -> 
 def _card(sheet: ScoreSheet, prompt: Prompt, find: Find, column: str, mean: float) -> str:
     rows = [k for k, prompt_id in enumerate(sheet.prompt_ids) if prompt_id == prompt.id][:2]
     shown = [pixels for k in rows if (pixels := find(prompt.id, sheet.seeds[k])) is not None]
-    images = "".join(f'<img alt="" src="{_data(pixels)}">' for pixels in shown)
+    images = "".join(f'<img alt="" src="{data(pixels)}">' for pixels in shown)
     images = f"<div class=two>{images}</div>" if len(shown) > 1 else images
     others = [n for n in ("tag_recall", "clip_score", "tag_contradiction") if n in sheet.columns and n != column]
-    scores = [f"<b>{escape(column)} {_number(mean)}</b>"]
-    scores += [f"{escape(n)} {_number(float(sheet.columns[n][rows[0]]))}" for n in others]
+    scores = [f"<b>{escape(column)} {number(mean)}</b>"]
+    scores += [f"{escape(n)} {number(float(sheet.columns[n][rows[0]]))}" for n in others]
     missed = _missed(sheet, prompt.id)
     told = f"<p class='miss small'>not seen: {escape(', '.join(missed))}</p>" if missed else ""
     text = escape(prompt.text if len(prompt.text) < 400 else prompt.text[:400] + " …")
@@ -174,7 +212,7 @@ def _card(sheet: ScoreSheet, prompt: Prompt, find: Find, column: str, mean: floa
 def _missed(sheet: ScoreSheet, prompt_id: str) -> list[str]:
     if "tag_adherence" not in sheet.fingerprints:
         return []
-    tables = Tables(sheet)
+    tables = Tables(sheet.rows(sheet.sound))
     row = tables.prompts.index(prompt_id)
     return [tables.tags[k] for k in np.flatnonzero(tables.asked[row] & (tables.hits[row] < tables.pictures[row]))]
 
@@ -186,13 +224,13 @@ def _tags(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = [
             f"<td>{escape(row['tag'])}</td>",
             f"<td class=n>{row['pictures']}</td>",
-            f"<td class=n>{_number(row['recall'])}</td>",
-            f"<td class=n>{_interval(row['low'], row['high'])}</td>",
-            f"<td>{_bar(row['recall'], row['low'], row['high'], tick=row['floor'])}</td>",
-            *(f"<td class=n>{_number(row[key])}</td>" for key in ("floor", "auroc", "mean_prob", "corrected")),
+            f"<td class=n>{number(row['recall'])}</td>",
+            f"<td class=n>{interval(row['low'], row['high'])}</td>",
+            f"<td>{bar(row['recall'], row['low'], row['high'], tick=row['floor'])}</td>",
+            *(f"<td class=n>{number(row[key])}</td>" for key in ("floor", "auroc", "mean_prob", "corrected")),
         ]
         if paired:
-            cells += [f"<td class=n>{_number(row['difference'], True)}</td>", f"<td class=n>{_number(row['q'])}</td>"]
+            cells += [f"<td class=n>{number(row['difference'], True)}</td>", f"<td class=n>{number(row['q'])}</td>"]
         body.append(f"<tr>{''.join(cells)}</tr>")
     names = ["pictures", "recall", "95 % (Wilson)", "", "floor", "AUROC", "mean p", "corrected"]
     names += ["difference", "q"] if paired else []
@@ -201,19 +239,19 @@ def _tags(rows: Sequence[Mapping[str, Any]]) -> str:
         "Weakest first. Floor (the tick): recall if prompts were dealt to pictures at random. Corrected: less the "
         "tagger's own errors."
     )
-    return _table("Tags", note, head, body)
+    return table("Tags", note, head, body)
 
 
 def _rating(sheet: ScoreSheet) -> str:
-    table = rating_confusion(sheet)
-    if table is None:
+    confusion = rating_confusion(sheet)
+    if confusion is None:
         return ""
     head = "<tr><th>asked</th>" + "".join(f"<th class=n>seen as {name}</th>" for name in RATINGS) + "</tr>"
     body = "".join(
         f"<tr><td>{name}</td>" + "".join(f"<td class=n>{count}</td>" for count in counts) + "</tr>"
-        for name, counts in zip(RATINGS, table, strict=True)
+        for name, counts in zip(RATINGS, confusion, strict=True)
     )
-    return _table("Rating", "Pictures by asked and by most probable rating.", head, [body])
+    return table("Rating", "Pictures by asked and by most probable rating.", head, [body])
 
 
 def _made_of(sheet: ScoreSheet) -> str:
@@ -226,61 +264,3 @@ def _made_of(sheet: ScoreSheet) -> str:
     about = f"{sheet.n} pictures; sheet <code>{sheet.digest}</code>"
     note = f"<p class='soft small'>{about}. Other fingerprints are not comparable.</p>"
     return f"<h2>What made these numbers</h2>{note}{rows}"
-
-
-def _table(heading: str, note: str, head: str, rows: Sequence[str]) -> str:
-    table = f"<div class=wide><table>{head}{''.join(rows)}</table></div>"
-    return f"<h2>{heading}</h2><p class='soft small'>{note}</p>{table}"
-
-
-def _bar(value: float, low: float, high: float, verdict: str = "", tick: float = math.nan) -> str:
-    """An interval as inline SVG: shares on 0 to 1, everything else on its own scale with zero in it."""
-    if math.isnan(value) or math.isnan(low) or math.isnan(high):
-        return ""
-    start, end = (0.0, 1.0) if not verdict and low >= 0 and high <= 1 else (min(low, 0.0), max(high, 0.0))
-    span = (end - start) or 1.0
-
-    def x(number: float) -> float:
-        return 4 + 152 * (number - start) / span
-
-    colour = {"better": "var(--good)", "worse": "var(--bad)", "undecided": "var(--mid)"}.get(verdict, "var(--good)")
-    zero = f'<line x1="{x(0):.1f}" x2="{x(0):.1f}" y1="2" y2="16" stroke="#222"/>' if start <= 0 <= end else ""
-    floor = (
-        f'<line x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="3" y2="15" stroke="var(--bad)" stroke-width="2"/>'
-        if tick == tick
-        else ""
-    )
-    return (
-        f'<svg width="160" height="18" role="img" aria-label="{_number(low)} to {_number(high)}">'
-        f'<line x1="4" x2="156" y1="9" y2="9" stroke="var(--line)"/>{zero}{floor}'
-        f'<line x1="{x(low):.1f}" x2="{x(high):.1f}" y1="9" y2="9" stroke="{colour}" stroke-width="3" '
-        f'stroke-linecap="round"/><circle cx="{x(value):.1f}" cy="9" r="4" fill="{colour}"/></svg>'
-    )
-
-
-def _data(pixels: Pixels) -> str:
-    """The picture as a data URL: PNG as it is where it is small, else a JPEG of SIDE pixels."""
-    image, file = Image.fromarray(pixels), io.BytesIO()
-    if max(image.size) > SIDE:
-        image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-        image.save(file, "JPEG", quality=90)
-        kind = "jpeg"
-    else:
-        image.save(file, "PNG")
-        kind = "png"
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def _number(value: float, signed: bool = False) -> str:
-    if math.isnan(value):
-        return "–"
-    digits = 3 if abs(value) < 2 else 2 if abs(value) < 100 else 1
-    return f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
-
-
-def _interval(low: float, high: float, signed: bool = False) -> str:
-    return "–" if math.isnan(low) else f"{_number(low, signed)} … {_number(high, signed)}"
-
-
-def _arrow(higher_is_better: bool) -> str:
-    return "<span class=soft>↑</span>" if higher_is_better else "<span class=soft>↓</span>"

@@ -21,6 +21,9 @@ from ambergrade.score.reference import Reference
 from ambergrade.score.sheet import ScoreSheet
 from ambergrade.score.statistics import PairedDifference
 
+MOST_FAULTY = 0.005
+"""Share of pictures that may be faulty: a few NaN are an accident, more are a broken model (facts 5.21)."""
+
 
 class Metric(Protocol):
     """A scorer: loaded once, asked batch by batch, and then set-level questions without the model.
@@ -34,6 +37,8 @@ class Metric(Protocol):
     """Per-picture column to whether higher is better."""
     fingerprint: Mapping[str, Any]
     """What made the numbers; plain JSON without paths."""
+    needs_prompts: bool = True
+    """Whether a picture without its prompt means nothing to it."""
 
     def rows(self, pictures: Sequence[Picture], prompts: Mapping[str, Prompt]) -> Mapping[str, npt.NDArray[Any]]:
         """(n,) for every name in `columns`, NaN where not scored; (n, d) for features to keep.
@@ -91,39 +96,45 @@ def score(
     metrics: Sequence[Metric],
     *,
     sampler: SamplerSettings | None = None,
+    how: Mapping[str, Any] | None = None,
     batch: int = 32,
     progress: str = "score",
 ) -> ScoreSheet:
-    """Consume a picture stream and return its score sheet.
+    """Score a stream, `batch` pictures in memory at a time; the rows come in the prompts' order, then by seed.
 
-    Args:
-        pictures: any order; (prompt_id, seed) must not repeat.
-        sampler: of the pictures; part of what pairs two sheets.
-        batch: pictures per scoring pass; changes rows by rounding at most (about 1e-6).
-        progress: name of the progress bar.
-
-    Raises:
-        BadInput: a picture of an unknown prompt, a repeated picture, pixels of another kind, no picture at all.
+    `how`: what else made the pictures and pairs them, beside the sampler (a precision, say). `batch` changes rows by
+    rounding at most (about 1e-6).
+    A picture with a `fault` has NaN in every column and its reason in the sheet; it is never worth 0.
+    Raises BadInput for a picture of an unknown prompt, a repeated picture, pixels of another kind, no picture at all,
+    or more than 0.5 % faulty pictures, all of them by name.
     """
     by_id = prompts.by_id()
     keys: list[tuple[str, int]] = []
+    faults: dict[tuple[str, int], str] = {}
+    blank: list[str] = []
     parts: dict[str, list[npt.NDArray[Any]]] = {}
     stream = iter(tqdm(pictures, desc=progress, unit="picture", total=len(prompts.prompts), disable=None))
     while some := list(itertools.islice(stream, batch)):
         for picture in some:
             _check(picture, by_id)
-        keys += [(picture.prompt_id, picture.seed) for picture in some]
-        for name, values in _rows(metrics, some, by_id).items():
-            parts.setdefault(name, []).append(values)
-    if not keys:
+        sound = [picture for picture in some if not picture.fault]
+        faults |= {(picture.prompt_id, picture.seed): picture.fault for picture in some if picture.fault}
+        blank += [f"{p.prompt_id} {p.seed}" for p in sound if (p.pixels == p.pixels[0, 0]).all()]
+        keys += [(picture.prompt_id, picture.seed) for picture in sound]
+        if sound:
+            for name, values in _rows(metrics, sound, by_id).items():
+                parts.setdefault(name, []).append(values)
+    if not keys and not faults:
         raise BadInput("No pictures to score: the stream was empty.")
+    _refuse_faults(faults, len(keys) + len(faults))
+    keys += faults
     if len(set(keys)) < len(keys):
         twice = sorted({key for key in keys if keys.count(key) > 1})[:3]
         raise BadInput(f"Pictures repeat (prompt, seed): {twice}.\nGive every picture of a prompt its own seed.")
 
     place = {prompt.id: number for number, prompt in enumerate(prompts.prompts)}
     order = sorted(range(len(keys)), key=lambda i: (place[keys[i][0]], keys[i][1]))
-    arrays = {name: np.concatenate(values)[order] for name, values in parts.items()}
+    arrays = {name: _with_gaps(np.concatenate(values), len(faults))[order] for name, values in parts.items()}
     columns = {column: better for metric in metrics for column, better in metric.columns.items()}
     return ScoreSheet(
         prompt_ids=tuple(keys[i][0] for i in order),
@@ -134,9 +145,27 @@ def score(
         fingerprints={metric.name: metric.fingerprint for metric in metrics},
         constants={metric.name: metric.constants(by_id) for metric in metrics},
         references={key: value for metric in metrics for key, value in metric.references().items()},
-        sampler={} if sampler is None else asdict(sampler),
+        sampler={} if sampler is None else {**asdict(sampler), **(how or {})},
         prompts_digest=digest([by_id[keys[i][0]] for i in order]),
+        faults={f"{key} {seed}": reason for (key, seed), reason in sorted(faults.items())},
+        blank=tuple(sorted(blank)),
     )
+
+
+def _refuse_faults(faults: Mapping[tuple[str, int], str], total: int) -> None:
+    if len(faults) > MOST_FAULTY * total:
+        told = [f"{key}, seed {seed}: {reason}" for (key, seed), reason in sorted(faults.items())]
+        more = [f"… and {len(told) - 12} more"] if len(told) > 12 else []
+        raise BadInput(
+            f"{len(faults)} of {total} pictures are faulty, more than {MOST_FAULTY:.1%}:\n  "
+            + "\n  ".join(told[:12] + more)
+            + "\nMend or take out the files, or look at the checkpoint's weights and the VAE's precision."
+        )
+
+
+def _with_gaps(values: npt.NDArray[Any], missing: int) -> npt.NDArray[Any]:
+    """The rows, and NaN rows for pictures that are not there."""
+    return np.concatenate([values, np.full((missing, *values.shape[1:]), np.nan)]) if missing else values
 
 
 def _rows(
@@ -157,7 +186,7 @@ def _rows(
 def _check(picture: Picture, prompts: Mapping[str, Prompt]) -> None:
     """One picture contract, so that no scorer rescales what is already scaled (facts 0.2)."""
     pixels = picture.pixels
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+    if not picture.fault and (pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size):
         raise BadInput(
             f"Picture of prompt {picture.prompt_id}: {pixels.dtype} {pixels.shape}.\n"
             "Give height × width × 3 uint8 RGB, 0 to 255."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,11 +46,35 @@ class ScoreSheet:
     """Over the prompts in row order: text, negative, tags."""
     references: Mapping[str, Reference] = field(default_factory=dict)
     """Reference statistics by digest, so that a sheet needs no other file."""
+    faults: Mapping[str, str] = field(default_factory=dict)
+    """`<prompt id> <seed>` of pictures that are none, to the reason; their rows are NaN."""
+    blank: tuple[str, ...] = ()
+    """`<prompt id> <seed>` of pictures of one single colour; they are scored like any other."""
 
     @property
     def n(self) -> int:
         """Pictures."""
         return len(self.prompt_ids)
+
+    @property
+    def sound(self) -> npt.NDArray[np.bool_]:
+        """(n,): rows of pictures without a fault."""
+        keys = zip(self.prompt_ids, self.seeds, strict=True)
+        return np.array([f"{prompt_id} {seed}" not in self.faults for prompt_id, seed in keys], dtype=np.bool_)
+
+    def rows(self, keep: npt.NDArray[np.bool_]) -> ScoreSheet:
+        """The sheet of some of its pictures."""
+        if keep.all():
+            return self
+        places = np.flatnonzero(keep)
+        return replace(
+            self,
+            prompt_ids=tuple(self.prompt_ids[k] for k in places),
+            seeds=tuple(self.seeds[k] for k in places),
+            columns={name: values[keep] for name, values in self.columns.items()},
+            features={name: values[keep] for name, values in self.features.items()},
+            faults={},
+        )
 
     @cached_property
     def digest(self) -> str:
@@ -97,6 +121,7 @@ class ScoreSheet:
         }
         prompt_ids, seeds = table.column("prompt_id").to_pylist(), table.column("seed").to_pylist()
         references = {key: _reference(table, key, about) for key, about in abouts.items()}
+        header["blank"] = tuple(header.get("blank", ()))
         return cls(tuple(prompt_ids), tuple(seeds), columns, features, **header, references=references)
 
     def _header(self) -> dict[str, Any]:
@@ -108,6 +133,8 @@ class ScoreSheet:
             "prompts_digest": self.prompts_digest,
             "features": sorted(self.features),
             "references": {key: reference.about for key, reference in self.references.items()},
+            **({"faults": self.faults} if self.faults else {}),
+            **({"blank": self.blank} if self.blank else {}),
         }
 
 
@@ -129,8 +156,11 @@ def _reference(table: pa.Table, key: str, about: Mapping[str, Any] | None) -> Re
     return Reference(mean, covariance.reshape(d, d), None if features is None else features.reshape(-1, d), about)
 
 
-def refuse_unlike(sheet: ScoreSheet, baseline: ScoreSheet) -> None:
-    """Raise BadInput unless both sheets hold the same (prompt, seed, sampler) rows scored by the same scorers."""
+def refuse_unlike(sheet: ScoreSheet, baseline: ScoreSheet, *, other_batch: bool = False) -> None:
+    """Raise BadInput unless both sheets hold the same (prompt, seed, sampler) rows scored by the same scorers.
+
+    The batch is part of the sampler, since kernels round otherwise in other shapes; `other_batch` lets it differ.
+    """
     complaints = []
     if (sheet.prompt_ids, sheet.seeds) != (baseline.prompt_ids, baseline.seeds):
         ours = set(zip(sheet.prompt_ids, sheet.seeds, strict=True))
@@ -139,8 +169,9 @@ def refuse_unlike(sheet: ScoreSheet, baseline: ScoreSheet) -> None:
         complaints.append(f"pictures: {len(ours)} and {len(theirs)} (prompt, seed) keys, unlike in {odd} …")
     elif sheet.prompts_digest != baseline.prompts_digest:
         complaints.append("prompts: equal ids, but other text, negatives or tags")
-    if canonical_json(sheet.sampler) != canonical_json(baseline.sampler):
-        complaints.append(f"sampler: {_unlike(sheet.sampler, baseline.sampler)}")
+    drawn, other = ({k: v for k, v in s.sampler.items() if k != "batch" or not other_batch} for s in (sheet, baseline))
+    if canonical_json(drawn) != canonical_json(other):
+        complaints.append(f"sampler: {_unlike(drawn, other)}")
     for metric in sorted(sheet.fingerprints.keys() & baseline.fingerprints.keys()):
         ours_made, theirs_made = sheet.fingerprints[metric], baseline.fingerprints[metric]
         if canonical_json(ours_made) != canonical_json(theirs_made):

@@ -84,7 +84,13 @@ class Tagger:
 
     def probabilities(self, pixels: Sequence[Pixels]) -> Floats:
         """Probability of every output for pictures of any size, uint8 RGB: (n, T)."""
-        return self.backend(pixels)
+        found = self.backend(pixels)
+        if not np.isfinite(found).all():
+            broken = np.flatnonzero(~np.isfinite(found).all(1)).tolist()
+            raise BadInput(
+                f"The tagger {self.path} gives NaN for pictures {broken[:4]} of the batch: look at its weights."
+            )
+        return found
 
     def _stated_thresholds(self, needed: Iterable[str]) -> dict[str, float]:
         file = self.path / "thresholds.json"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+
+from ambergrade.nouns import RATINGS
 
 _EXTRA = re.compile(r"<[^<>]*:[^<>]*>")
 """`<lora:name:0.8>`: it names a file, not something to be seen."""
@@ -21,6 +24,26 @@ def canonical_tags(text: str) -> tuple[str, ...]:
     cleaned = _WORDS.sub(",", _EXTRA.sub(",", text)).replace("\n", ",")
     found = [_canonical(part) for part in cleaned.split(",")]
     return tuple(dict.fromkeys(tag for tag in found if tag))
+
+
+def rating_of(tags: Sequence[str], words: Mapping[str, Sequence[str]]) -> str:
+    """The rating that a prompt's words ask for, in a model family's vocabulary (`rating` of conf/captions/*.yaml).
+
+    The rating most of whose words are all there wins, then the stricter one; a word that belongs to one rating alone
+    is enough for it. None of them is `general`.
+
+    >>> kohaku = {"general": ["safe"], "questionable": ["nsfw"], "explicit": ["explicit", "nsfw"]}
+    >>> [rating_of(tags, kohaku) for tags in (["safe"], ["nsfw"], ["nsfw", "explicit"], ["explicit"], ["1girl"])]
+    ['general', 'questionable', 'explicit', 'explicit', 'general']
+    """
+    spelled = {rating: {word.replace(" ", "_") for word in words.get(rating, ())} for rating in RATINGS}
+    found = []
+    for strictness, rating in enumerate(RATINGS):
+        mine = spelled[rating]
+        elsewhere = {word for other in RATINGS if other != rating for word in spelled[other]}
+        if mine and (mine <= set(tags) or (mine - elsewhere) & set(tags)):
+            found.append((len(mine & set(tags)), strictness, rating))
+    return max(found)[2] if found else "general"
 
 
 def _canonical(part: str) -> str:

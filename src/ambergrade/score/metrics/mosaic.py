@@ -28,6 +28,7 @@ class Mosaic(Metric):
 
     name = "mosaic"
     columns: Mapping[str, bool] = {"mosaic": False}
+    needs_prompts = False
 
     def __init__(self, device: str = "cpu") -> None:
         self.fingerprint: Mapping[str, Any] = {"weights": "none", "version": 1, "step": STEP, "cap": CAP}

@@ -26,6 +26,7 @@ class Prdc(SetDistance):
 
     name = "prdc"
     values: ClassVar[Mapping[str, bool]] = dict.fromkeys(("precision", "recall", "density", "coverage"), True)
+    shares = ("precision", "recall", "coverage")
 
     @classmethod
     def statistics(cls, x: Floats, group: npt.NDArray[np.int64], reference: Reference) -> Mapping[str, Grouped]:

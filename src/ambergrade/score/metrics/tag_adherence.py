@@ -141,10 +141,12 @@ class TagAdherence(Metric):
     def aggregates(cls, sheet: ScoreSheet, *, seed: int) -> dict[str, Measurement]:
         """Over tags, bootstrapped over prompts.
 
-        `tag_macro_recall` (and one per group, and for characters): mean of the tags' recalls, since common tags
-        saturate the `tag_micro_recall` of all slots. `tag_lift`: macro recall less what permuted prompts would reach.
+        `tag_macro_recall` (and one per group, per category beside general, and per bin of the csv's counts): mean of
+        the tags' recalls, since common tags saturate the `tag_micro_recall` of all slots. `tag_lift`: macro recall less
+        what permuted prompts would reach.
         `tag_auroc`: mean over tags of P(p where asked > p where not), for tags with 10 prompts on each side: chance is
         ½ whatever the threshold or the tag's frequency. `tag_corrected_recall`: recall less the tagger's own errors.
+        `tag_recall_of_real`: recall as a share of the tagger's recall on real pictures of the same tags.
         """
         tables, found = Tables(sheet), {}
         for name, (formula, prompts) in statistics(tables).items():
