@@ -188,11 +188,17 @@ def _flags(arguments: list[str]) -> Namespace:
 
 
 def _longhand(arguments: list[str], name: str, conf: Path) -> list[str]:
-    """`coefficients.a=…` is short for `merge.coefficients.a=…` wherever a pipeline has no coefficients of its own."""
+    """What a pipeline's surface calls otherwise than its configuration can.
+
+    `coefficients.a=…` is short for `merge.coefficients.a=…` wherever a pipeline has no coefficients of its own.
+    `models=DIR` is `inputs=DIR` where the pipeline has inputs: Hydra would look for an option of the group `models`.
+    """
     root = yaml.safe_load((conf / f"{name}.yaml").read_text()) or {}
-    if "coefficients" in root or not any("merge" in entry for entry in root.get("defaults", [])):
-        return arguments
-    return [re.sub(r"^(\+{0,2})coefficients\.", r"\1merge.coefficients.", argument) for argument in arguments]
+    if "coefficients" not in root and any("merge" in entry for entry in root.get("defaults", [])):
+        arguments = [re.sub(r"^(\+{0,2})coefficients\.", r"\1merge.coefficients.", argument) for argument in arguments]
+    if "inputs" in root:
+        arguments = [re.sub(r"^models=", "inputs=", argument) for argument in arguments]
+    return arguments
 
 
 def _hand_to_hydra(task: Task, name: str, conf: Path, arguments: list[str], overrides: list[str]) -> None:

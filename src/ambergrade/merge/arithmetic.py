@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 18
+CHUNK = 1 << 16
 """Elements worked on at a time: the float64 temporaries stay near the cache."""
 _DIGITS = {
     torch.float64: 52,
@@ -72,7 +72,7 @@ class Combiner:
         self._sum = torch.empty(CHUNK, dtype=torch.float64, device=self.device)
         self._wide = torch.empty(CHUNK, dtype=torch.float64, device=self.device)
         self._single = torch.empty(CHUNK, dtype=torch.float32, device=self.device)
-        self._magnitude = np.empty(CHUNK, np.int16)
+        self._magnitude, self._flag = np.empty(CHUNK, np.int16), np.empty(CHUNK, np.bool_)
 
     def combine(self, weights: Weights, tensors: Sequence[Tensor], out: Tensor, base: Tensor | None = None) -> bool:
         """`out` becomes the weighted sum of flat tensors of any float dtypes, correctly rounded to its dtype.
@@ -167,15 +167,25 @@ class Combiner:
             open_ones = np.flatnonzero(_near_midpoint(bits, window=4))
             self._settle(weights, xs, total, out, open_ones)
         elif largest >= bound:
-            open_ones = np.flatnonzero(sizes >= bound)
+            open_ones = np.flatnonzero(np.greater_equal(sizes, bound, out=self._flag[: len(out)]))
             open_ones = open_ones[_near_midpoint(bits[open_ones], window=0)]
-            left_over = total.numpy()[open_ones] - single.numpy()[open_ones].astype(np.float64) * divisor
-            self._settle(weights, xs, total, out, open_ones[left_over != 0])  # 0: a true tie, rounded to even already
+            self._leave_midpoints(total, single, divisor, out, open_ones)
         if smallest == 0 and base is not None:
-            zeros = np.flatnonzero(sizes == 0)
+            zeros = np.flatnonzero(np.equal(sizes, 0, out=self._flag[: len(out)]))
             old = base[torch.from_numpy(zeros)].double().numpy()
             out.view(torch.int16).numpy()[zeros[(old == 0) & np.signbit(old)]] = np.int16(-32768)
         return largest < 0x7C00
+
+    def _leave_midpoints(
+        self, total: Tensor, single: Tensor, divisor: float, out: Tensor, where: np.ndarray[Any, Any]
+    ) -> None:
+        """Where fp32 fell on a midpoint of fp16 and the exact quotient did not, round to the side it lies on."""
+        middle = single.numpy()[where]
+        left_over = total.numpy()[where] - middle.astype(np.float64) * divisor  # 0: a tie, rounded to even already
+        where, middle, left_over = where[left_over != 0], middle[left_over != 0], left_over[left_over != 0]
+        if len(where):
+            aside = np.nextafter(middle, np.where(left_over > 0, np.inf, -np.inf).astype(np.float32))
+            out.view(torch.int16).numpy()[where] = torch.from_numpy(aside).half().view(torch.int16).numpy()
 
     # --- anything else
 
@@ -186,7 +196,8 @@ class Combiner:
         error.mul_((len(xs) + 2) * 2.0**-52 / weights.scaled[1])
         low, high = _rounded(quotient - error, out.dtype), _rounded(quotient + error, out.dtype)
         out.copy_(low)
-        unsure = torch.nonzero(low != high).reshape(-1).cpu().numpy()
+        # What is not finite stays so, and is refused by name later.
+        unsure = torch.nonzero((low != high) & torch.isfinite(total)).reshape(-1).cpu().numpy()
         self._settle(weights, xs, total, out, unsure)
 
     def _settle(
