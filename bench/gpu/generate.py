@@ -146,11 +146,16 @@ def full_size() -> sdxl.Networks:
 
 
 def battery() -> Callable[[torch.Tensor], None]:
-    """Scorers at random weights, each at its own size, fed from pictures that lie on the GPU."""
+    """Scorers at random weights, each at the size that its weights ask for, fed from pictures that lie on the GPU."""
     clip = open_clip.create_model("ViT-L-14", precision="bf16", device="cuda").eval()
+    made: list[tuple[str, int, torch.dtype, dict[str, Any]]] = [
+        ("swinv2_base_window8_256", 448, torch.bfloat16, {"img_size": 448, "num_classes": 10861}),  # WD v3
+        ("inception_v3", 299, torch.float32, {}),  # features of FD stay in fp32 (facts 5.20)
+        ("vit_large_patch14_dinov2", 224, torch.float32, {"img_size": 224, "num_classes": 0}),
+    ]
     others = [
-        (timm.create_model(name, pretrained=False).to("cuda", torch.bfloat16).eval(), size)
-        for name, size in (("swinv2_base_window8_256", 256), ("inception_v3", 299), ("vit_large_patch14_dinov2", 518))
+        (timm.create_model(name, pretrained=False, **more).to("cuda", dtype).eval(), size, dtype)
+        for name, size, dtype, more in made
     ]
 
     @torch.inference_mode()
@@ -159,8 +164,8 @@ def battery() -> Callable[[torch.Tensor], None]:
             return torch.nn.functional.interpolate(x, (side, side), mode="bicubic", antialias=True)
 
         clip.encode_image(sized(224))
-        for network, side in others:
-            network(sized(side))
+        for network, side, dtype in others:
+            network(sized(side).to(dtype))
 
     return score
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from spandrel.architectures import ESRGAN
 
 from ambergrade.errors import BadInput
 from ambergrade.generate.post import postprocessor
@@ -15,9 +16,8 @@ from ambergrade.nouns import Picture
 
 
 def test_every_picture_goes_through_the_network(tmp_path: Path) -> None:
-    esrgan = pytest.importorskip("spandrel.architectures.ESRGAN")
     torch.manual_seed(0)
-    network = esrgan.ESRGAN(scale=2, num_filters=8, num_blocks=1)
+    network = ESRGAN.ESRGAN(scale=2, num_filters=8, num_blocks=1)
     save_file({key: value.contiguous() for key, value in network.state_dict().items()}, tmp_path / "x2.safetensors")
     pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
     found = next(postprocessor(tmp_path / "x2.safetensors")(iter([Picture("a", 5, pixels)])))
@@ -29,7 +29,6 @@ def test_every_picture_goes_through_the_network(tmp_path: Path) -> None:
 
 
 def test_strange_weights_and_pickles_are_refused(tmp_path: Path) -> None:
-    pytest.importorskip("spandrel")
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
     with pytest.raises(BadInput, match="does not know"):
         postprocessor(tmp_path / "a.safetensors")

@@ -16,6 +16,7 @@ from ambergrade.family import sdxl
 from ambergrade.family.sdxl import Networks
 from ambergrade.generate.stream import pictures, scheduler
 from ambergrade.generate.text_cache import remembered_text
+from ambergrade.generate.texts import TextEncoder
 from ambergrade.nouns import Prompt, PromptSet, SamplerSettings
 
 SETTINGS = SamplerSettings(name="euler", steps=3, guidance=4.0, width=64, height=48, batch=8)
@@ -96,6 +97,10 @@ def test_bad_settings_and_broken_weights_are_refused(networks: Networks) -> None
         bias.data[0] = float("nan")
         with pytest.raises(BadInput, match="prompt '0'"):
             drawn(networks)
+        prompts = PromptSet("test", (Prompt("a", "hair", 5), Prompt("b", "zebra", 6)))
+        faulty = list(pictures(networks, prompts, SETTINGS, progress=None, faulty=True))
+        assert [(p.prompt_id, p.seed, p.pixels.size) for p in faulty] == [("a", 5, 0), ("b", 6, 0)]
+        assert all("NaN" in p.fault for p in faulty)
     finally:
         bias.data.copy_(kept)
 
@@ -121,3 +126,14 @@ def test_remembered_text_spares_calls_and_changes_no_bit(networks: Networks) -> 
     assert not torch.equal(expected[0], expected[1])
     assert answers == [True]
     assert "forward" not in vars(projection)
+
+
+def test_streams_that_share_an_encoder_encode_a_text_once(networks: Networks) -> None:
+    prompts = PromptSet("test", (Prompt("a", "hair", 1),))
+    settings = dataclasses.replace(SETTINGS, steps=1)
+    texts, calls = TextEncoder(networks), []
+    hook = networks.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    one, two = (next(pictures(networks, prompts, settings, progress=None, texts=texts)) for _ in range(2))
+    hook.remove()
+    assert len(calls) == 1
+    assert np.array_equal(one.pixels, two.pixels)

@@ -103,6 +103,15 @@ def test_a_folder_of_pictures_is_scored_against_references_and_compared(drawn: P
     compared = evaluate(tmp_path, "action=compare", f"sheet={folder_of(second, 'sheet')}", f"baseline={sheet}")
     assert re.search(r"tag_prob .*worse", compared)
     assert "Against the baseline" in folder_of(compared).read_text()
+    margins = ("+margins.clip_score=1000", "+margins.fid=1")
+    sheets = f"sheet=[{sheet},{folder_of(second, 'sheet')}]"
+    chosen = evaluate(tmp_path, "action=compare", sheets, f"baseline={sheet}", *margins)
+    same, noisy = (line for line in chosen.splitlines() if "tag_prob" in line and "scores" in line)
+    assert same.startswith("* ")
+    assert "+0.000 [+0.000, +0.000] undecided; keeps the margins" in same
+    assert noisy.startswith("  ")
+    assert "worse; misses fid" in noisy
+    assert "Pareto front" in folder_of(chosen).read_text()
     squashed = evaluate(tmp_path, f"pictures={drawn}", "suite.metrics.clip_score.resize_mode=squash")
     unlike = ("action=compare", f"sheet={folder_of(squashed, 'sheet')}", f"baseline={sheet}")
     assert "resize_mode" in evaluate(tmp_path, *unlike, fails=True)
@@ -118,12 +127,18 @@ def test_a_model_is_drawn_scored_contrasted_and_journaled(drawn: Path, tmp_path:
         f"reference={drawn}/list.txt",
         f"reference_pictures={drawn}",
         "suite.contrast.prompts=3",
+        "noise_batch=1",
+        "noise_count=2",
+        "precision=bf16",
     )
     (drawn / "list.txt").write_text("".join(f"{k:03}.png\n" for k in range(36)))
     told = evaluate(tmp_path, *arguments)
     assert "control response" in told
     report = folder_of(told).read_text()
     assert "response_quality" in report
+    assert "Kernel noise (A/A)" in report
+    assert "precision bf16" in report
+    assert re.search(r"another batch moves tag_prob +by \S+ \(largest", told)
     assert report.count("<div class=two>") >= 4  # both seeds of a prompt side by side
     assert "refused" in told  # 8 pictures are too few for FID
     from mlflow import MlflowClient
@@ -159,7 +174,15 @@ def test_folders_that_do_not_fit_their_prompts_are_told_by_name(drawn: Path, tmp
     told = evaluate(tmp_path, f"pictures={odd}", fails=True)
     assert "stray.png" in told
     assert "lost" in told
+    grid = evaluate(tmp_path, f"pictures={drawn}", "suite=mosaic")
+    assert "mosaic" in grid
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(drawn / "001.png", bare / "data.png")  # a folder of data: no prompts at all
+    assert re.search(r"mosaic +0\.\d", evaluate(tmp_path, f"pictures={bare}", "suite=mosaic"))
     (odd / "stray.png").unlink()
     (odd / "prompts.jsonl").write_text(json.dumps({"id": "000", "text": ""}))
     (odd / "000.png").write_bytes((drawn / "000.png").read_bytes()[:300])
-    assert "000.png" in evaluate(tmp_path, f"pictures={odd}", fails=True)
+    told = evaluate(tmp_path, f"pictures={odd}", fails=True)
+    assert "1 of 1 pictures are faulty" in told
+    assert "000.png" in told

@@ -110,7 +110,8 @@ def test_kid_of_gaussians_is_the_closed_form() -> None:
 
 
 def test_kid_is_torch_fidelitys() -> None:
-    fidelity = pytest.importorskip("torch_fidelity.metric_kid")
+    from torch_fidelity import metric_kid as fidelity
+
     rng = np.random.default_rng(6)
     x, y = rng.normal(0.2, 1, (50, 6)), rng.normal(size=(50, 6))
     kernels = [ours.polynomial_kernel(*pair) for pair in ((x, x), (x, y), (y, y))]
@@ -185,3 +186,24 @@ def test_prdc_of_one_distribution_is_the_expected_one_and_of_two_far_ones_nothin
     kept = {name: value for name, (value, _) in ours.prdc_groups(collapsed, y, one_group_each(x, 2)).items()}
     assert kept["precision"] > 0.8
     assert kept["recall"] < 0.1
+
+
+def test_the_bias_of_frechet_is_the_models_own_and_equal_n_does_not_cancel_it() -> None:
+    """Trap 6 (Chong & Forsyth 2020): of two models at the same true distance, the wider one reads farther away."""
+    rng = np.random.default_rng(11)
+    d, n = 24, 80
+    mean, covariance = np.zeros(d), np.eye(d)
+    # ‖δ‖² + d·(σ - 1)² is 2.4 for both: one is shifted and narrow in spread, the other is wide.
+    shifted = np.full(d, np.sqrt(2.4 / d)), 1.0
+    wide = np.zeros(d), 1 + np.sqrt(2.4 / d)
+    raw, corrected = [], []
+    for delta, sigma in (shifted, wide):
+        found = [
+            ours.frechet_groups(delta + sigma * rng.normal(size=(n, d)), np.arange(n) % 40, mean, covariance)
+            for _ in range(30)
+        ]
+        raw.append(np.mean([value for value, _ in found]))
+        corrected.append(np.mean([jackknife_corrected(*one) for one in found]))
+    assert raw[1] - raw[0] > 0.5
+    assert min(raw) > 2.4 + 1
+    assert abs(corrected[1] - corrected[0]) < 0.5 * (raw[1] - raw[0])

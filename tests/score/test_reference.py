@@ -45,7 +45,8 @@ def test_statistics_come_back_and_equal_content_is_equal_bytes(made: Reference, 
 
 
 def test_pytorch_fid_reads_ours_and_we_read_its(made: Reference, folders: Any, tmp_path: Path) -> None:
-    stock = pytest.importorskip("pytorch_fid.fid_score")
+    from pytorch_fid import fid_score as stock
+
     made.write(tmp_path / "ours.npz")
     mean, covariance = stock.compute_statistics_of_path(str(tmp_path / "ours.npz"), None, 1, 32, "cpu")
     np.testing.assert_array_equal(mean, made.mean)
@@ -134,7 +135,7 @@ def test_a_local_inception_file_scores_offline_as_pytorch_fid_and_torch_fidelity
     assert source.d == 2048
     pixels = np.random.default_rng(0).integers(0, 256, (2, 80, 60, 3), dtype=np.uint8)
     found = source(list(pixels))
-    theirs = pytest.importorskip("pytorch_fid.inception")
+    from pytorch_fid import inception as theirs
     from safetensors.torch import load_file
 
     network = theirs._inception_v3(num_classes=1008, aux_logits=False, weights=None)

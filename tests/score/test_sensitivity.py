@@ -5,6 +5,7 @@ FD does not see prompts that were shuffled, recall does not see a collapse; the 
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +69,15 @@ def desaturate(share: float) -> Damage:
     return lambda x, rng: np.rint(x * (1 - share) + x.mean(2, keepdims=True) * share).astype(np.uint8)
 
 
+def lossy(quality: int) -> Damage:
+    def saved(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        file = io.BytesIO()
+        Image.fromarray(x).save(file, "JPEG", quality=quality, subsampling=2)
+        return np.asarray(Image.open(file))
+
+    return saved
+
+
 @pytest.fixture(scope="module")
 def clean(world: Any, metrics: list[Metric]) -> dict[str, float]:
     return judged(world, metrics, lambda x, rng: x)
@@ -77,15 +87,20 @@ def clean(world: Any, metrics: list[Metric]) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("steps", "names"),
     [
-        ([noise(25), noise(70)], {"fid": False, "kid": False, "mind": False, "tag_prob": True, "clip_score": True}),
+        (
+            [noise(25), noise(70)],
+            {"fid": False, "kid": False, "mind": False, "tag_prob": True, "clip_score": True},
+        ),
+        ([noise(10), noise(25), noise(70)], {"fid": False, "mind": False}),  # what the tagger was taught to bear
         ([downscale(4), downscale(10)], {"fid": False, "mind": False, "tag_prob": True, "tag_recall": True}),
         ([desaturate(0.5), desaturate(1.0)], {"fid": False, "mind": False, "tag_prob": True, "clip_score": True}),
         (
             [lambda x, rng: x[..., ::-1].copy()],
             {"fid": False, "tag_prob": True, "tag_auroc": True, "clip_margin": True},
         ),
+        ([lossy(60), lossy(10)], {"fid": False, "mind": False, "mosaic": False}),  # trap 5: FD hears the codec
     ],
-    ids=["noise", "downscale", "desaturate", "channel swap"],
+    ids=["noise", "faint noise", "downscale", "desaturate", "channel swap", "jpeg"],
 )
 def test_damage_moves_every_metric_the_way_it_claims(
     world: Any, metrics: list[Metric], clean: dict[str, float], steps: list[Damage], names: dict[str, bool]
@@ -117,11 +132,12 @@ def test_a_shuffle_is_seen_by_adherence_alone_and_a_collapse_by_distances_alone(
     assert wholly["tag_auroc"] == pytest.approx(0.5, abs=0.12)
     assert clean["tag_auroc"] > 0.9
 
-    twenty = of(np.arange(N) % 6)  # six pictures over and over
+    some, few = of(np.arange(N) % 20), of(np.arange(N) % 6)  # 20 pictures over and over, then six
     for name in ("fid", "kid", "mind"):
-        assert twenty[name] > clean[name] + abs(clean[name]), name
-    assert twenty["recall"] < clean["recall"]
-    assert twenty["coverage"] < clean["coverage"]
+        assert few[name] > some[name] > clean[name], name
+        assert few[name] > clean[name] + abs(clean[name]), name
+    for name in ("recall", "coverage"):
+        assert few[name] < some[name] < clean[name], name
 
 
 def test_adherence_is_blind_to_a_collapse_that_answers_every_prompt(world: Any, metrics: list[Metric]) -> None:
@@ -132,3 +148,19 @@ def test_adherence_is_blind_to_a_collapse_that_answers_every_prompt(world: Any, 
     adherence = aggregates(score(same, few, metrics[:2]))
     once = aggregates(score(same[::2], few, metrics[:2]))
     assert adherence["tag_recall"].value == pytest.approx(once["tag_recall"].value)
+
+
+@pytest.mark.slow
+def test_distances_measure_the_prompts_where_the_reference_has_others(
+    world: Any, metrics: list[Metric], clean: dict[str, float]
+) -> None:
+    """Trap 7: every picture is right, yet a set of prompts unlike the reference's has a larger distance."""
+    prompts, _, _ = world
+    scenes = [grammar.sample(43, k, clean=True) for k in range(900)]
+    scenes = [scene for scene in scenes if "blue_sky" in grammar.visible_tags(scene)]
+    skewed = [np.asarray(draw(scene)) for scene in scenes[:N]]
+    assert len(skewed) == N
+    shown = [Picture(p.id, 0, pixels) for p, pixels in zip(prompts.prompts, skewed, strict=True)]
+    found = aggregates(score(shown, prompts, [m for m in metrics if m.name in ("fid", "mind")]))
+    for name in ("fid", "mind"):
+        assert found[name].value > 1.3 * clean[name], name

@@ -25,7 +25,7 @@ from ambergrade.score.metrics.tag_adherence import TagAdherence, per_tag
 from ambergrade.score.scoring import score
 from ambergrade.score.sheet import ScoreSheet
 from ambergrade.score.tagger import OnnxTagger, Tagger, TimmTagger, prepare, rates_of, read_rates, write_rates
-from ambergrade.score.tags import canonical_tags
+from ambergrade.score.tags import canonical_tags, rating_of
 
 COLOURS = {"red_hair": (255, 0, 0), "green_hair": (0, 255, 0), "blue_hair": (0, 0, 255)}
 
@@ -416,8 +416,8 @@ def test_every_spelling_of_a_tag_comes_back_to_its_name(folders: Any) -> None:
 
 def test_an_onnx_tagger_answers_as_the_timm_one(folders: Any, tmp_path: Path) -> None:
     """Trap 17: NHWC, BGR, 0-255 and the sigmoid inside; the same pictures give the same probabilities."""
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
+    import onnx
+
     make = runpy.run_path(str(Path(__file__).with_name("tiny_scorers.py")))
     folder = make["make_onnx_tagger"](tmp_path / "onnx", onnx)
     tagger = Tagger(str(folder))
@@ -463,3 +463,72 @@ def test_card_thresholds_are_for_the_card_architectures_only(folders: Any, tmp_p
     (tmp_path / "wd" / "config.json").write_text(json.dumps({**about, "num_classes": 10}))
     with pytest.raises(MissingObject, match="model card"):
         tagger._stated_thresholds(["general"])
+
+
+def test_an_exported_tagger_answers_as_its_timm_folder(folders: Any, tmp_path: Path) -> None:
+    """Trap 17: one network through both backends, |Δp| < 0.02 where PIL resizes alike."""
+    source = Tagger(str(folders.tagger))
+    assert isinstance(source.backend, TimmTagger)
+
+    class Graph(torch.nn.Module):
+        """What WD's ONNX files hold: NHWC BGR 0–255 in, probabilities out."""
+
+        def __init__(self, network: torch.nn.Module) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.network(x.permute(0, 3, 1, 2) / 127.5 - 1).sigmoid()
+
+    folder = tmp_path / "onnx"
+    folder.mkdir()
+    for name in ("selected_tags.csv", "thresholds.json"):
+        shutil.copy(folders.tagger / name, folder / name)
+    network = timm.create_model(f"local-dir:{folders.tagger}", pretrained=True).eval()
+    torch.onnx.export(
+        Graph(network),
+        (torch.zeros(1, 32, 32, 3),),
+        str(folder / "model.onnx"),
+        input_names=["input"],
+        output_names=["output"],
+        dynamic_axes={"input": {0: "batch"}, "output": {0: "batch"}},
+        dynamo=False,
+    )
+    exported = Tagger(str(folder))
+    assert isinstance(exported.backend, OnnxTagger)
+    rng = np.random.default_rng(5)
+    pixels = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((32, 32), (64, 40), (20, 60))]
+    found, expected = exported.probabilities(pixels), source.probabilities(pixels)
+    assert np.abs(found - expected).max() < 0.02
+    assert expected.std() > 0.05
+    assert exported.fingerprint != source.fingerprint
+
+
+def test_the_rating_that_a_prompts_words_ask_for() -> None:
+    """Trap 12: safe is general, nsfw questionable, and both words explicit; other families have other words."""
+    kohaku = {
+        "general": ["safe"],
+        "sensitive": ["sensitive"],
+        "questionable": ["nsfw"],
+        "explicit": ["explicit", "nsfw"],
+    }
+    asked = {"1girl, safe": "general", "1girl, (nsfw:1.2)": "questionable", "explicit, nsfw, hat": "explicit"}
+    asked |= {"sensitive": "sensitive", "1girl": "general", "explicit": "explicit"}
+    for text, rating in asked.items():
+        assert rating_of(canonical_tags(text), kohaku) == rating, text
+    pony = {"general": ["rating_safe"], "explicit": ["rating_explicit"]}
+    assert rating_of(canonical_tags("1girl, rating_explicit"), pony) == "explicit"
+
+
+def test_recall_of_real_and_count_bins_by_hand(planted: TagAdherence, prompts: PromptSet) -> None:
+    sheet = score(drawn_right(prompts), prompts, [planted])
+    constants = dict(sheet.constants["tag_adherence"])
+    tags = constants["tags"]
+    constants["rates"] = {"1girl": [0.5, 0.0, 9, 9], "red_hair": [1.0, 0.0, 9, 9]}
+    constants["counts"] = [20_000 if tag == "1girl" else 500 for tag in tags]
+    changed = dataclasses.replace(sheet, constants={"tag_adherence": constants})
+    found = TagAdherence.aggregates(changed, seed=0)
+    assert found["tag_recall_of_real"].value == pytest.approx((1 + 1) / (0.5 + 1.0))
+    assert found["tag_macro_recall_over_10k"].value == 1
+    assert found["tag_macro_recall_under_1k"].n == 12
+    assert "tag_macro_recall_1k_to_10k" not in found
