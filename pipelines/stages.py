@@ -19,19 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from preparing import dataset as dataset  # gamma.py and train.py reach it here
+from preparing import encode
 
 from ambergrade import config
-from ambergrade.captions.booru import read_posts
-from ambergrade.captions.buckets import aspect_buckets
-from ambergrade.captions.manifest import build
-from ambergrade.captions.pictures import open_picture
-from ambergrade.captions.recipe import CaptionRecipe
-from ambergrade.captions.selection import Selection, select
 from ambergrade.errors import BadSetting
 from ambergrade.family import sdxl
 from ambergrade.generate import stream
 from ambergrade.generate.contact_sheet import picture_grid, write_png
-from ambergrade.identity import digest, file_digest, random_seed
+from ambergrade.identity import digest, random_seed
 from ambergrade.merge.formula import Formula
 from ambergrade.merge.recipe import Recipe, metadata
 from ambergrade.merge.resident import ResidentMerge
@@ -42,7 +38,7 @@ from ambergrade.score.sheet import ScoreSheet
 from ambergrade.search.load import search
 from ambergrade.store import Finished, Ledger, Outputs, find_file, link_or_copy, write_json
 from ambergrade.track.journal import Journal, Run
-from ambergrade.train.latents import cache_latents, read_latents
+from ambergrade.train.latent_store import LatentStore
 from ambergrade.train.settings import TrainSettings
 from ambergrade.train.trainer import fine_tune
 from ambergrade.train.verify import verify_gradients, verify_resume
@@ -132,57 +128,11 @@ def draw_world(settings: dict[str, Any]) -> None:
     print(f"  {'mini-booru':<34}{how:<18}{digest(wanted)[:12]}", flush=True)
 
 
-def dataset(chain: Chain) -> tuple[CaptionSet, CaptionSet]:
-    """Captioned pictures to train on and, held out, to validate with."""
-    data, family = chain.settings["data"], chain.settings["family"]
-    buckets = aspect_buckets(*(family[key] for key in ("resolution", "bucket_step", "min_side", "max_side")))
-    recipe = CaptionRecipe.from_dict(chain.settings["captions"])
-
-    def work(scratch: Path, run: Run) -> Outputs:
-        posts = read_posts(find_file(data["database"]))
-        reports, files = {}, {}
-        for split in ("train", "heldout"):
-            chosen = config.settings(Selection, {**data["selection"], "split": split}, where="data.selection")
-            captions, report = build(select(posts, chosen), recipe, Path(data["pictures"]), buckets)
-            files[f"{split}.jsonl"] = scratch / f"{split}.jsonl"
-            captions.write(files[f"{split}.jsonl"])
-            reports[split] = report.text
-        return Outputs(files, {"report": reports})
-
-    def journal(run: Run, done: Finished) -> None:
-        run.note("\n\n".join(f"**{split}**\n```\n{text}\n```" for split, text in done.values["report"].items()))
-        run.file(done.files["train.jsonl"], "captions")
-
-    about = {"captions": chain.settings["captions"], "selection": data["selection"], "buckets": buckets}
-    inputs = {"database": file_digest(find_file(data["database"]))}
-    done = chain.stage("captions and buckets", "dataset", 1, about, inputs, work, journal)
-    return CaptionSet.read(done.files["train.jsonl"]), CaptionSet.read(done.files["heldout.jsonl"])
-
-
-def encode(
-    chain: Chain, base: Checkpoint, weights: Mapping[str, torch.Tensor], captions: CaptionSet, validation: CaptionSet
-) -> tuple[str, Finished]:
-    """(digest of the VAE, latents of both sets by it)."""
-    data = chain.settings["data"]
-    vae = sdxl.weights_digest({key: value for key, value in weights.items() if key.startswith("first_stage_model.")})
-
-    def work(scratch: Path, run: Run) -> Outputs:
-        networks = sdxl.load(base.path, chain.family_config, device=chain.device)
-        files = {}
-        for split, chosen in (("train", captions), ("heldout", validation)):
-            files[split] = scratch / f"{split}.safetensors"
-            cache_latents(networks.vae, chosen, lambda file: open_picture(Path(data["pictures"]) / file), files[split])
-        return Outputs(files)
-
-    inputs = {"vae": vae, "train": captions.digest, "heldout": validation.digest}
-    return vae, chain.stage("latents", "latents", 1, {}, inputs, work)
-
-
 def train(chain: Chain, base: Checkpoint, captions: CaptionSet, validation: CaptionSet) -> Checkpoint:
     """Fine-tune the base: cache latents, train, write the single file in the base's precision."""
     name = chain.settings["trained"]
     weights = sdxl.read_checkpoint(base.path)
-    vae, latents = encode(chain, base, weights, captions, validation)
+    latents = encode(chain, base, weights, captions, validation)
     prompts = read_prompts(chain, "sweep").first(8)
     trainer = TrainSettings.read(chain.settings["trainer"])
     processes = int(chain.settings.get("processes", 1))
@@ -202,17 +152,18 @@ def train(chain: Chain, base: Checkpoint, captions: CaptionSet, validation: Capt
 
         def tell(row: Any) -> None:
             rates = {f"lr_{part}": rate for part, rate in row.lr.items()}
-            run.metrics({"loss": row.loss, "grad_norm": row.grad_norm, **rates}, step=row.seen)
+            speed = {"images_per_second": row.images_per_second} | ({"mfu": row.mfu} if row.mfu is not None else {})
+            run.metrics({"loss": row.loss, "grad_norm": row.grad_norm, **rates, **speed}, step=row.seen)
 
         report = fine_tune(
             networks,
             captions,
-            read_latents(latents.files["train"]),
+            latents.open(captions),
             trainer,
             scratch=scratch,
             on_log=tell,
             on_sample=show,
-            validation=(validation, read_latents(latents.files["heldout"])),
+            validation=(validation, latents.open(validation)),
         )
         assert report.before is not None
         assert report.after is not None
@@ -235,7 +186,7 @@ def train(chain: Chain, base: Checkpoint, captions: CaptionSet, validation: Capt
         run.model(name, done.files["checkpoint"], made, parents={chain.settings["base"]: base.digest})
 
     about = trainer.what
-    inputs = {"base": base.digest, "train": captions.digest, "heldout": validation.digest, "latents": vae}
+    inputs = {"base": base.digest, "train": captions.digest, "heldout": validation.digest, "latents": latents.vae}
     params = {**_flat(about), "base": chain.settings["base"], "pictures": len(captions.pictures)}
     done = chain.stage(f"train {name}", "train", 1, about, inputs, fit, journal, params)
     losses = done.values["validation"]
@@ -248,7 +199,7 @@ def training_job(
     base: Checkpoint,
     captions: CaptionSet,
     validation: CaptionSet,
-    latents: Finished,
+    latents: LatentStore,
     trainer: TrainSettings,
     folder: Path,
 ) -> Job:
@@ -258,15 +209,15 @@ def training_job(
     for split, chosen in sets.items():
         chosen.write(folder / f"{split}.jsonl")
     lists = {split: str(folder / f"{split}.jsonl") for split in sets}
-    cached = {split: str(latents.files[split]) for split in sets}
     return Job(
         checkpoint=str(base.path),
         config=str(chain.family_config),
         captions=lists["train"],
-        latents=cached["train"],
+        latents=str(latents.folder.parent),
+        vae=latents.vae,
         settings=asdict(trainer),
         out=str(folder),
-        validation=(lists["heldout"], cached["heldout"]),
+        validation=lists["heldout"],
         threads=chain.settings["compute"]["threads"] or 1,
     )
 
@@ -277,7 +228,7 @@ def prove(chain: Chain, base: Checkpoint, captions: CaptionSet, validation: Capt
     trainer = TrainSettings.read(settings["trainer"])
     images = settings["steps"] * trainer.batch
     trainer = replace(trainer, images=images, save_every=2 * trainer.batch)
-    _, latents = encode(chain, base, sdxl.read_checkpoint(base.path), captions, validation)
+    latents = encode(chain, base, sdxl.read_checkpoint(base.path), captions, validation)
     with tempfile.TemporaryDirectory() as folder:
         job = training_job(chain, base, captions, validation, latents, trainer, Path(folder))
         job = replace(job, validation=None)
@@ -328,8 +279,17 @@ class Merger:
         return self.chain.networks
 
 
-def evaluate(chain: Chain, merger: Merger, point: Point, prompts: PromptSet, title: str, told: str = "") -> Finished:
-    """Pictures of one point on a prompt set, and their score sheet."""
+def evaluate(
+    chain: Chain,
+    merger: Merger,
+    point: Point,
+    prompts: PromptSet,
+    title: str,
+    told: str = "",
+    *,
+    pictured: bool = True,
+) -> Finished:
+    """Pictures of one point on a prompt set, and their score sheet. `pictured=False`: the caller's run shows them."""
 
     def work(scratch: Path, run: Run) -> Outputs:
         shown: list[Picture] = []
@@ -352,6 +312,8 @@ def evaluate(chain: Chain, merger: Merger, point: Point, prompts: PromptSet, tit
 
     def journal(run: Run, done: Finished) -> None:
         run.metrics(aggregates(ScoreSheet.read(done.files["scores"])))
+        if not pictured:
+            return
         for prompt, pixels in zip(prompts.prompts, cut(done.files["pictures"], chain.sampler.width), strict=False):
             run.picture(f"{prompts.name}/{prompt.id}", Image.fromarray(pixels))
 
@@ -378,7 +340,7 @@ def sweep(
     """
     chosen = search(**chain.settings["search"])
     sheets: dict[tuple[float, ...], ScoreSheet] = {}
-    if chain.settings["compute"]["workers"] > 1:
+    if chain.settings["compute"]["workers"] > 1 and _waiting(chain, merger, prompts) > 1:
         shared = (chain.settings, dict(models), prompts, os.getpid())
         spawn = multiprocessing.get_context("spawn")
         spawn.Process(target=_sweep_backwards, args=shared, daemon=True).start()
@@ -389,6 +351,12 @@ def sweep(
         chosen.tell(point, aggregates(sheet)[chosen.objective].value)
         sheets[tuple(point.values())] = sheet
     return sheets
+
+
+def _waiting(chain: Chain, merger: Merger, prompts: PromptSet) -> int:
+    """Points without a record: a second process costs ten seconds of imports, and a finished sweep needs none."""
+    filed = (filed_under(chain, merger, point, prompts) for point in iter(search(**chain.settings["search"]).ask, None))
+    return sum(chain.ledger.find(kind, Ledger.identity(kind, 1, *about)) is None for kind, *about in filed)
 
 
 def _sweep_backwards(settings: dict[str, Any], models: dict[str, Checkpoint], prompts: PromptSet, parent: int) -> None:

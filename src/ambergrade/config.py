@@ -209,6 +209,7 @@ def _hand_to_hydra(task: Task, name: str, conf: Path, arguments: list[str], over
             # Hydra lets every library's INFO through under its own name; only its own lines are worth reading
             logging.getLogger().setLevel(logging.WARNING)
             logging.getLogger("hydra").setLevel(logging.INFO)
+            _limit_threads(cfg)
             return task(cfg)
         except AmbergradeError as error:
             # in a sweep the launcher keeps the error, runs the other jobs, and raises it at the end
@@ -228,6 +229,16 @@ def _hand_to_hydra(task: Task, name: str, conf: Path, arguments: list[str], over
         hydra.main(config_path=str(conf.absolute()), config_name=name, **VERSION_BASE)(job)()
     finally:
         sys.argv = before
+
+
+def _limit_threads(cfg: DictConfig) -> None:
+    """`compute.threads` for numpy too, which asks the environment once, when it is imported: so before the task does.
+
+    Two processes of two BLAS threads on two cores wait for each other: the demo's second run took three times as long.
+    """
+    threads = OmegaConf.select(cfg, "compute.threads")
+    if threads:
+        os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads)))
 
 
 def _debugging(arguments: list[str]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -26,15 +27,31 @@ def open_picture(path: Path) -> Image.Image:
         BadInput: no such file, not a picture, truncated, or of a kind that has no agreed sRGB form.
     """
     try:
-        with Image.open(path) as file:
-            file.load()
-            profile = file.info.get("icc_profile")
-            picture = _eight_bit(ImageOps.exif_transpose(file), path)
-            return _on_white(picture, profile)
+        with path.open("rb") as file:
+            return decode(file, str(path))
     except FileNotFoundError:
         raise BadInput(f"No picture at {path}.") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except OSError as error:
         raise BadInput(f"{path} cannot be read as a picture: {error}.") from error
+
+
+def decode_bytes(data: bytes, name: str) -> Image.Image:
+    """`open_picture` of a file's bytes, `name` being what it is called in complaints."""
+    return decode(io.BytesIO(data), name)
+
+
+def decode(file: IO[bytes], name: str) -> Image.Image:
+    """`open_picture` of an open file, `name` being what it is called in complaints."""
+    try:
+        with Image.open(file) as stored:
+            stored.load()
+            profile = stored.info.get("icc_profile")
+            picture = _eight_bit(ImageOps.exif_transpose(stored), name)
+            return _on_white(picture, profile)
+    except UnidentifiedImageError:
+        raise BadInput(f"{name} cannot be read as a picture: its format is not known.") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadInput(f"{name} cannot be read as a picture: {error}.") from error
 
 
 def cut(path: Path, bucket: tuple[int, int]) -> npt.NDArray[np.uint8]:
@@ -54,15 +71,15 @@ def cut(path: Path, bucket: tuple[int, int]) -> npt.NDArray[np.uint8]:
     return np.array(resized.crop((left, top, left + width, top + height)))
 
 
-def _eight_bit(picture: Image.Image, path: Path) -> Image.Image:
+def _eight_bit(picture: Image.Image, name: str) -> Image.Image:
     """16-bit grey to 8 bits (`convert` would saturate it to white); other modes as they are."""
     if picture.mode == "F":
-        raise BadInput(f"{path} holds floating-point pixels, whose white is not defined. Convert it to 8 bits.")
+        raise BadInput(f"{name} holds floating-point pixels, whose white is not defined. Convert it to 8 bits.")
     if picture.mode != "I" and not picture.mode.startswith("I;16"):
         return picture
     values = np.asarray(picture).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
-        raise BadInput(f"{path} holds grey values outside 0–65535. Convert it to 8 bits.")
+        raise BadInput(f"{name} holds grey values outside 0–65535. Convert it to 8 bits.")
     return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
 
 

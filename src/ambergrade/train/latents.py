@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,9 +20,20 @@ from ambergrade.family.files import read_tensors, write_tensors
 from ambergrade.nouns import CaptionedPicture, CaptionSet
 
 
+class Cached(Protocol):
+    """Latents of a caption set, wherever they are kept; a picture is named by its position in the set."""
+
+    @property
+    def positions(self) -> dict[tuple[int, int], Tensor]:
+        """Bucket (width, height in pixels) to (N,) positions in the caption set, rising."""
+
+    def rows(self, bucket: tuple[int, int], rows: list[int]) -> Tensor:
+        """(len(rows), C, H, W) fp32."""
+
+
 @dataclass(frozen=True, eq=False)
 class Latents:
-    """Latents by bucket; a picture is named by its position in the caption set."""
+    """Latents in memory, by bucket."""
 
     by_bucket: dict[tuple[int, int], Tensor]
     """Bucket (width, height in pixels) to (N, C, height/8, width/8), times the VAE's scaling factor."""
@@ -54,13 +66,29 @@ def cache_latents(
             found = []
             for start in range(0, len(positions), batch):
                 pictures = [captions.pictures[i] for i in positions[start : start + batch]]
-                pixels = torch.stack([_pixels(fit_to_bucket(open_picture(p.file_name), p)) for p in pictures])
-                found.append(_encode(vae, pixels, pictures).to("cpu", dtype))
+                found.append(encode_pictures(vae, pictures, open_picture).to(dtype))
                 bar.update(len(pictures))
             name = f"{bucket[0]}x{bucket[1]}"
             tensors[f"{name}.latents"] = torch.cat(found)
             tensors[f"{name}.positions"] = torch.tensor(positions)
     write_tensors(target, tensors, {"captions": captions.digest})
+
+
+def encode_pictures(
+    vae: AutoencoderKL,
+    pictures: Sequence[CaptionedPicture],
+    open_picture: Callable[[str], Image.Image],
+    mapped: Callable[..., Iterable[Tensor]] = map,
+) -> Tensor:
+    """(B, C, H, W) fp32 on the CPU: the posterior's means times the scaling factor, of pictures of one bucket.
+
+    `mapped` opens and cuts them, perhaps in threads. Raises BadInput as `cache_latents` does.
+    """
+
+    def cut(picture: CaptionedPicture) -> Tensor:
+        return _pixels(fit_to_bucket(open_picture(picture.file_name), picture))
+
+    return _encode(vae, torch.stack(list(mapped(cut, pictures))), pictures).float().cpu()
 
 
 def read_latents(path: Path) -> Latents:
@@ -107,7 +135,7 @@ def _pixels(image: Image.Image) -> Tensor:
 
 
 @torch.no_grad()
-def _encode(vae: AutoencoderKL, pixels: Tensor, pictures: list[CaptionedPicture]) -> Tensor:
+def _encode(vae: AutoencoderKL, pixels: Tensor, pictures: Sequence[CaptionedPicture]) -> Tensor:
     mean: Tensor = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean
     finite = mean.isfinite().flatten(1).all(dim=1)
     if not finite.all():

@@ -1,4 +1,8 @@
-"""LoRA (Hu et al. 2021) through the optional package peft: small adapters are trained, then merged into the weights."""
+"""Adapters instead of weights: LoRA (Hu et al. 2021) through peft, LyCORIS' kinds through lycoris-lora.
+
+They are trained, written as one file with kohya's key names, which A1111, ComfyUI and our own merges read, and then
+merged into the weights.
+"""
 
 from __future__ import annotations
 
@@ -8,52 +12,105 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ambergrade.errors import BadSetting
 from ambergrade.family.files import write_tensors
 from ambergrade.identity import random_seed
+from ambergrade.train import lycoris
 
 TARGETS = {
     "unet": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"],
     "te1": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
     "te2": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
 }
-"""Linear layers of attention and feed-forward, by part."""
+"""Linear layers of attention and feed-forward, by part; LyCORIS' kinds go to all linear and convolution layers."""
+PREFIXES = {"unet": "lora_unet_", "te1": "lora_te1_", "te2": "lora_te2_"}
 FILE = "lora.safetensors"
 
 
-def inject(denoiser: nn.Module, lr: Mapping[str, float], seed: int, *, rank: int, alpha: float) -> list[str]:
-    """Put adapters into the parts with a learning rate, freeze all else; returns those parts.
+class Adapters:
+    """The adapters of a network while they are trained."""
 
-    An adapter adds alpha / rank · B A x, with B = 0 at first, so training begins at the base. Raises BadSetting where
-    peft is not installed.
-    """
-    try:
-        peft = importlib.import_module("peft")
-    except ImportError as error:
-        raise BadSetting(f"lora needs the package peft, which is not installed ({error}).\npip install peft") from error
-    denoiser.requires_grad_(False)
-    parts = [part for part in lr if lr[part] > 0]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(random_seed(seed, "lora"))
-        for part in parts:
-            config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS[part])
-            peft.inject_adapter_in_model(config, getattr(denoiser, part))
-    last = getattr(getattr(denoiser, "te1").encoder, "layers")[-1]  # noqa: B009
-    last.requires_grad_(False)  # SDXL does not read it
-    return parts
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        lr: Mapping[str, float],
+        seed: int,
+        *,
+        rank: int,
+        alpha: float,
+        kind: str = "lora",
+        factor: int = -1,
+    ) -> None:
+        """Put adapters into the parts with a learning rate, and freeze all else.
 
+        An adapter adds alpha / rank times its product, which is 0 at first, so training begins at the base. Raises
+        BadSetting where the library of that kind is not installed.
+        """
+        self.denoiser = denoiser
+        self.kind = kind
+        self.alpha = alpha
+        self.parts = [part for part in lr if lr[part] > 0]
+        self.lycoris: dict[str, nn.Module] = {}
+        if kind != "lora":
+            self.lycoris = lycoris.inject(denoiser, lr, seed, kind=kind, rank=rank, alpha=alpha, factor=factor)
+            return
+        try:
+            peft = importlib.import_module("peft")
+        except ImportError as error:
+            raise BadSetting(
+                f"lora needs the package peft, which is not installed ({error}).\npip install 'ambergrade[lora]'"
+            ) from error
+        denoiser.requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(random_seed(seed, "lora"))
+            for part in self.parts:
+                config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS[part])
+                peft.inject_adapter_in_model(config, getattr(denoiser, part))
+        if "te1" in self.parts:
+            last: nn.Module = getattr(getattr(denoiser, "te1").encoder, "layers")[-1]  # noqa: B009
+            last.requires_grad_(False)  # SDXL does not read it
 
-def merge(denoiser: nn.Module, parts: list[str], scratch: Path) -> None:
-    """Write the adapters to `scratch`/lora.safetensors, add them to the weights, and take them out."""
-    scratch.mkdir(parents=True, exist_ok=True)
-    adapters = {name: value for name, value in denoiser.state_dict().items() if ".lora_" in name}
-    write_tensors(scratch / FILE, adapters, {"format": "ambergrade lora"})
-    layer_kind: Any = importlib.import_module("peft.tuners.lora").LoraLayer
-    for part in parts:
-        model = getattr(denoiser, part)
-        for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, layer_kind)]:
+    def tensors(self) -> dict[str, Tensor]:
+        """kohya's names (`lora_unet_down_blocks_….lora_up.weight`) to the trained values, alphas included."""
+        found: dict[str, Tensor] = {}
+        for name, values in (lycoris.entries(self.lycoris) if self.lycoris else self._peft()).items():
+            found |= {f"{_kohya(name)}.{leaf}": value.contiguous() for leaf, value in values.items()}
+        return found
+
+    def merge(self, scratch: Path) -> None:
+        """Write the adapters to `scratch`/lora.safetensors, add them to the weights, and take them out."""
+        scratch.mkdir(parents=True, exist_ok=True)
+        about = {"ss_network_module": "networks.lora" if self.kind == "lora" else "lycoris.kohya"}
+        write_tensors(scratch / FILE, self.tensors(), about)
+        if self.lycoris:
+            lycoris.merge(self.lycoris)
+            return
+        for name, layer in self._layers().items():
             layer.merge()
             holder, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(holder), leaf, layer.get_base_layer())
+            setattr(self.denoiser.get_submodule(holder), leaf, layer.get_base_layer())
+
+    def _layers(self) -> dict[str, Any]:
+        kind: Any = importlib.import_module("peft.tuners.lora").LoraLayer
+        return {name: layer for name, layer in self.denoiser.named_modules() if isinstance(layer, kind)}
+
+    def _peft(self) -> dict[str, dict[str, Tensor]]:
+        return {
+            name: {
+                "lora_down.weight": layer.lora_A["default"].weight.detach().clone(),
+                "lora_up.weight": layer.lora_B["default"].weight.detach().clone(),
+                "alpha": torch.tensor(float(self.alpha)),
+            }
+            for name, layer in self._layers().items()
+            if any(p.requires_grad for p in layer.parameters())
+        }
+
+
+def _kohya(name: str) -> str:
+    """kohya's name of a module: `te1.encoder.layers.0.mlp.fc1` is `lora_te1_text_model_encoder_layers_0_mlp_fc1`."""
+    part, _, path = name.partition(".")
+    if part != "unet" and not path.startswith(("text_model.", "text_projection")):
+        path = f"text_model.{path}"
+    return PREFIXES[part] + path.replace(".", "_")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,6 +27,10 @@ class LogRow:
     """Before clipping."""
     lr: dict[str, float]
     """Of the last step, by part."""
+    images_per_second: float = field(default=0.0, compare=False)
+    """Over all processes, samples and states included; the two differ from run to run, so rows equal without them."""
+    mfu: float | None = field(default=None, compare=False)
+    """FLOP that the model needs over what the GPUs could do in the time; None where the peak is not known."""
 
 
 class Run:
@@ -43,6 +48,10 @@ class Run:
         self.pending: list[tuple[float, float]] = []
         """(loss, gradient norm) of steps since the last row."""
         self.before: ValidationLoss | None = None
+        self.since = (time.monotonic(), self.seen)
+        """When the last row was logged, or this process began, and the images seen then."""
+        self.flop = 0.0
+        """Needed since then."""
 
     @torch.no_grad()
     def advance(self, images: int, loss: float, norm: float) -> None:
@@ -56,9 +65,13 @@ class Run:
             live = [p.data.float() for p in self.names.values()]
             torch._foreach_lerp_(list(self.ema.values()), live, 1 - decay)
 
-    def log(self, lr: dict[str, float]) -> LogRow:
+    def log(self, lr: dict[str, float], peak: float | None = None) -> LogRow:
+        """A row over the steps since the last; `peak` is FLOP/s of all GPUs together."""
         losses, norms = zip(*self.pending, strict=True)
-        row = LogRow(self.seen, sum(losses) / len(losses), sum(norms) / len(norms), lr)
+        seconds = max(time.monotonic() - self.since[0], 1e-9)
+        rate, mfu = (self.seen - self.since[1]) / seconds, self.flop / seconds / peak if peak else None
+        row = LogRow(self.seen, sum(losses) / len(losses), sum(norms) / len(norms), lr, rate, mfu)
+        self.since, self.flop = (time.monotonic(), self.seen), 0.0
         self.rows.append(row)
         self.pending = []
         return row
@@ -116,6 +129,7 @@ class Run:
             average.copy_(tensors[f"ema.{name}"])
         self._restore_optimizer({key: value for key, value in tensors.items() if key.startswith("optimizer.")})
         self.seen, self.steps = progress["seen"], progress["steps"]
+        self.since = (time.monotonic(), self.seen)
         self.rows = [LogRow(**row) for row in progress["rows"]]
         self.pending = [(loss, norm) for loss, norm in progress["pending"]]
         if progress["before"]:

@@ -15,6 +15,7 @@ from ambergrade.errors import BadSetting, UnknownName
 PARTS = ("unet", "te1", "te2")
 PRECISIONS = ("fp32", "bf16", "bf16-sr", "bf16-plain")
 TOKENS = (75, 150, 225)
+ADAPTERS = ("lora", "locon", "loha", "lokr")
 CHECKPOINTING = ("none", "selective", "full")
 WHERE = ("save_every", "log_every", "sample_every", "checkpointing")
 """Settings that change no result, so no identity either."""
@@ -71,7 +72,8 @@ class TrainSettings:
     compile: bool = False
     """Compile the UNet's repeated blocks."""
     lora: Mapping[str, Any] | None = None
-    """Null: full fine-tuning. Else `rank`, `alpha`: low-rank adapters of the parts with a learning rate (peft)."""
+    """Null: full fine-tuning. Else adapters of the parts with a learning rate: `rank`, `alpha`, `kind`: `lora` (peft;
+    the default), `locon`, `loha` or `lokr` (LyCORIS; `factor` splits LoKr's product, a huge rank leaves it whole)."""
     seed: int = 0
     save_every: int = 0
     """Images between resumable states; 0 is none. Changes no result, as do the next two."""
@@ -94,8 +96,11 @@ class TrainSettings:
         negative += [f"loss_weights.{tag}" for tag, weight in self.loss_weights.items() if weight < 0]
         if negative:
             complaints.append(f"{', '.join(negative)} must not be negative")
-        if self.lora is not None and set(self.lora) != {"rank", "alpha"}:
-            complaints.append(f"lora needs rank and alpha, found {dict(self.lora)}")
+        if self.lora is not None:
+            if not {"rank", "alpha"} <= set(self.lora) <= {"rank", "alpha", "kind", "factor"}:
+                complaints.append(f"lora needs rank and alpha, and may have kind and factor; found {dict(self.lora)}")
+            if self.lora.get("kind", "lora") not in ADAPTERS:
+                complaints.append(f"lora.kind is one of {', '.join(ADAPTERS)}; found {self.lora['kind']!r}")
         for name in ("caption_dropout", "tag_dropout", "group_dropout", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 complaints.append(f"{name} lies in 0 ≤ {name} < 1, found {getattr(self, name)}")

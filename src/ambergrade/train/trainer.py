@@ -34,7 +34,8 @@ from ambergrade.train.diffusion import (
     target,
     time_ids,
 )
-from ambergrade.train.latents import Latents
+from ambergrade.train.flops import StepFlop, peak_flops
+from ambergrade.train.latents import Cached
 from ambergrade.train.rounding import lost_share
 from ambergrade.train.run import LogRow, Run
 from ambergrade.train.settings import TrainSettings, plug, plug_module
@@ -82,14 +83,14 @@ class Denoiser(nn.Module):
 def fine_tune(
     networks: Networks,
     captions: CaptionSet,
-    latents: Latents,
+    latents: Cached,
     settings: TrainSettings,
     *,
     scratch: Path,
     on_log: Callable[[LogRow], None] | None = None,
     on_sample: Callable[[Networks, int], None] | None = None,
     on_gradient: Callable[[Mapping[str, Tensor]], None] | None = None,
-    validation: tuple[CaptionSet, Latents] | None = None,
+    validation: tuple[CaptionSet, Cached] | None = None,
 ) -> TrainReport:
     """Train in place and report. With `settings.ema` the networks end as their average.
 
@@ -111,7 +112,7 @@ def fine_tune(
     alphas = alpha_bars(networks.scheduler_config)
 
     denoiser = Denoiser(networks)
-    adapters = lora.inject(denoiser, settings.lr, settings.seed, **settings.lora) if settings.lora else None
+    adapters = lora.Adapters(denoiser, settings.lr, settings.seed, **settings.lora) if settings.lora else None
     if adapters is None:
         freeze(denoiser, settings.lr)
     choose_precision(denoiser, settings)
@@ -130,6 +131,8 @@ def fine_tune(
     report = TrainReport(run.seen, run.rows, run.before)
     if validation and run.before is None:
         report.before = run.before = validation_loss(networks, *validation, tokens=settings.tokens)
+    peak = peak_flops(accelerator.device)
+    flop = StepFlop(networks, settings.lr, settings.tokens) if peak and adapters is None else None
     batches = Batches({bucket: len(rows) for bucket, rows in latents.positions.items()}, settings.batch, settings.seed)
     denoiser.train()
     bar = tqdm(
@@ -169,11 +172,13 @@ def fine_tune(
                     "Lower lr, lengthen the schedule's warmup, or clip harder; states saved before can be resumed."
                 )
             run.advance(settings.batch, mean_loss, norm)
+            run.flop += settings.batch * flop.of_image(bucket) if flop else 0.0
             bar.update(settings.batch)
             bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
 
             if _due(run.seen, settings.log_every or settings.batch, settings):
-                row = run.log({part: settings.lr[part] * rate for part in settings.lr})
+                rates = {part: settings.lr[part] * rate for part in settings.lr}
+                row = run.log(rates, peak * accelerator.num_processes if peak and flop else None)
                 if on_log and accelerator.is_main_process:
                     on_log(row)
             if on_sample and accelerator.is_main_process and _due(run.seen, settings.sample_every, settings):
@@ -187,7 +192,7 @@ def fine_tune(
                 accelerator.wait_for_everyone()
     run.finish()
     if adapters is not None:
-        lora.merge(denoiser, adapters, scratch)
+        adapters.merge(scratch)
     denoiser.float().eval().requires_grad_(True)
     report.seen, report.rows = run.seen, run.rows
     if validation:

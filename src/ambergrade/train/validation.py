@@ -12,7 +12,7 @@ from ambergrade.errors import BadInput
 from ambergrade.family.sdxl import Networks
 from ambergrade.nouns import CaptionSet
 from ambergrade.train.diffusion import add_noise, alpha_bars, draw_noise, target, time_ids
-from ambergrade.train.latents import Latents
+from ambergrade.train.latents import Cached
 from ambergrade.train.tokens import encode, tokenize_captions
 
 QUANTILES = tuple(n / 10 for n in range(1, 10))
@@ -32,7 +32,7 @@ class ValidationLoss:
 def validation_loss(
     networks: Networks,
     captions: CaptionSet,
-    latents: Latents,
+    latents: Cached,
     *,
     quantiles: Sequence[float] = QUANTILES,
     seed: int = 0,

@@ -28,12 +28,15 @@ class Job:
     """The family's config folder."""
     captions: str
     latents: str
+    """Folder of the latent store."""
+    vae: str
+    """Digest of the weights that made the latents."""
     settings: Mapping[str, object]
     """Of TrainSettings."""
     out: str
     """Folder of the states, of `trained.safetensors` at the end and, for `gradients`, of `gradients.safetensors`."""
-    validation: tuple[str, str] | None = None
-    """(captions, latents)"""
+    validation: str | None = None
+    """Captions of a held-out set."""
     threads: int = 1
     gradients: bool = False
     """Write the first step's gradient instead, in double precision, so that only real mistakes remain."""
@@ -70,7 +73,7 @@ def run(job: Job) -> None:
     from ambergrade.family import sdxl
     from ambergrade.family.files import write_tensors
     from ambergrade.nouns import CaptionSet
-    from ambergrade.train.latents import read_latents
+    from ambergrade.train.latent_store import LatentStore
     from ambergrade.train.settings import TrainSettings
     from ambergrade.train.trainer import LogRow, fine_tune
 
@@ -81,7 +84,9 @@ def run(job: Job) -> None:
     out = Path(job.out)
 
     def tell(row: LogRow) -> None:
-        print(f"{row.seen} images, loss {row.loss:.6f}, gradient {row.grad_norm:.4f}", flush=True)
+        used = f", MFU {row.mfu:.1%}" if row.mfu is not None else ""
+        told = f"{row.seen} images, loss {row.loss:.6f}, gradient {row.grad_norm:.4f}"
+        print(f"{told}, {row.images_per_second:.2f} images/s{used}", flush=True)
         if job.kill_at is not None and row.seen >= job.kill_at:
             os.killpg(0, signal.SIGKILL)
 
@@ -89,16 +94,17 @@ def run(job: Job) -> None:
         if job.gradients and first:
             write_tensors(out / "gradients.safetensors", gradients, {})
 
-    held = job.validation
+    store, captions = LatentStore(Path(job.latents), job.vae), CaptionSet.read(Path(job.captions))
+    held = CaptionSet.read(Path(job.validation)) if job.validation else None
     report = fine_tune(
         networks,
-        CaptionSet.read(Path(job.captions)),
-        read_latents(Path(job.latents)),
+        captions,
+        store.open(captions),
         TrainSettings.read(job.settings),
         scratch=out,
         on_log=tell,
         on_gradient=keep,
-        validation=(CaptionSet.read(Path(held[0])), read_latents(Path(held[1]))) if held else None,
+        validation=(held, store.open(held)) if held else None,
     )
     if first and not job.gradients:
         sdxl.write_checkpoint(out / "trained.safetensors", sdxl.tensors(networks), {})
@@ -109,7 +115,7 @@ def run(job: Job) -> None:
 def main() -> None:
     values = json.loads(Path(sys.argv[1]).read_text())
     try:
-        run(Job(**{**values, "validation": tuple(values["validation"]) if values["validation"] else None}))
+        run(Job(**values))
     except AmbergradeError as error:
         print(error, file=sys.stderr)
         sys.exit(1)

@@ -1,0 +1,120 @@
+"""Training throughput: `fine_tune` against a plain loop as diffusers' SDXL example writes it, at equal settings.
+
+python bench/train.py [--steps 12] [--rounds 3] [--batch 16]
+
+Both train the tiny family's UNet and both text encoders from the same weights on the same cached latents and captions,
+fp32, AdamW of torch's default form, clipping at 1, no average, no states; the two take turns. The plain loop samples
+its noise batchwise and steps the optimizer through accelerate, as the example does; ours draws image by image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+from torch.nn.functional import mse_loss
+
+from ambergrade.family import sdxl
+from ambergrade.identity import random_seed
+from ambergrade.nouns import Caption, CaptionedPicture, CaptionSet
+from ambergrade.store import find_file
+from ambergrade.train.latents import Latents
+from ambergrade.train.settings import TrainSettings
+from ambergrade.train.trainer import fine_tune
+
+RATE = 1e-5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=16)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    captions, latents = data(64, (128, 128))
+    ours = plain = 0.0
+    for number in range(asked.rounds + 1):  # in turn, so that both meet the same weather; the first round warms up
+        a = train_ours(networks(), captions, latents, asked.steps, asked.batch)
+        b = train_plainly(networks(), captions, latents, asked.steps, asked.batch)
+        if number:
+            ours, plain = ours + a, plain + b
+    images = asked.rounds * asked.steps * asked.batch
+    print(f"fine_tune      {images / ours:8.2f} images/s")
+    print(f"plain loop     {images / plain:8.2f} images/s")
+    print(f"ratio          {plain / ours:8.2f}")
+
+
+def data(count: int, bucket: tuple[int, int]) -> tuple[CaptionSet, Latents]:
+    """Made-up pictures with captions of 12 tags, and random latents."""
+    tags = ("long hair", "blue eyes", "dragon horns", "dragon tail", "smile", "red dress", "solo", "forest", "safe")
+    pictures = tuple(
+        CaptionedPicture(n, f"{n}.png", f"{n:064d}", Caption(("1girl", f"girl {n}"), tags), bucket, bucket, (0, 0))
+        for n in range(count)
+    )
+    draw = torch.Generator().manual_seed(random_seed(0, "bench train") % 2**31)
+    values = torch.randn(count, 4, bucket[1] // 8, bucket[0] // 8, generator=draw)
+    return CaptionSet(pictures, "bench"), Latents({bucket: values}, {bucket: torch.arange(count)})
+
+
+def networks() -> sdxl.Networks:
+    return sdxl.load(find_file("builtin://beta7.safetensors"), find_file("builtin://sdxl_tiny"))
+
+
+def train_ours(live: sdxl.Networks, captions: CaptionSet, latents: Latents, steps: int, batch: int) -> float:
+    """Seconds, from loaded weights to the last step."""
+    settings = TrainSettings(
+        images=steps * batch,
+        batch=batch,
+        micro=batch,
+        lr={"unet": RATE, "te1": RATE, "te2": RATE},
+        schedule={"name": "constant"},
+        loss={"name": "eps"},
+        optimizer={"name": "adamw"},
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        start = time.perf_counter()
+        fine_tune(live, captions, latents, settings, scratch=Path(scratch))
+        return time.perf_counter() - start
+
+
+def train_plainly(live: sdxl.Networks, captions: CaptionSet, latents: Latents, steps: int, batch: int) -> float:
+    """Seconds, likewise."""
+    start = time.perf_counter()
+    accelerator = Accelerator()
+    modules = torch.nn.ModuleList([live.unet, live.text_encoder, live.text_encoder_2]).train()
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=RATE)
+    modules, optimizer = accelerator.prepare(modules, optimizer)
+    scheduler = DDPMScheduler.from_config(live.scheduler_config)
+    (bucket, values), order = next(iter(latents.by_bucket.items())), torch.randperm(len(captions.pictures))
+    for step in range(steps):
+        rows = [int(order[(step * batch + n) % len(order)]) for n in range(batch)]
+        texts = [captions.pictures[row].caption.text for row in rows]
+        clean = values[rows]
+        noise = torch.randn_like(clean)
+        timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (batch,))
+        states, pooled = [], None
+        for tokenizer, encoder in ((live.tokenizer, modules[1]), (live.tokenizer_2, modules[2])):
+            ids = tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+            made = encoder(ids, output_hidden_states=True)
+            states.append(made.hidden_states[-2])
+            pooled = made[0]
+        time_ids = torch.tensor([[*bucket[::-1], 0, 0, *bucket[::-1]]] * batch, dtype=torch.float32)
+        added = {"text_embeds": pooled, "time_ids": time_ids}
+        noisy = scheduler.add_noise(clean, noise, timesteps)
+        predicted = modules[0](noisy, timesteps, torch.cat(states, dim=-1), added_cond_kwargs=added).sample
+        loss = mse_loss(predicted.float(), noise.float())
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(modules.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Adapters of every kind: they begin at the base, are all that moves, resume, and load back through a merge."""
+
+import runpy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ambergrade.errors import BadSetting
+from ambergrade.family import sdxl
+from ambergrade.family.files import read_tensors
+from ambergrade.merge import lora as merging
+from ambergrade.train.lora import FILE, Adapters
+from ambergrade.train.settings import TrainSettings
+from ambergrade.train.trainer import Denoiser, fine_tune
+
+SETTINGS = TrainSettings(
+    images=8,
+    batch=4,
+    micro=4,
+    lr={"unet": 1e-3, "te1": 1e-3, "te2": 1e-3},
+    schedule={"name": "constant"},
+    loss={"name": "eps"},
+    optimizer={"name": "adamw"},
+)
+KINDS = {
+    "lora": {"rank": 4, "alpha": 2},
+    "locon": {"kind": "locon", "rank": 4, "alpha": 2},
+    "loha": {"kind": "loha", "rank": 4, "alpha": 2},
+    "lokr": {"kind": "lokr", "rank": 2, "alpha": 1, "factor": 4},
+    "lokr, whole factors": {"kind": "lokr", "rank": 100_000, "alpha": 1},
+}
+
+
+def shapes(tensors):
+    return {name: tuple(value.shape) for name, value in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def sdxl_config(tmp_path_factory):
+    """SDXL's whole topology, narrow: a merge knows a family by its keys."""
+    write = runpy.run_path(str(Path(__file__).parents[1] / "family" / "conftest.py"))["write_tiny_config"]
+    return write(tmp_path_factory.mktemp("sdxl_deep"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_trained_is_what_a_merge_reads_back(sdxl_config, captions, latents, tmp_path, kind):
+    networks = sdxl.from_config(sdxl_config, seed=7)
+    beginning = {key: value.clone() for key, value in sdxl.tensors(networks).items()}
+    fine_tune(networks, captions, latents, replace(SETTINGS, lora=KINDS[kind]), scratch=tmp_path)
+    trained, file = sdxl.tensors(networks), read_tensors(tmp_path / FILE)
+    assert trained.keys() == beginning.keys()  # nothing of the adapters is left in the modules
+    wanted = merging.targets(shapes(file), shapes(beginning))
+    moved = {key for key, value in trained.items() if not torch.equal(value, beginning[key])}
+    assert moved
+    assert moved <= set(wanted)
+    for part in ("model.diffusion_model.", "conditioner.embedders.0.", "conditioner.embedders.1."):
+        assert any(key.startswith(part) for key in moved)
+    for key in wanted:
+        difference = merging.difference(key, {name: file[name] for name in wanted[key]}, beginning[key])
+        size = float((trained[key] - beginning[key]).abs().max())
+        torch.testing.assert_close(difference, trained[key] - beginning[key], atol=1e-3 * size + 2e-7, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["lora", "lokr"])
+def test_a_killed_run_resumes(networks, beginning, tiny_config, captions, latents, tmp_path, kind):
+    settings = replace(SETTINGS, lora=KINDS[kind], save_every=4)
+    fine_tune(networks, captions, latents, settings, scratch=tmp_path / "whole")
+    expected = sdxl.weights_digest(sdxl.tensors(networks))
+
+    class KilledError(Exception):
+        pass
+
+    def kill(row):
+        if row.seen == 8:
+            raise KilledError
+
+    for on_log in (kill, None):
+        fresh = sdxl.from_config(tiny_config, seed=7)  # as in a new process
+        sdxl.assign(fresh, beginning)
+        try:
+            fine_tune(fresh, captions, latents, settings, scratch=tmp_path, on_log=on_log)
+        except KilledError:
+            assert on_log
+    assert sdxl.weights_digest(sdxl.tensors(fresh)) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_begins_at_the_base(tiny_config, beginning, kind):
+    fresh = sdxl.from_config(tiny_config, seed=7)
+    sdxl.assign(fresh, beginning)
+    given = {
+        "noisy": torch.ones(1, 4, 8, 8),
+        "timesteps": torch.tensor([300]),
+        "ids_1": torch.zeros(1, 77, dtype=torch.int64),
+        "ids_2": torch.zeros(1, 77, dtype=torch.int64),
+        "time_ids": torch.ones(1, 6),
+    }
+    denoiser = Denoiser(fresh).eval()
+    with torch.no_grad():
+        before = denoiser(**given)
+        Adapters(denoiser, SETTINGS.lr, 0, **KINDS[kind])
+        torch.testing.assert_close(denoiser(**given), before, atol=1e-5, rtol=1e-5)
+    assert {name.split(".")[0] for name, p in denoiser.named_parameters() if p.requires_grad} == {"unet", "te1", "te2"}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"rank": 4}, {"rank": 4, "alpha": 1, "kind": "lorka"}, {"rank": 4, "alpha": 1, "x": 1}]
+)
+def test_what_is_no_adapter_is_refused(wrong):
+    with pytest.raises(BadSetting, match="lora"):
+        replace(SETTINGS, lora=wrong)
