@@ -196,6 +196,8 @@ def _longhand(arguments: list[str], name: str, conf: Path) -> list[str]:
     root = yaml.safe_load((conf / f"{name}.yaml").read_text()) or {}
     if "coefficients" not in root and any("merge" in entry for entry in root.get("defaults", [])):
         arguments = [re.sub(r"^(\+{0,2})coefficients\.", r"\1merge.coefficients.", argument) for argument in arguments]
+    if root.get("coefficients") == {}:  # a recipe's file names them, so the configuration knows none
+        arguments = [re.sub(r"^coefficients\.", "+coefficients.", argument) for argument in arguments]
     if "inputs" in root:
         arguments = [re.sub(r"^models=", "inputs=", argument) for argument in arguments]
     return arguments
