@@ -13,6 +13,7 @@ Examples:
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
 
@@ -26,6 +27,7 @@ def point(cfg: Any) -> dict[str, Any]:
 
 def room() -> Any:
     """The pipeline's code; a launcher's worker does not know this folder."""
+    logging.getLogger().setLevel(logging.WARNING)  # Hydra lets every library's INFO through
     folder = str(config.REPOSITORY / "pipelines")
     if folder not in sys.path:
         sys.path.insert(0, folder)

@@ -13,12 +13,14 @@ import numpy as np
 import stages
 import yaml
 from hydra.core.hydra_config import HydraConfig
+from PIL import Image
 from stages import Chain, Merger
 
 from ambergrade import config
 from ambergrade.errors import BadInput, BadSetting
 from ambergrade.identity import digest
 from ambergrade.merge.formula import Formula
+from ambergrade.merge.inputs import Digests, default_cache
 from ambergrade.nouns import PromptSet
 from ambergrade.score import figures
 from ambergrade.score.comparison import aggregates, winners
@@ -36,9 +38,34 @@ _live: dict[str, tuple[Chain, Merger]] = {}
 
 
 def point(settings: dict[str, Any]) -> dict[str, Any]:
-    """Score one point: `score`, `rows` (one a prompt, in their order), pictures drawn now, and where the sheet lies."""
-    chain, merger = live(settings)
-    done = stages.evaluate(chain, merger, coefficients(settings), prompts_of(chain, settings), label_of(settings))
+    """Score one point: `score`, `rows` (one a prompt, in their order), pictures drawn now, and where the sheet lies.
+
+    The point is a run below the sweep's, named by its folder, and its stage a run below that: what fails or is killed
+    is taken up again in the same runs.
+    """
+    journal = Journal.open(Path(settings["root"]), settings["name"])
+    sweep, place = _parent(journal), Path(HydraConfig.get().runtime.output_dir).name
+    label, key = label_of(settings), f"{sweep.key[:16]}-{place}{_rung(settings)}"
+    with journal.run(label, key=key, kind=_kind(settings), parent=sweep, params=coefficients(settings)) as run:
+        chain, merger = live(settings)
+        chain = replace(chain, journal=journal, parent=run)
+        prompts = prompts_of(chain, settings)
+        done = stages.evaluate(chain, merger, coefficients(settings), prompts, "draw and score", label, pictured=False)
+        _show(run, chain, done, prompts)
+    return _told(settings, done)
+
+
+def _show(run: Run, chain: Chain, done: Any, prompts: PromptSet) -> None:
+    """Scores and pictures on the point's own page, where the UI lays points side by side."""
+    if run.done:
+        return
+    run.tags({"ag.cache": "miss" if done.fresh else "hit", "ag.sheet": done.digests["scores"]})
+    run.metrics(aggregates(ScoreSheet.read(done.files["scores"])))
+    for prompt, pixels in zip(prompts.prompts, stages.cut(done.files["pictures"], chain.sampler.width), strict=False):
+        run.picture(f"sweep/{prompt.id}", Image.fromarray(pixels))
+
+
+def _told(settings: Mapping[str, Any], done: Any) -> dict[str, Any]:
     objective = settings["search"]["objective"]
     sheet = ScoreSheet.read(done.files["scores"])
     if objective not in sheet.columns:
@@ -62,8 +89,8 @@ def live(settings: dict[str, Any]) -> tuple[Chain, Merger]:
     key = digest({**{name: value for name, value in settings.items() if name not in FREE}, "merge": free})
     if key not in _live:
         stages.use_threads(settings["compute"])
-        journal = Journal.open(Path(settings["root"]), settings["name"])
-        chain = Chain(settings, journal, _parent(journal))
+        journal = Journal(None, "", "", Path(settings["root"]))  # a point brings its own
+        chain = Chain(settings, journal, Run(journal, "", "", "", done=False, resumed=False))
         models = settings["models"]
         named = Formula.parse(settings["merge"]["formula"], models).models
         missing = [alias for alias in named if not models[alias]]
@@ -102,6 +129,14 @@ def label_of(settings: Mapping[str, Any]) -> str:
     return stages.label_of(coefficients(settings)) + (f", prompts {block[0]}–{block[1]}" if block else "")
 
 
+def _kind(settings: Mapping[str, Any]) -> str:
+    return "rung" if settings["block"] else "point"
+
+
+def _rung(settings: Mapping[str, Any]) -> str:
+    return f"-{settings['block'][0]}-{settings['block'][1]}" if settings["block"] else ""
+
+
 def _parent(journal: Journal) -> Run:
     """The sweep's run, opened by the parent process; nothing for a point that is drawn alone."""
     about = Path(HydraConfig.get().runtime.output_dir).parent / "sweep.json" if HydraConfig.initialized() else None
@@ -111,6 +146,20 @@ def _parent(journal: Journal) -> Run:
 
 
 # --- in the parent, around the points ---------------------------------------------------------------------------
+
+
+def inputs(cfg: Any) -> dict[str, str]:
+    """Digest of every model's file that is there."""
+    known = Digests(default_cache())
+    files = {alias: Path(find_file(source)) for alias, source in config.plain(cfg.models).items() if source}
+    found = {alias: known.of_file(file) if file.is_file() else str(file) for alias, file in files.items()}
+    known.save()
+    return found
+
+
+def holds(cfg: Any, value: Mapping[str, Any]) -> bool:
+    """Whether a finished point's sheet is still in the store."""
+    return Ledger(Path(config.plain(cfg)["root"]) / "mlruns").store.holds(value["sheet"])
 
 
 @contextmanager

@@ -89,6 +89,7 @@ class Recorded:
             value = self.task(cfg)
         except Exception as error:
             write(file, Outcome("failed", None, told(error), time.monotonic() - start), error)
+            traceback.clear_frames(error.__traceback__)  # Hydra keeps the error, and with it a failed point's tensors
             raise
         write(file, Outcome("done", value, "", time.monotonic() - start))
         return value

@@ -95,7 +95,7 @@ def _interval(key: str, override: Override, listed_only: bool) -> Spec:
     assert isinstance(interval, IntervalSweep), (key, interval)
     if listed_only:
         raise BadSetting(
-            f"{key}={override.get_value_element_as_str()}: a grid walks lists, an interval has no end of values.\n"
+            f"{override.input_line}: a grid walks lists, an interval has no end of values.\n"
             f"Write {key}=range(…) or a list, or choose a search that samples: search=tpe."
         )
     assert interval.start is not None
@@ -103,6 +103,8 @@ def _interval(key: str, override: Override, listed_only: bool) -> Spec:
     axis: dict[str, Any] = {"low": float(interval.start), "high": float(interval.end)}
     if "log" in interval.tags:
         axis["log"] = True
-    if "int" in interval.tags:
+    if "int" in interval.tags or (
+        isinstance(interval.start, int) and isinstance(interval.end, int)
+    ):  # int(interval(…))
         axis |= {"whole": True} if axis.get("log") else {"whole": True, "step": 1.0}
     return axis

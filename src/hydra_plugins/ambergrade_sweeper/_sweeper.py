@@ -9,13 +9,15 @@ Hydra's own sweeper does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
@@ -29,6 +31,7 @@ from ambergrade.errors import AmbergradeError, BadSetting
 from ambergrade.identity import digest
 from ambergrade.search.load import Search, search
 from ambergrade.search.racing import Race
+from hydra_plugins.ambergrade_sweeper import _apart
 from hydra_plugins.ambergrade_sweeper._outcomes import Outcome, Recorded, Trial, failure_table
 from hydra_plugins.ambergrade_sweeper._plan import Plan, point_key, read_plan
 
@@ -47,6 +50,8 @@ class AmbergradeSweeperConf:
     max_batch_size: int | None = None
     """Jobs handed to the launcher at once: its slots. null: all of a grid, one of a search that learns."""
     keyed: bool = False
+    apart: bool = True
+    """Keyed points of the basic launcher run in a process of their own, which they share while it lives."""
     where: list[str] = field(default_factory=list)
     """Settings that change no result, so not which sweep this is."""
     params: dict[str, str] | None = None
@@ -78,6 +83,12 @@ class Sweep:
 class Hooks(Protocol):
     """What a task may offer as `task.sweep()`: code in the parent process around the points."""
 
+    def inputs(self, cfg: DictConfig) -> Mapping[str, str]:
+        """Digests of the files behind the settings: others make another sweep."""
+
+    def holds(self, cfg: DictConfig, value: Any) -> bool:
+        """Whether what a finished point returned still stands for something: else it is drawn again."""
+
     def opens(self, cfg: DictConfig, sweep: Sweep) -> AbstractContextManager[Any]:
         """Entered before the first job and left after the last."""
 
@@ -102,12 +113,14 @@ class AmbergradeSweeper(Sweeper):
         rungs: list[int] | None = None,
         max_batch_size: int | None = None,
         keyed: bool = False,
+        apart: bool = True,
         where: Sequence[str] = (),
         params: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.settings, self.space, self.rungs = dict(search), space, list(rungs or [])
         self.max_batch_size, self.keyed, self.where, self.params = max_batch_size, keyed, tuple(where), params or {}
+        self.apart = apart
         self.config: DictConfig | None = None
         self.launcher: Launcher | None = None
         self._returns: list[Sequence[JobReturn]] = []
@@ -120,16 +133,16 @@ class AmbergradeSweeper(Sweeper):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config, self.hydra_context = config, hydra_context
         self.hooks: Hooks | None = task_function.sweep() if hasattr(task_function, "sweep") else None
-        launched = Recorded(task_function) if self.keyed else task_function
+        self.task = Recorded(task_function) if self.keyed else task_function
         self.launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=launched, config=config
+            hydra_context=hydra_context, task_function=self.task, config=config
         )
 
     def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
         """Draw every point; returns the launched batches. Raises SweepFailed at the end if any point failed."""
         assert self.config is not None
         sweep = self._sweep(arguments)
-        task = OmegaConf.masked_copy(self.config, [str(key) for key in self.config if key != "hydra"])
+        task = self._task_config()
         if self.hooks and self.hooks.previews(task):
             trials = [self._trial(sweep, point) for point in self._asked(sweep.search)]
             self.hooks.preview(sweep, [(trial, self._composed(trial)) for trial in trials])
@@ -172,6 +185,8 @@ class AmbergradeSweeper(Sweeper):
             "search": {key: value for key, value in settings.items() if key != "trials"},
             "rungs": self.rungs,
         }
+        if self.hooks and self.keyed:
+            what["inputs"] = self.hooks.inputs(self._task_config())
         key = digest(what)
         folder = Path(self.config.hydra.sweep.dir).absolute()
         if self.keyed:
@@ -183,6 +198,10 @@ class AmbergradeSweeper(Sweeper):
         whole = OmegaConf.to_container(self.config, resolve=False)
         assert isinstance(whole, dict)
         return {key: value for key, value in whole.items() if key not in ("hydra", "search")}
+
+    def _task_config(self) -> DictConfig:
+        assert self.config is not None
+        return OmegaConf.masked_copy(self.config, [str(key) for key in self.config if key != "hydra"])
 
     def _start(self, plan: Plan) -> dict[str, Any] | None:
         """The search's start point by override keys, where the sweep holds all of its names and no others."""
@@ -228,7 +247,7 @@ class AmbergradeSweeper(Sweeper):
     def _recall(self, sweep: Sweep) -> None:
         """Points of earlier commands: the search hears of them in the order they were proposed in."""
         for trial in self._past(sweep):
-            if trial.recall():
+            if self._recalled(trial):
                 before = trial.outcome
                 assert before is not None
                 trial.before = True
@@ -237,9 +256,13 @@ class AmbergradeSweeper(Sweeper):
         if sweep.trials:
             print(f"  {len(sweep.trials)} of {len(sweep.search)} points finished before", flush=True)
 
-    def _past(self, sweep: Sweep) -> Iterator[Trial]:
-        import json
+    def _recalled(self, trial: Trial) -> bool:
+        if not trial.recall():
+            return False
+        assert trial.outcome is not None
+        return self.hooks is None or self.hooks.holds(self._task_config(), trial.outcome.value)
 
+    def _past(self, sweep: Sweep) -> Iterator[Trial]:
         files = sorted(sweep.folder.glob("*/point.json"), key=lambda file: json.loads(file.read_text())["number"])
         for file in files:
             yield self._trial(sweep, json.loads(file.read_text())["point"])
@@ -255,7 +278,7 @@ class AmbergradeSweeper(Sweeper):
         while rung := race.ask():
             trials = [self._trial(sweep, points[label], (rung.start, rung.stop)) for label in rung.points]
             for trial in trials:
-                trial.before = trial.recall()
+                trial.before = self._recalled(trial)
             self._draw([trial for trial in trials if not trial.before], self.max_batch_size)
             for trial in trials:
                 last[trial.label] = trial
@@ -279,6 +302,9 @@ class AmbergradeSweeper(Sweeper):
         assert self.launcher is not None
         if self.keyed:
             self._prepare(trials)
+        if self.keyed and self.apart and isinstance(self.launcher, BasicLauncher):
+            self._launch_apart(trials)
+            return
         try:
             returns = self.launcher.launch([self._job(trial) for trial in trials], initial_job_idx=self._launched)
         except (Exception, SystemExit) as error:
@@ -300,6 +326,23 @@ class AmbergradeSweeper(Sweeper):
             trial.outcome = Outcome("done", value) if done else Outcome("failed", None, _told(value))
             if not done and not self.keyed:
                 _ = ended.return_value  # raises it, as Hydra's own sweeper does
+
+    def _launch_apart(self, trials: list[Trial]) -> None:
+        """A point whose process ends under it has failed; those after it get a new process."""
+        assert self.config is not None
+        left = trials
+        while left:
+            jobs = [self._job(trial) for trial in left]
+            code = _apart.run(self.hydra_context, self.task, self.config, jobs, self._launched)
+            for trial in left:
+                trial.recall()
+            self._launched += sum(1 for trial in left if trial.outcome)
+            left = [trial for trial in left if trial.outcome is None]
+            if left:
+                ended = _apart.Ended(code)
+                print(f"  {left[0].label}: {ended}; {len(left) - 1} points go on", flush=True)
+                left.pop(0).fail(ended)
+                self._launched += 1
 
     def _prepare(self, trials: Sequence[Trial]) -> None:
         """Folders that say which point they are; an outcome of an earlier try goes."""

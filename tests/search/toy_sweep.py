@@ -1,0 +1,82 @@
+"""A sweep whose points cost nothing: python tests/search/toy_sweep.py --multirun x=1,2 root=DIR."""
+
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+
+
+def point(cfg):
+    root, place = Path(cfg.root), Path(HydraConfig.get().runtime.output_dir)
+    with (root / "calls").open("a") as calls:
+        calls.write(f"{cfg.x}\n")
+    if not cfg.journal:
+        return work(cfg, root)
+    from ambergrade.track.journal import Journal
+
+    journal = Journal.open(root, "toy")
+    sweep = journal.attached(**json.loads((place.parent / "sweep.json").read_text()))
+    with journal.run(f"x {cfg.x}", key=place.name, kind="point", parent=sweep, params={"x": cfg.x}) as run:
+        score = work(cfg, root)
+        run.metrics({"score": score})
+    return score
+
+
+def work(cfg, root):
+    x, _, how = str(cfg.fault).partition(" ")
+    if x == str(cfg.x) and (root / "faulty").exists():
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "exit":
+            sys.exit(3)
+        raise ValueError("this point fails")
+    time.sleep(cfg.seconds)
+    return float(cfg.x) - float(cfg.y)
+
+
+class Hooks:
+    """In the parent."""
+
+    @staticmethod
+    def inputs(cfg):
+        return {}
+
+    @staticmethod
+    def holds(cfg, value):
+        return True
+
+    @staticmethod
+    def previews(cfg):
+        return False
+
+    @staticmethod
+    @contextmanager
+    def opens(cfg, sweep):
+        if not cfg.journal:
+            yield None
+            return
+        from ambergrade.store import write_json
+        from ambergrade.track.journal import Journal
+
+        with Journal.open(Path(cfg.root), "toy").run("toy", key=sweep.key, kind="sweep") as run:
+            write_json(sweep.folder / "sweep.json", {"id": run.id, "name": run.name, "key": run.key})
+            yield run
+
+    @staticmethod
+    def closes(cfg, sweep):
+        best = sweep.search.best
+        scores = {trial.label: trial.outcome.score for trial in sweep.trials if trial.outcome.status == "done"}
+        (Path(cfg.root) / "result.json").write_text(json.dumps({"best": best, "scores": scores}))
+
+
+point.sweep = lambda: Hooks
+main = hydra.main(version_base="1.3", config_path=".", config_name="toy_sweep")(point)
+
+if __name__ == "__main__":
+    main()
