@@ -73,6 +73,7 @@ class Combiner:
         self._wide = torch.empty(CHUNK, dtype=torch.float64, device=self.device)
         self._single = torch.empty(CHUNK, dtype=torch.float32, device=self.device)
         self._magnitude, self._flag = np.empty(CHUNK, np.int16), np.empty(CHUNK, np.bool_)
+        self._spare = np.empty(CHUNK, np.int32)
 
     def combine(self, weights: Weights, tensors: Sequence[Tensor], out: Tensor, base: Tensor | None = None) -> bool:
         """`out` becomes the weighted sum of flat tensors of any float dtypes, correctly rounded to its dtype.
@@ -81,9 +82,10 @@ class Combiner:
         Returns whether all of `out` is finite. float64 results may be an ulp off; all others are exact.
         """
         finite = True
-        for start in range(0, out.numel(), CHUNK):
-            part = slice(start, start + CHUNK)
-            finite &= self._chunk(weights, [x[part] for x in tensors], out[part], None if base is None else base[part])
+        pieces = [x.split(CHUNK) for x in (*tensors, out, *(() if base is None else (base,)))] if len(out) else []
+        for piece in zip(*pieces, strict=True):
+            xs, rest = list(piece[: len(tensors)]), piece[len(tensors) :]
+            finite &= self._chunk(weights, xs, rest[0], rest[1] if base is not None else None)
         return finite
 
     def finite(self, x: Tensor) -> bool:
@@ -100,8 +102,10 @@ class Combiner:
     def _chunk(self, weights: Weights, xs: list[Tensor], out: Tensor, base: Tensor | None) -> bool:
         small = all(x.dtype in _SMALL for x in xs)
         halves = self.device.type == "cpu" and all(x.dtype == torch.float16 for x in (*xs, out))
-        if halves and (weights.short or self._tame(weights, xs)):
-            return self._half(weights, xs, out, base)
+        if halves:
+            error = 0.0 if weights.short else self._error(weights, xs)
+            if error <= 2.0**-46 * weights.scaled[1]:
+                return self._half(weights, xs, out, base, error)
         total = self._weighted(weights.scaled[0], xs)
         quotient = total / weights.scaled[1]
         if out.dtype == torch.float64 or (small and weights.short):
@@ -136,12 +140,18 @@ class Combiner:
 
     # --- fp16 to fp16 on the CPU
 
-    def _tame(self, weights: Weights, xs: list[Tensor]) -> bool:
-        """Whether float64's error is below 4 fp32 ulps at every fp16 midpoint, the smallest of which is 2**-25."""
-        most = max(float(self._sizes(x).max()) for x in xs) if len(xs[0]) else 0
+    def _error(self, weights: Weights, xs: list[Tensor]) -> float:
+        """A bound on the error of the sum in float64, 0 where it is exact.
+
+        Up to 2**-46 of the divisor it is below 4 fp32 ulps at every fp16 midpoint, the smallest of which is 2**-25.
+        """
+        most = max(int(self._sizes(x).max()) for x in xs)
         top = float(np.array(most, np.int16).view(np.float16))
-        spread = sum(abs(float(weight)) for weight in weights.exact)
-        return (len(xs) + 2) * 2.0**-51 * spread * top <= 2.0**-46
+        factors, divisor, whole = weights.scaled
+        size = sum(map(abs, factors)) * top
+        if whole and max(size, divisor) < 2.0**28:
+            return 0.0  # all terms are multiples of 2**-24, and no partial sum has more than 53 bits
+        return (len(xs) + 2) * 2.0**-51 * size
 
     def _sizes(self, x: Tensor) -> np.ndarray[Any, Any]:
         """Magnitudes as whole numbers, in the order of the values."""
@@ -149,7 +159,8 @@ class Combiner:
         np.bitwise_and(x.view(torch.int16).numpy(), np.int16(0x7FFF), out=sizes)
         return sizes
 
-    def _half(self, weights: Weights, xs: list[Tensor], out: Tensor, base: Tensor | None) -> bool:
+    def _half(self, weights: Weights, xs: list[Tensor], out: Tensor, base: Tensor | None, error: float) -> bool:
+        """`error` bounds that of the sum; 0 where it is exact."""
         factors, divisor, _ = weights.scaled
         total = self._weighted(factors, xs)
         single = self._single[: len(out)]
@@ -164,7 +175,7 @@ class Combiner:
         bound = int(np.array(0.9 / divisor, np.float16).view(np.int16))
         bits = single.view(torch.int32).numpy()
         if not weights.short:
-            open_ones = np.flatnonzero(_near_midpoint(bits, window=4))
+            open_ones = self._decided(bits, total, divisor, out, error)
             self._settle(weights, xs, total, out, open_ones)
         elif largest >= bound:
             open_ones = np.flatnonzero(np.greater_equal(sizes, bound, out=self._flag[: len(out)]))
@@ -175,6 +186,31 @@ class Combiner:
             old = base[torch.from_numpy(zeros)].double().numpy()
             out.view(torch.int16).numpy()[zeros[(old == 0) & np.signbit(old)]] = np.int16(-32768)
         return largest < 0x7C00
+
+    def _decided(
+        self, bits: np.ndarray[Any, Any], total: Tensor, divisor: float, out: Tensor, error: float
+    ) -> np.ndarray[Any, Any]:
+        """Round what lies near a midpoint to the side that float64 is sure of; returns where it is not sure."""
+        spare = self._spare[: len(bits)]
+        np.bitwise_and(np.add(bits, np.int32(4), out=spare), np.int32(0xFFF), out=spare)
+        where = np.flatnonzero(np.less_equal(spare, 8, out=self._flag[: len(bits)]))
+        where = where[_near_midpoint(bits[where], window=4)]
+        middle = ((bits[where] + np.int32(4)) & np.int32(~0xFFF)).view(np.float32)
+        sums, scaled = total.numpy()[where], middle.astype(np.float64) * divisor
+        # Below 2**-14 all midpoints are the odd multiples of 2**-25.
+        tiny = np.abs(middle) < 2.0**-14
+        steps = np.floor(np.abs(sums[tiny]) / divisor * 2.0**24)
+        scaled[tiny] = np.copysign((steps + 0.5) * 2.0**-24 * divisor, sums[tiny])
+        beside = sums - scaled
+        side = np.where(beside > 0, np.inf, -np.inf).astype(np.float32)
+        rounded = np.where(beside == 0, middle, np.nextafter(middle, side))  # a tie goes to the even one below
+        farther = np.abs(sums) > np.abs(scaled)
+        ahead = np.where(beside == 0, 0.5, farther)
+        rounded[tiny] = np.copysign((steps + ahead[tiny]) * 2.0**-24, sums[tiny])
+        sure = np.full(len(where), True) if error == 0 else np.abs(beside) > error + np.abs(scaled) * 2.0**-51
+        out.view(torch.int16).numpy()[where[sure]] = torch.from_numpy(rounded[sure]).half().view(torch.int16).numpy()
+        left: np.ndarray[Any, Any] = where[~sure]
+        return left
 
     def _leave_midpoints(
         self, total: Tensor, single: Tensor, divisor: float, out: Tensor, where: np.ndarray[Any, Any]

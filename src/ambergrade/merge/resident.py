@@ -32,6 +32,11 @@ class _Live:
     target: Tensor
     source: Source
 
+    def holds(self, task: Task) -> bool:
+        """Whether it is the merged tensor, as it lies in memory."""
+        same = self.source.form == "as is" and self.target.dtype == TORCH[task.dtype]
+        return same and self.target.is_contiguous() and self.target.device.type == "cpu"
+
 
 class ResidentMerge:
     """A formula over models held in memory in their own precision; a point is merged anew from them.
@@ -105,8 +110,10 @@ class ResidentMerge:
 
         def one(evaluator: Evaluator, task: Task) -> None:
             if task.name in live:
-                value = self._value(plan, task, evaluator)
-                for part in live[task.name]:
+                parts = live[task.name]
+                straight = parts[0].target if len(parts) == 1 and parts[0].holds(task) else None
+                value = self._value(plan, task, evaluator, straight)
+                for part in parts if value is not straight else ():
                     part.target.copy_(part.source.take({task.name: value}))
 
         with torch.no_grad():
@@ -141,7 +148,8 @@ class ResidentMerge:
         finally:
             torch.set_num_threads(threads)
 
-    def _value(self, plan: Plan, task: Task, evaluator: Evaluator) -> Tensor:
+    def _value(self, plan: Plan, task: Task, evaluator: Evaluator, out: Tensor | None = None) -> Tensor:
+        """The merged tensor; in `out`, where that is given and the mixture is linear."""
         first = self._inputs[task.mixture.models[0]][task.name]
         if task.kind == "copy":
             return first
@@ -149,7 +157,7 @@ class ResidentMerge:
             return first.to(torch.int64)
         tensors = {alias: self._inputs[alias][task.name] for alias in operands(task, plan.base)}
         if task.mixture.linear:
-            value = torch.empty(task.shape, dtype=TORCH[task.dtype])
+            value = torch.empty(task.shape, dtype=TORCH[task.dtype]) if out is None else out
             flat = {alias: tensor.reshape(-1) for alias, tensor in tensors.items()}
             finite = evaluator.linear(task, flat, value.view(-1))
         else:

@@ -1,0 +1,54 @@
+"""Weighted sums against fractions: every element is the exact value, rounded once, ties to even."""
+
+import random
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ambergrade.merge.arithmetic import Combiner, Weights
+
+
+def nearest(exact: Fraction) -> float:
+    """Of the fp16 numbers around a float64 guess, the nearest to the fraction, and of two the even one."""
+    guess = np.float16(float(exact))
+    near = [guess, np.nextafter(guess, np.float16(np.inf)), np.nextafter(guess, np.float16(-np.inf))]
+    finite = [number for number in near if np.isfinite(number)]
+    return float(min(finite, key=lambda v: (abs(Fraction(float(v)) - exact), int(v.view(np.uint16)) & 1)))
+
+
+def wrong(weights: tuple[Fraction, ...], xs: list[Tensor]) -> int:
+    out = torch.empty_like(xs[0])
+    assert Combiner().combine(Weights(weights), xs, out, xs[0])
+    rows = zip(*(x.double().tolist() for x in xs), strict=True)
+    truths = [sum((w * Fraction(v) for w, v in zip(weights, row, strict=True)), Fraction(0)) for row in rows]
+    return sum(found != nearest(truth) for found, truth in zip(out.tolist(), truths, strict=True))
+
+
+@pytest.mark.parametrize("digits", [1, 2, 3, 4, 5, 9, 16])
+@pytest.mark.parametrize("scale", [1e-7, 1e-5, 0.03, 30])
+def test_sums_of_relatives_are_exact_values_rounded_once(digits: int, scale: float) -> None:
+    """Weights of one digit go the short way, of some the exact one, of many the careful one; zeros too."""
+    draw, generator = random.Random(digits), torch.Generator().manual_seed(digits)
+    for count in (2, 3, 4):
+        base = torch.randn(250, generator=generator) * scale * torch.logspace(-2, 1, 250)
+        xs = [(base + 0.03 * scale * torch.randn(250, generator=generator) * (k > 0)).half() for k in range(count)]
+        weights = [Fraction(draw.randint(1, 10**digits), 10**digits) * draw.choice([1, -1]) for _ in range(count - 1)]
+        last = 1 - sum(weights)
+        if last:
+            assert wrong((*weights, last), xs) == 0
+
+
+def test_ties_go_to_the_even_one() -> None:
+    """Half of neighbours lies midway between two numbers: of every fp16 and the next, subnormal ones included."""
+    every = torch.arange(0x7BFE, dtype=torch.int16).view(torch.float16)
+    following = (torch.arange(0x7BFE, dtype=torch.int16) + 1).view(torch.float16)
+    out = torch.empty_like(every)
+    for exact in ((Fraction(1, 2), Fraction(1, 2)), (Fraction(4999, 10**4), Fraction(5001, 10**4))):
+        Combiner().combine(Weights(exact), [every, following], out, every)
+        if exact[0] == Fraction(1, 2):
+            assert bool(((out.view(torch.int16) & 1) == 0).all())
+        else:  # a little above the middle
+            assert torch.equal(out, following)
