@@ -28,8 +28,11 @@ from ambergrade.family import sdxl
 from ambergrade.generate import stream
 from ambergrade.generate.contact_sheet import picture_grid, write_png
 from ambergrade.identity import digest, random_seed
+from ambergrade.merge.engine import merge
 from ambergrade.merge.formula import Formula
-from ambergrade.merge.recipe import Recipe, metadata
+from ambergrade.merge.job import Job as MergeJob
+from ambergrade.merge.job import open_job
+from ambergrade.merge.recipe import Recipe
 from ambergrade.merge.resident import ResidentMerge
 from ambergrade.nouns import CaptionSet, Checkpoint, Picture, PromptSet, SamplerSettings
 from ambergrade.score.comparison import aggregates, remarks
@@ -270,6 +273,11 @@ class Merger:
         chosen = self.chain.settings["merge"]
         return Recipe(self.formula, point, self.inputs, chosen["dtype"], chosen["policies"])
 
+    def job(self, point: Point) -> MergeJob:
+        chosen = self.chain.settings["merge"]
+        paths = {alias: self._models[alias].path for alias in self.formula.models}
+        return open_job(self.formula, paths, coefficients=point, dtype=chosen["dtype"], policies=chosen["policies"])
+
     def live(self, point: Point) -> sdxl.Networks:
         """The networks with this point's weights in them; no file is written."""
         if self.chain.networks is None:
@@ -378,11 +386,11 @@ def write_merge(chain: Chain, merger: Merger, point: Point, folder: Path) -> tup
     recipe = merger.recipe(point)
 
     def work(scratch: Path, run: Run) -> Outputs:
-        header = metadata(recipe, architecture="stable-diffusion-xl-v1-base")
-        sdxl.write_checkpoint(scratch / "merged.safetensors", merger.resident.at(point), header)
+        # From the files, so that the header names them by sha256 and `verify` rebuilds it; the bits are the live ones.
+        merge(merger.job(point), scratch / "merged.safetensors", threads=chain.settings["compute"]["threads"] or None)
         return Outputs({"checkpoint": scratch / "merged.safetensors"})
 
-    done = chain.stage("merge the winner", "merge", 1, recipe.document, merger.inputs, work, params=dict(point))
+    done = chain.stage("merge the winner", "merge", 2, recipe.document, merger.inputs, work, params=dict(point))
     file = folder / "merged.safetensors"
     link_or_copy(done.files["checkpoint"], file)
     return open_checkpoint(file, chain.settings["family"]["name"]), done

@@ -98,7 +98,7 @@ def test_marks_of_v_prediction_must_agree(tmp_path: Path) -> None:
     for changes in ({"x": mark}, {"y": mark}):
         with pytest.raises(BadInput, match="predict different things"):
             merged(tmp_path, changes)
-    found, _ = merged(tmp_path, {alias: mark for alias in "xyz"})
+    found, _ = merged(tmp_path, dict.fromkeys("xyz", mark))
     assert found["v_pred"].shape == (0,)
     found, _ = merged(tmp_path, {"y": mark}, policies={"cosmetic": "base"})
     assert "v_pred" not in found
@@ -106,7 +106,7 @@ def test_marks_of_v_prediction_must_agree(tmp_path: Path) -> None:
 
 def test_temperatures_must_agree(tmp_path: Path) -> None:
     hot = {"y": {SCALE: torch.tensor(2.0)}}
-    with pytest.raises(BadInput, match="differs: 4.6052 in x, 2 in y"):
+    with pytest.raises(BadInput, match=r"differs: 4\.6052 in x, 2 in y"):
         merged(tmp_path, hot)
     assert not (tmp_path / "out.safetensors").exists()
     found, _ = merged(tmp_path, hot, policies={"cosmetic": "base"})
