@@ -1,11 +1,23 @@
 """Hydra's own suites for launchers and batched sweepers, run against our sweeper."""
 
+from collections.abc import Iterator
+
 import pytest
+from hydra import version
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, IntegrationTestSuite, LauncherTestSuite
 
 from hydra_plugins.ambergrade_sweeper.sweeper import AmbergradeSweeper
+
+
+@pytest.fixture(autouse=True)
+def hydras_own_defaults() -> Iterator[None]:
+    """A fresh process has this version base, under which jobs change to their folders; other tests set a newer one."""
+    before = version.getbase()
+    version.setbase("1.1")
+    yield
+    version.VersionBase.instance().version_base = before
 
 
 def test_hydra_finds_the_plugin():
