@@ -1,4 +1,4 @@
-"""Merge model files by a formula: planned from headers, streamed at the disk's speed, the same bytes everywhere.
+"""Merge model files by a formula: planned from headers, streamed, the same bytes everywhere.
 
 Examples:
     python pipelines/merge.py recipe=recipe.yaml                          a file anywhere; its paths are relative to it
