@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -83,36 +84,50 @@ def train_ours(live: sdxl.Networks, captions: CaptionSet, latents: Latents, step
         return time.perf_counter() - start
 
 
-def train_plainly(live: sdxl.Networks, captions: CaptionSet, latents: Latents, steps: int, batch: int) -> float:
-    """Seconds, likewise."""
+def train_plainly(
+    live: sdxl.Networks,
+    captions: CaptionSet,
+    latents: Latents,
+    steps: int,
+    batch: int,
+    *,
+    accumulation: int = 1,
+    precision: str = "no",
+    on_step: Callable[[], object] = lambda: None,
+) -> float:
+    """Seconds, likewise; `batch` images a pass, `accumulation` passes a step, of which `on_step` hears the end."""
     start = time.perf_counter()
-    accelerator = Accelerator()
+    accelerator = Accelerator(gradient_accumulation_steps=accumulation, mixed_precision=precision)
     modules = torch.nn.ModuleList([live.unet, live.text_encoder, live.text_encoder_2]).train()
     optimizer = torch.optim.AdamW(modules.parameters(), lr=RATE)
     modules, optimizer = accelerator.prepare(modules, optimizer)
     scheduler = DDPMScheduler.from_config(live.scheduler_config)
     (bucket, values), order = next(iter(latents.by_bucket.items())), torch.randperm(len(captions.pictures))
-    for step in range(steps):
+    for step in range(steps * accumulation):
         rows = [int(order[(step * batch + n) % len(order)]) for n in range(batch)]
         texts = [captions.pictures[row].caption.text for row in rows]
-        clean = values[rows]
+        clean = values[rows].to(accelerator.device)
         noise = torch.randn_like(clean)
-        timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (batch,))
-        states, pooled = [], None
-        for tokenizer, encoder in ((live.tokenizer, modules[1]), (live.tokenizer_2, modules[2])):
-            ids = tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
-            made = encoder(ids, output_hidden_states=True)
-            states.append(made.hidden_states[-2])
-            pooled = made[0]
-        time_ids = torch.tensor([[*bucket[::-1], 0, 0, *bucket[::-1]]] * batch, dtype=torch.float32)
-        added = {"text_embeds": pooled, "time_ids": time_ids}
+        timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (batch,), device=clean.device)
+        time_ids = torch.tensor([[*bucket[::-1], 0, 0, *bucket[::-1]]] * batch, dtype=torch.float32).to(clean.device)
         noisy = scheduler.add_noise(clean, noise, timesteps)
-        predicted = modules[0](noisy, timesteps, torch.cat(states, dim=-1), added_cond_kwargs=added).sample
-        loss = mse_loss(predicted.float(), noise.float())
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(modules.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        with accelerator.accumulate(modules), accelerator.autocast():
+            states, pooled = [], None
+            for tokenizer, encoder in ((live.tokenizer, modules[1]), (live.tokenizer_2, modules[2])):
+                ids = tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+                made = encoder(ids.input_ids.to(clean.device), output_hidden_states=True)
+                states.append(made.hidden_states[-2])
+                pooled = made[0]
+            added = {"text_embeds": pooled, "time_ids": time_ids}
+            predicted = modules[0](noisy, timesteps, torch.cat(states, dim=-1), added_cond_kwargs=added).sample
+            loss = mse_loss(predicted.float(), noise.float())
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(modules.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            on_step()
     return time.perf_counter() - start
 
 

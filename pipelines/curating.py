@@ -125,6 +125,7 @@ def build(settings: dict[str, Any]) -> None:
     """The manifests that train.py makes too: `train.jsonl`, `heldout.jsonl`, and what became of every post."""
     import preparing
     import stages
+    from recording import record
 
     from ambergrade.identity import digest
     from ambergrade.track.journal import Journal
@@ -137,6 +138,7 @@ def build(settings: dict[str, Any]) -> None:
     with journal.run(
         "build", key=digest(about), kind="chain", params={"captions": settings["captions"]["name"]}
     ) as run:
+        record(run, settings)
         done = preparing.dataset_stage(stages.Chain(settings, journal, run))
     for name, path in done.files.items():
         link_or_copy(path, out / name)

@@ -71,16 +71,17 @@ def encode(
     chain: Chain, base: Checkpoint, weights: Mapping[str, torch.Tensor], captions: CaptionSet, validation: CaptionSet
 ) -> LatentStore:
     """The store, holding latents of both sets by the base's VAE; only those that are missing are made."""
-    vae = sdxl.weights_digest({key: value for key, value in weights.items() if key.startswith("first_stage_model.")})
+    vae = vae_digest(weights)
     store = LatentStore(chain.ledger.root / "latents", vae)
 
     def fill() -> int:
         if not store.missing(captions) and not store.missing(validation):
             return 0
-        networks = sdxl.load(base.path, chain.family_config, device=chain.device)
+        networks = sdxl.load(base.path, chain.family_config, device=chain.device, only=["vae"])
         files = picture_files(chain)
+        at_once = max(1, min(16, 16 * 512**2 // chain.settings["family"]["resolution"] ** 2))  # 10 GB in fp32 at most
         return sum(
-            store.fill(networks.vae, chosen, lambda name: decode_bytes(files.read(name), name))
+            store.fill(networks.vae, chosen, lambda name: decode_bytes(files.read(name), name), batch=at_once)
             for chosen in (captions, validation)
         )
 
@@ -89,6 +90,36 @@ def encode(
     if not done.fresh:
         fill()  # the store may have been cleared since
     return store
+
+
+def prove_latents(chain: Chain, base: Checkpoint, captions: CaptionSet, validation: CaptionSet) -> None:
+    """Hash every shard of the store, and encode some pictures of either set again. Raises BadInput naming what differs.
+
+    Nothing is written: pictures without a latent are counted, and train.py makes their latents.
+    """
+    networks = sdxl.load(base.path, chain.family_config, device=chain.device, only=["vae"])
+    store = LatentStore(chain.ledger.root / "latents", vae_digest(sdxl.read_checkpoint(base.path)))
+    complaints = store.verify()
+    print(f"  {len(list(store.folder.glob('*.safetensors')))} shard(s) hashed in {store.folder}")
+    files = picture_files(chain)
+    for name, chosen in zip(SPLITS, (captions, validation), strict=True):
+        missing = set(store.missing(chosen))
+        there = CaptionSet(tuple(p for n, p in enumerate(chosen.pictures) if n not in missing), chosen.recipe)
+        count = min(len(there.pictures), chain.settings["compared"])
+        told = f", {len(missing)} of them without a latent yet" if missing else ""
+        print(f"  {name}: {len(chosen.pictures)} pictures{told}; {count} encoded again")
+        if count and not complaints:
+            complaints = store.verify(
+                networks.vae, there, lambda name: decode_bytes(files.read(name), name), count=count
+            )
+    if complaints:
+        raise BadInput("Latents are not what they should be:\n" + "\n".join(complaints))
+    print("verify=latents holds")
+
+
+def vae_digest(weights: Mapping[str, torch.Tensor]) -> str:
+    """What the latents of a checkpoint's VAE are filed under."""
+    return sdxl.weights_digest({key: value for key, value in weights.items() if key.startswith("first_stage_model.")})
 
 
 def picture_files(chain: Chain) -> PictureFiles:

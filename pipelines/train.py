@@ -4,6 +4,7 @@ Examples:
     python pipelines/train.py experiment=base7_tiny                       beta7 to base7 in the embedded world
     python pipelines/train.py experiment=base7_tiny verify=resume         prove that a kill costs nothing
     python pipelines/train.py experiment=base7_tiny verify=gradients processes=2
+    python pipelines/train.py experiment=base7_tiny verify=latents        are the stored latents whole, and right
     python pipelines/train.py experiment=base7 plan=true gpu=a100 processes=2    what the card's run takes
     python pipelines/train.py experiment=base7 data.database=… data.pictures=…   run it
 """
@@ -17,7 +18,7 @@ from ambergrade import config
 from ambergrade.errors import BadSetting, UnknownName
 from ambergrade.store import find_file
 
-PROOFS = ("resume", "gradients")
+PROOFS = ("resume", "gradients", "latents")
 
 
 @config.main("train")
@@ -49,7 +50,9 @@ def main(cfg: Any) -> None:
         raise UnknownName("base", settings["base"], settings["models"], "Aliases are in conf/models.")
     path = find_file(settings["models"][settings["base"]])  # before anything slow
     print("loading …", flush=True)
+    import preparing
     import stages
+    from recording import record
 
     from ambergrade.identity import digest
     from ambergrade.store import link_or_copy
@@ -62,11 +65,16 @@ def main(cfg: Any) -> None:
     journal = Journal.open(root, settings["name"])
     key, title = digest(what), settings["trained"]
     with journal.run(title, key=key, kind="chain", params={"base": settings["base"], "trained": title}) as parent:
+        record(parent, settings)
         if settings["data"]["draw"]:
             stages.draw_world(settings)
         chain = stages.Chain(settings, journal, parent)
         captions, validation = stages.dataset(chain)
+        parent.datasets({"captions": captions.digest, "held out": validation.digest})
         base = stages.open_checkpoint(path, settings["family"]["name"])
+        if settings["verify"] == "latents":
+            preparing.prove_latents(chain, base, captions, validation)
+            return
         if settings["verify"]:
             stages.prove(chain, base, captions, validation)
             return

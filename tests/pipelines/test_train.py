@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,12 +34,12 @@ def composed(*overrides: str) -> dict:
 def test_every_experiment_is_accepted_and_planned(name: str) -> None:
     settings = composed(f"experiment={name}")
     trainer = TrainSettings.read(settings["trainer"])
-    processes = min(2, trainer.batch // trainer.micro)  # the tiny one is a single pass of a single process
-    trainer.accumulation(processes)
+    for processes in (1, 2, 4):
+        assert trainer.accumulation(processes) * trainer.per_pass(processes) * processes == trainer.batch
     assert settings["base"] in settings["models"]
     CaptionRecipe.from_dict(settings["captions"])
     config.settings(Selection, {**settings["data"]["selection"], "split": "train"})
-    assert "dollars" in plan(trainer, processes, "a100")
+    assert "dollars" in plan(trainer, 2, "a100")
 
 
 def test_the_tiny_base7_differs_from_the_card_s_only_in_family_data_and_size() -> None:
@@ -58,6 +59,18 @@ def test_a_memory_preset_fits_its_card(size: int) -> None:
     trainer = TrainSettings.read(composed("experiment=base7", f"memory={size}gb")["trainer"])
     assert sum(part.gb for part in memory(trainer)) <= size
     assert trainer.batch == 128  # the card's: presets change where and how fast
+
+
+def test_the_smallest_card_steps_within_the_backward_pass() -> None:
+    trainer = TrainSettings.read(composed("experiment=base7", "memory=16gb")["trainer"])
+    parts = {part.name: part.gb for part in memory(trainer)}
+    assert sum(parts.values()) <= 16
+    assert parts["trained weights"] == pytest.approx(6.77, abs=0.01)  # 2 bytes each of 3.385 billion
+    assert parts["gradient, one tensor at a time"] == pytest.approx(2 * 49_408 * 1280 / 1e9)
+    ordinary = memory(replace(trainer, in_backward=False))
+    assert sum(part.gb for part in ordinary) - sum(parts.values()) == pytest.approx(6.64, abs=0.01)
+    with pytest.raises(BadSetting, match=r"in_backward steps within one pass"):
+        trainer.accumulation(2)
 
 
 def test_floors_are_the_counted_ones() -> None:
@@ -87,7 +100,8 @@ def test_the_card_s_line_and_budget_come_out_of_one_command() -> None:
     ("arguments", "told"),
     [
         (["experiment=base7_tniy"], "base7_tiny"),
-        (["trainer.micro=5"], "micro may be 1, 2, 4"),
+        (["trainer.micro=5"], "set trainer.micro to one of 1, 2, 4"),
+        (["processes=3"], "set trainer.batch to a multiple of 3, such as 30 or 33"),
         (["trainer.images=33"], "the nearest is 32"),
         (["base=beta8"], "beta7"),
         (["verify=resum"], "resume"),
@@ -124,8 +138,8 @@ TINY = ["data.draw.count=80", "data.draw.prompts=4", "data.draw.references=8", "
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("proof", ["resume", "gradients"])
-def test_both_proofs_hold_on_the_embedded_world(proof: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("proof", ["resume", "gradients", "latents"])
+def test_all_proofs_hold_on_the_embedded_world(proof: str, tmp_path: Path) -> None:
     done = command(
         "experiment=base7_tiny", f"verify={proof}", f"root={tmp_path}", "processes=2", *TINY, "trainer.images=80"
     )

@@ -107,7 +107,7 @@ def test_gb_and_hours_are_told_and_a_small_disk_is_refused_before_it_starts(live
     LatentStore(tmp_path, VAE).fill(live_networks.vae, CAPTIONS, open_picture, batch=2, told=told.append)
     assert "6 pictures to encode (0 are there)" in told[0]
     assert "GB" in told[0]
-    assert "hours at the pace" in told[1]
+    assert "s at the pace" in told[1]
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr(latent_store.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(BadSetting, match="do not fit"):

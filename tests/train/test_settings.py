@@ -42,10 +42,33 @@ def test_each_yaml_has_its_file_and_each_file_its_yaml(kind):
 def test_the_cards_batch_is_divided_as_the_card_says():
     settings = TrainSettings.read({**GOOD, "images": 128, "batch": 128, "micro": 4})
     assert settings.accumulation(processes=2) == 16
-    with pytest.raises(BadSetting, match="micro may be 1, 2, 4, 8, 16, 32, 64"):
+    with pytest.raises(BadSetting, match=r"set trainer\.micro to one of 1, 2, 4, 8, 16, 32, 64"):
         TrainSettings.read({**GOOD, "images": 128, "batch": 128, "micro": 3}).accumulation(2)
-    with pytest.raises(BadSetting, match="batch must be a multiple of 3"):
+    with pytest.raises(BadSetting, match=r"set trainer\.batch to a multiple of 3, such as 126 or 129"):
         settings.accumulation(3)
+
+
+@pytest.mark.parametrize(("processes", "share"), [(1, 32), (2, 16), (4, 8), (32, 1)])
+def test_a_share_below_micro_is_one_pass(processes, share):
+    settings = TrainSettings.read({**GOOD, "micro": 32})
+    assert settings.per_pass(processes) == share
+    assert settings.accumulation(processes) == 1
+    with pytest.raises(BadSetting, match=r"set trainer\.batch to a multiple of 33, such as 33\."):
+        settings.accumulation(33)
+
+
+def test_settings_that_change_no_result_are_in_no_identity():
+    """What names a finished run is what it was before these settings were there."""
+    plain = TrainSettings.read(GOOD)
+    where = {"save_every", "log_every", "sample_every", "validate_every", "checkpointing", "in_backward"}
+    assert not where & set(plain.what)
+    changed = {"validate_every": 64, "checkpointing": "full", "in_backward": True, "clip": 0.0}
+    assert TrainSettings.read({**GOOD, **changed}).what == {**plain.what, "clip": 0.0}
+    assert set(plain.what) == {
+        *("images", "batch", "micro", "lr", "schedule", "loss", "optimizer", "clip", "shuffle", "caption_dropout"),
+        *("tag_dropout", "group_dropout", "tokens", "loss_weights", "noise_offset", "pyramid_noise", "input_noise"),
+        *("zero_terminal_snr", "ema", "precision", "compile", "lora", "seed"),
+    }
 
 
 def test_all_faults_are_told_at_once():

@@ -1,14 +1,19 @@
 """Fine-tuning: the properties that make a run trustworthy."""
 
+import resource
 from dataclasses import replace
 
 import pytest
 import torch
 
-from ambergrade.errors import BadSetting
+from ambergrade.errors import BadSetting, MissingObject
 from ambergrade.family import sdxl
+from ambergrade.train.diffusion import draw_timesteps
+from ambergrade.train.run import QUARTERS
 from ambergrade.train.settings import TrainSettings
-from ambergrade.train.trainer import Denoiser, fine_tune, freeze, parameter_groups
+from ambergrade.train.state import read_state
+from ambergrade.train.trainer import STATES, Denoiser, fine_tune, freeze, parameter_groups
+from ambergrade.train.validation import validation_loss
 
 SETTINGS = TrainSettings(
     images=24,
@@ -179,6 +184,102 @@ def test_the_schedule_is_followed_and_gradients_are_measured_before_clipping(net
     report = fine_tune(networks, captions, latents, replace(SETTINGS, images=12, clip=1e-6), scratch=tmp_path)
     assert [row.lr["unet"] for row in report.rows] == [0.0005, 0.001, 0.001]
     assert all(row.grad_norm > 1e-3 for row in report.rows)
+
+
+def test_clipping_scales_the_whole_gradient_of_all_three_networks(networks, beginning, captions, latents, tmp_path):
+    found = []
+    for clip in (0.0, 0.01):
+        sdxl.assign(networks, beginning)
+        settings = replace(SETTINGS, images=4, clip=clip)
+        keep = lambda gradients: found.append({name: g.clone() for name, g in gradients.items()})  # noqa: E731
+        fine_tune(networks, captions, latents, settings, scratch=tmp_path / str(clip), on_gradient=keep)
+    free, clipped = found
+    norm = sum(float(g.double().square().sum()) for g in free.values()) ** 0.5
+    assert norm > 0.01
+    assert {name.split(".")[0] for name in free} == {"unet", "te1", "te2"}
+    for name, gradient in free.items():
+        torch.testing.assert_close(clipped[name], gradient * 0.01 / norm, rtol=1e-3, atol=1e-9)
+
+
+def test_a_row_is_the_mean_over_passes_and_steps(networks, beginning, captions, latents, tmp_path):
+    """And the learning rate follows images, in however many passes they come."""
+    rows = {}
+    for micro, log_every in ((4, 4), (1, 4), (2, 8)):
+        sdxl.assign(networks, beginning)
+        settings = replace(SETTINGS, images=8, micro=micro, log_every=log_every, lr={"unet": 1e-6, "te1": 0, "te2": 0})
+        folder = tmp_path / f"{micro} {log_every}"
+        rows[micro] = fine_tune(networks, captions, latents, settings, scratch=folder).rows
+    first, second = rows[4]
+    assert first.loss != pytest.approx(second.loss, rel=1e-3)
+    assert [row.loss for row in rows[1]] == pytest.approx([first.loss, second.loss], rel=1e-4)
+    assert [row.loss for row in rows[2]] == pytest.approx([(first.loss + second.loss) / 2], rel=1e-4)
+    assert [row.grad_norm for row in rows[2]] == pytest.approx([(first.grad_norm + second.grad_norm) / 2], rel=1e-3)
+    assert [row.lr for row in rows[1]] == [row.lr for row in rows[4]]
+    drawn = draw_timesteps(1000, settings.seed, range(8)) // 250  # of the eight images
+    counts = [torch.bincount(drawn[start:end], minlength=4).tolist() for start, end in ((0, 4), (4, 8), (0, 8))]
+    for row, count in zip([first, second, rows[2][0]], counts, strict=True):
+        assert list(row.by_timestep) == [name for name, n in zip(QUARTERS, count, strict=True) if n]
+        whole = sum(row.by_timestep[name] * n for name, n in zip(QUARTERS, count, strict=True) if n)
+        assert whole / sum(count) == pytest.approx(row.loss, rel=1e-5)
+    assert rows[2][-1].lr == second.lr
+
+
+def test_validation_on_the_way_is_of_the_average_and_changes_nothing(networks, beginning, captions, latents, tmp_path):
+    settings = replace(SETTINGS, images=16, ema=0.5, save_every=4)
+    fine_tune(networks, captions, latents, settings, scratch=tmp_path / "plain")
+    expected = sdxl.weights_digest(sdxl.tensors(networks))
+    held, seen, drawn = (captions, latents), [], []
+
+    def kill(loss, images):
+        seen.append((images, loss))
+        if images == 12 and len(seen) == 2:
+            raise KilledError
+
+    settings = replace(settings, validate_every=6, sample_every=6)
+    for again in (False, True):
+        sdxl.assign(networks, beginning)
+        try:
+            report = fine_tune(
+                networks,
+                captions,
+                latents,
+                settings,
+                scratch=tmp_path,
+                validation=held,
+                on_validation=kill,
+                on_sample=lambda live, images: drawn.append((images, validation_loss(live, *held))),
+            )
+        except KilledError:
+            assert not again
+    assert sdxl.weights_digest(sdxl.tensors(networks)) == expected
+    assert [images for images, _ in seen] == [8, 12, 12]  # the states of 8 and what came before are kept
+    assert list(report.between) == [8, 12]
+    assert report.between == dict(seen)
+    assert all(report.between[images] == loss for images, loss in drawn if images < 16)
+    assert list(report.between[8].by_timestep) == [100, 200, 300, 400, 500, 600, 700, 800, 900]
+
+
+def test_a_disk_that_fills_up_leaves_the_last_good_state(networks, beginning, captions, latents, tmp_path):
+    settings = replace(SETTINGS, save_every=8, log_every=8)
+    fine_tune(networks, captions, latents, settings, scratch=tmp_path / "whole")
+    expected = sdxl.weights_digest(sdxl.tensors(networks))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(row):
+        if row.seen == 16:  # the kernel refuses the next large file, half-way
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+
+    sdxl.assign(networks, beginning)
+    try:
+        with pytest.raises(MissingObject, match=r"after 16 images cannot[\s\S]*last whole one is of 8 images"):
+            fine_tune(networks, captions, latents, settings, scratch=tmp_path, on_log=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in (tmp_path / STATES).iterdir()] == ["000000008"]
+    assert read_state(tmp_path / STATES)[1]["seen"] == 8
+    sdxl.assign(networks, beginning)
+    fine_tune(networks, captions, latents, settings, scratch=tmp_path)
+    assert sdxl.weights_digest(sdxl.tensors(networks)) == expected
 
 
 def test_a_run_that_diverges_stops_and_says_so(networks, captions, latents, tmp_path):

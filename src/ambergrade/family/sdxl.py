@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ __all__ = [
     "encode_tokens",
     "from_config",
     "load",
+    "marks",
     "pipeline",
     "read_checkpoint",
     "tensors",
@@ -42,6 +43,11 @@ __all__ = [
 
 POSITION_IDS = "conditioner.embedders.0.transformer.text_model.embeddings.position_ids"
 LOGIT_SCALE = "conditioner.embedders.1.model.logit_scale"
+MARKS: Mapping[str, tuple[str, Any]] = {
+    "v_pred": ("prediction_type", "v_prediction"),
+    "ztsnr": ("rescale_betas_zero_snr", True),
+}
+"""Empty tensors by which a single file says what its weights predict, and the scheduler's setting of each."""
 FAMILY = Family(
     name="sdxl",
     architecture="stable-diffusion-xl-v1-base",
@@ -109,11 +115,16 @@ class Networks:
 
 
 def load(
-    checkpoint: Path, config: Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    checkpoint: Path,
+    config: Path,
+    *,
+    dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
+    device: str | torch.device = "cpu",
+    only: Collection[str] = (),
 ) -> Networks:
-    """Networks of a single file or a diffusers folder, fp32 unless `dtype` says otherwise.
+    """Networks of a single file or a diffusers folder, fp32 unless `dtype` says otherwise, perhaps by component.
 
-    `config` is the family's diffusers-layout folder.
+    `config` is the family's diffusers-layout folder. Where `only` names components, the others stay without values.
     Raises BadInput for a pickle, a damaged file, or weights that do not fit the config.
     """
     import torch
@@ -123,13 +134,16 @@ def load(
     with init_empty_weights():
         networks = _build(config)
     for name, module in networks.modules().items():
+        if only and name not in only:
+            continue
+        chosen = (dtype.get(name) if isinstance(dtype, Mapping) else dtype) or torch.float32
         shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
         state = from_single_file(FAMILY, name, weights, shapes)
         # A copy even where dtype and device agree: what is read may be mapped from the file.
-        state = {key: value.to(device, dtype or torch.float32, copy=True).contiguous() for key, value in state.items()}
+        state = {key: value.to(device, chosen, copy=True).contiguous() for key, value in state.items()}
         module.load_state_dict(state, assign=True)
         module.to(device).eval()
-    networks.passive = _passive(weights)
+    _take_passive(networks, weights)
     return networks
 
 
@@ -170,7 +184,7 @@ def assign(networks: Networks, tensors: Mapping[str, Tensor]) -> None:
             live = module.state_dict()
             for key, value in states[name].items():
                 live[key].copy_(value)
-    networks.passive = _passive(tensors)
+    _take_passive(networks, tensors)
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -284,6 +298,21 @@ def _check_tokenizer(folder: Path, tokenizer: CLIPTokenizer, config: CLIPTextCon
         complaints.append("'a' and 'b' give the same token ids: the vocabulary was not read")
     if complaints:
         raise BadInput(f"The tokenizer {folder} does not fit its text encoder: " + "; ".join(complaints) + ".")
+
+
+def marks(scheduler_config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The empty tensors by which a single file says what a folder says in its scheduler's config."""
+    import torch
+
+    found = [mark for mark, (key, value) in MARKS.items() if scheduler_config.get(key) == value]
+    return {mark: torch.empty(0) for mark in found}
+
+
+def _take_passive(networks: Networks, tensors: Mapping[str, Tensor]) -> None:
+    """Keep what no network holds, and let a file's marks decide what its weights predict."""
+    networks.passive = _passive(tensors)
+    says = dict(MARKS[mark] for mark in MARKS.keys() & networks.passive.keys())
+    networks.scheduler_config = {**networks.scheduler_config, **says}
 
 
 def _passive(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -121,7 +121,7 @@ class LatentStore:
                 held |= {key_of(p): latent for p, latent in zip(pictures, latents, strict=True)}
                 if not done and len(missing) > len(pictures):
                     seconds = (time.monotonic() - started) * len(missing) / len(pictures)
-                    told(f"latents: about {seconds / 3600:,.2g} hours at the pace of the first {len(pictures)}")
+                    told(f"latents: about {duration(seconds)} at the pace of the first {len(pictures)}")
                 done += len(pictures)
                 bar.update(len(pictures))
                 if sum(latent.nbytes for latent in held.values()) >= SHARD:
@@ -199,6 +199,17 @@ class LatentStore:
 def key_of(picture: CaptionedPicture) -> str:
     """What a latent is made of, the VAE and this module's version aside."""
     return digest([picture.sha256, picture.bucket, picture.crop])
+
+
+def duration(seconds: float) -> str:
+    """In the unit that suits it, for estimates.
+
+    >>> [duration(x) for x in (4.68, 59, 200, 5400, 360_000)]
+    ['4.7 s', '59 s', '3.3 min', '1.5 h', '100 h']
+    """
+    unit, name = (1, "s") if seconds < 60 else (60, "min") if seconds < 3600 else (3600, "h")
+    value = seconds / unit
+    return f"{value:.{1 if value < 10 else 0}f} {name}"
 
 
 def latent_bytes(picture: CaptionedPicture) -> int:

@@ -7,13 +7,15 @@ scaled by the pixels trained on; MFU is stated, and told whose figure it is.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ambergrade.errors import BadSetting, UnknownName
 from ambergrade.train.settings import TrainSettings
 
 PARAMETERS = {"unet": 2_567_463_684, "te1": 123_060_480, "te2": 694_659_840, "vae": 83_653_863}
 """Of SDXL."""
+LARGEST = 49_408 * 1280
+"""Weights of the largest tensor."""
 FORWARD_TFLOP = {75: 6.761, 150: 6.844, 225: 6.926}
 """UNet, one 1024² image, by tokens of context; 150 lies half-way."""
 TEXT_TFLOP = {"te1": 0.0133, "te2": 0.0979}
@@ -84,7 +86,10 @@ def train_tflop(settings: TrainSettings, *, resolution: int = 1024) -> float:
 
 
 def memory(settings: TrainSettings, *, resolution: int = 1024) -> list[Part]:
-    """Parts of one process's memory, planned: weights, gradients, optimizer, average, activations, the frozen rest."""
+    """Parts of one process's memory, planned: weights, gradients, optimizer, average, activations, the frozen rest.
+
+    With `in_backward` the gradients are those of the largest tensor alone, the second encoder's token embedding.
+    """
     trained = sum(PARAMETERS[part] for part, rate in settings.lr.items() if rate > 0)
     frozen = sum(PARAMETERS.values()) - trained
     learned = trained
@@ -99,12 +104,18 @@ def memory(settings: TrainSettings, *, resolution: int = 1024) -> list[Part]:
     activations = settings.micro * kept * {"fp32": 2.0, "bf16": 1.5}.get(settings.precision, 1.0)
     return [
         Part("trained weights", learned * width / 1e9),
-        Part("gradients", learned * width / 1e9),
+        Part(*_gradients(settings, learned, width)),
         Part(f"optimizer {settings.optimizer['name']}", learned * optimizer / 1e9),
         Part("average (EMA, fp32)", learned * 4 / 1e9 if settings.ema else 0.0),
         Part("frozen weights", frozen * 2 / 1e9 if half or settings.lora else frozen * 4 / 1e9),
         Part(f"activations, {settings.micro} images", activations),
     ]
+
+
+def _gradients(settings: TrainSettings, learned: int, width: int) -> tuple[str, float]:
+    if settings.in_backward:
+        return "gradient, one tensor at a time", min(learned, LARGEST) * width / 1e9
+    return "gradients", learned * width / 1e9
 
 
 def cache_gb(pictures: int, *, resolution: int = 1024) -> float:
@@ -121,15 +132,15 @@ def plan(settings: TrainSettings, processes: int, device: str, *, resolution: in
         raise BadSetting(f"processes is {processes}; at least one is needed.")
     if device not in DEVICES:
         raise UnknownName("GPU kind", device, DEVICES)
-    accumulation = settings.accumulation(processes)
-    parts = memory(settings, resolution=resolution)
+    accumulation, micro = settings.accumulation(processes), settings.per_pass(processes)
+    parts = memory(replace(settings, micro=micro), resolution=resolution)
     total = sum(part.gb for part in parts)
     chosen = DEVICES[device]
     pictures = pictures or settings.images
     per_image = train_tflop(settings, resolution=resolution) * MEAN_AREA
     encode = pictures * ENCODE_TFLOP * MEAN_AREA * (resolution / 1024) ** 2
     lines = [
-        f"batch      {settings.batch} = {settings.micro} x {accumulation} x {processes}  (micro x accumulation x GPUs)",
+        f"batch      {settings.batch} = {micro} x {accumulation} x {processes}  (micro x accumulation x GPUs)",
         f"steps      {settings.images // settings.batch:,} of {settings.batch} images: {settings.images:,} images",
         f"compute    {per_image:.2f} TFLOP an image, {per_image * settings.images / 1e6:,.2f} EFLOP in all",
         f"cache      {cache_gb(pictures, resolution=resolution):,.1f} GB of latents for {pictures:,} pictures",

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 from ambergrade.errors import BadSetting
 from ambergrade.train.state import read_state, write_state
 from ambergrade.train.validation import ValidationLoss
+
+QUARTERS = ("0-249", "250-499", "500-749", "750-999")
+"""Of a schedule of a thousand steps, by which a row tells the loss; of others the same shares."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +31,20 @@ class LogRow:
     """Before clipping."""
     lr: dict[str, float]
     """Of the last step, by part."""
+    by_timestep: dict[str, float] = field(default_factory=dict)
+    """The loss by quarter of the schedule (`0-249`: little noise), of the quarters that were drawn."""
     images_per_second: float = field(default=0.0, compare=False)
     """Over all processes, samples and states included; the two differ from run to run, so rows equal without them."""
     mfu: float | None = field(default=None, compare=False)
     """FLOP that the model needs over what the GPUs could do in the time; None where the peak is not known."""
+
+
+def by_quarter(losses: Tensor, quarters: Tensor) -> Tensor:
+    """(2, 4) float64: sums and counts of images' losses (B,), by the quarter of the schedule (B,) that each was of."""
+    found = torch.zeros(2, len(QUARTERS), dtype=torch.float64, device=losses.device)
+    found[0].index_add_(0, quarters, losses.detach().double())
+    found[1] += torch.bincount(quarters, minlength=len(QUARTERS))
+    return found
 
 
 class Run:
@@ -47,15 +61,19 @@ class Run:
         self.rows: list[LogRow] = []
         self.pending: list[tuple[float, float]] = []
         """(loss, gradient norm) of steps since the last row."""
+        self.parts = torch.zeros(2, len(QUARTERS), dtype=torch.float64)
+        """Sums and counts of images' losses by quarter of the schedule, since the last row."""
         self.before: ValidationLoss | None = None
+        self.between: dict[int, ValidationLoss] = {}
         self.since = (time.monotonic(), self.seen)
         """When the last row was logged, or this process began, and the images seen then."""
         self.flop = 0.0
         """Needed since then."""
 
     @torch.no_grad()
-    def advance(self, images: int, loss: float, norm: float) -> None:
-        """Count a finished optimizer step and move the average."""
+    def advance(self, images: int, loss: float, norm: float, parts: Tensor) -> None:
+        """Count a finished optimizer step and move the average; `parts` as `Run.parts`."""
+        self.parts += parts.cpu()
         self.seen += images
         self.steps += 1
         self.pending.append((loss, norm))
@@ -70,8 +88,11 @@ class Run:
         losses, norms = zip(*self.pending, strict=True)
         seconds = max(time.monotonic() - self.since[0], 1e-9)
         rate, mfu = (self.seen - self.since[1]) / seconds, self.flop / seconds / peak if peak else None
-        row = LogRow(self.seen, sum(losses) / len(losses), sum(norms) / len(norms), lr, rate, mfu)
+        sums, counts = self.parts.tolist()
+        parts = {name: value / count for name, value, count in zip(QUARTERS, sums, counts, strict=True) if count}
+        row = LogRow(self.seen, sum(losses) / len(losses), sum(norms) / len(norms), lr, parts, rate, mfu)
         self.since, self.flop = (time.monotonic(), self.seen), 0.0
+        self.parts = torch.zeros_like(self.parts)
         self.rows.append(row)
         self.pending = []
         return row
@@ -107,7 +128,9 @@ class Run:
             "steps": self.steps,
             "rows": [asdict(row) for row in self.rows],
             "pending": self.pending,
+            "parts": self.parts.tolist(),
             "before": asdict(self.before) if self.before else None,
+            "between": {str(seen): asdict(found) for seen, found in self.between.items()},
         }
         write_state(folder, tensors, progress)
 
@@ -132,9 +155,9 @@ class Run:
         self.since = (time.monotonic(), self.seen)
         self.rows = [LogRow(**row) for row in progress["rows"]]
         self.pending = [(loss, norm) for loss, norm in progress["pending"]]
-        if progress["before"]:
-            by_timestep = {int(t): value for t, value in progress["before"]["by_timestep"].items()}
-            self.before = ValidationLoss(**{**progress["before"], "by_timestep": by_timestep})
+        self.parts = torch.tensor(progress["parts"], dtype=torch.float64)
+        self.before = _validation(progress["before"]) if progress["before"] else None
+        self.between |= {int(seen): _validation(found) for seen, found in progress.get("between", {}).items()}
 
     def _restore_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
         """Straight into its state: loading would cast the fp32 moments of bf16 weights to bf16."""
@@ -142,3 +165,9 @@ class Run:
             name, field_name = key.removeprefix("optimizer.").split("/")
             parameter = self.names[name]
             self.optimizer.state[parameter][field_name] = value.clone().to(parameter.device)
+
+
+def _validation(values: Mapping[str, Any]) -> ValidationLoss:
+    """Back from JSON, whose keys are text."""
+    by_timestep = {int(timestep): value for timestep, value in values["by_timestep"].items()}
+    return ValidationLoss(**{**values, "by_timestep": by_timestep})

@@ -17,7 +17,7 @@ PRECISIONS = ("fp32", "bf16", "bf16-sr", "bf16-plain")
 TOKENS = (75, 150, 225)
 ADAPTERS = ("lora", "locon", "loha", "lokr")
 CHECKPOINTING = ("none", "selective", "full")
-WHERE = ("save_every", "log_every", "sample_every", "checkpointing")
+WHERE = ("save_every", "log_every", "sample_every", "validate_every", "checkpointing", "in_backward")
 """Settings that change no result, so no identity either."""
 
 
@@ -30,7 +30,8 @@ class TrainSettings:
     batch: int
     """Images of one optimizer step, over all processes: accumulation is derived, batch / (micro * processes)."""
     micro: int
-    """Images of one forward and backward pass on one process."""
+    """Most images of one forward and backward pass on one process; where a process's share of a batch is less, so many
+    as the share."""
     lr: Mapping[str, float]
     """Peak learning rates of `unet`, `te1`, `te2`; 0 freezes the part."""
     schedule: Mapping[str, Any]
@@ -69,6 +70,9 @@ class TrainSettings:
     checkpointing: str = "none"
     """What is computed again in the backward pass to save memory: `none`, `selective` (the UNet's deepest level and
     middle, where most activations of attention lie) or `full` (all blocks, and the text encoders). Same numbers."""
+    in_backward: bool = False
+    """Step each weight as soon as its gradient is whole and free the gradient: the same numbers with no second copy of
+    the weights for gradients. Needs one pass per step (`micro` = `batch`), one process, and no clipping."""
     compile: bool = False
     """Compile the UNet's repeated blocks."""
     lora: Mapping[str, Any] | None = None
@@ -81,6 +85,8 @@ class TrainSettings:
     """Images between log rows, each a mean over them; 0 is one a step."""
     sample_every: int = 0
     """Images between calls of `on_sample`; 0 is none."""
+    validate_every: int = 0
+    """Images between validation losses of the (averaged) weights on the way; 0 is before and after only."""
 
     def __post_init__(self) -> None:
         complaints = []
@@ -96,6 +102,11 @@ class TrainSettings:
         negative += [f"loss_weights.{tag}" for tag, weight in self.loss_weights.items() if weight < 0]
         if negative:
             complaints.append(f"{', '.join(negative)} must not be negative")
+        if self.in_backward and self.clip:
+            complaints.append(
+                f"in_backward has no norm of the whole gradient to clip by: set clip to 0, or in_backward to false; "
+                f"found clip {self.clip:g}"
+            )
         if self.lora is not None:
             if not {"rank", "alpha"} <= set(self.lora) <= {"rank", "alpha", "kind", "factor"}:
                 complaints.append(f"lora needs rank and alpha, and may have kind and factor; found {dict(self.lora)}")
@@ -127,16 +138,35 @@ class TrainSettings:
         """The settings that decide the result, without those that say where and how often."""
         return {key: value for key, value in asdict(self).items() if key not in WHERE}
 
+    def per_pass(self, processes: int) -> int:
+        """Images of one forward and backward pass on each of `processes`: `micro`, or a smaller share of the batch.
+
+        Raises BadSetting saying which setting to change to what.
+        """
+        share, rest = divmod(self.batch, processes)
+        found = f"batch {self.batch} cannot be made of {processes} process(es) with micro {self.micro}"
+        if rest or not share:
+            below, above = self.batch - rest, self.batch - rest + processes
+            near = " or ".join(str(n) for n in (below, above) if n)
+            raise BadSetting(f"{found}: set trainer.batch to a multiple of {processes}, such as {near}.")
+        if self.micro < 1 or share % min(self.micro, share):
+            fit = [n for n in range(1, share + 1) if share % n == 0]
+            raise BadSetting(f"{found}: set trainer.micro to one of {', '.join(map(str, fit))}.")
+        return min(self.micro, share)
+
     def accumulation(self, processes: int) -> int:
-        """Passes per optimizer step on each of `processes`. Raises BadSetting saying which `micro` fit."""
-        steps, rest = divmod(self.batch, self.micro * processes)
-        if self.micro < 1 or rest or not steps:
-            fit = [n for n in range(1, self.batch + 1) if self.batch % (n * processes) == 0]
-            what = f"micro may be {', '.join(map(str, fit))}" if fit else f"batch must be a multiple of {processes}"
+        """Passes per optimizer step on each of `processes`.
+
+        Raises BadSetting where the batch does not divide, and where `in_backward` would need more passes than one.
+        """
+        passes = self.batch // (self.per_pass(processes) * processes)
+        if self.in_backward and passes * processes > 1:
             raise BadSetting(
-                f"batch {self.batch} cannot be made of {processes} process(es) with micro {self.micro}: {what}."
+                f"in_backward steps within one pass of one process, and batch {self.batch} takes {passes} pass(es) on "
+                f"{processes} process(es):\nset trainer.micro and trainer.batch to one number with processes=1, or "
+                "trainer.in_backward=false."
             )
-        return steps
+        return passes
 
 
 def plug_module(kind: str, chosen: Mapping[str, Any]) -> Any:

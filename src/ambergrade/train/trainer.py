@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ambergrade.errors import BadSetting
+from ambergrade.family import sdxl
 from ambergrade.family.sdxl import Networks
 from ambergrade.identity import digest
 from ambergrade.nouns import Caption, CaptionedPicture, CaptionSet
@@ -35,9 +36,10 @@ from ambergrade.train.diffusion import (
     time_ids,
 )
 from ambergrade.train.flops import StepFlop, peak_flops
+from ambergrade.train.in_backward import StepsInBackward
 from ambergrade.train.latents import Cached
 from ambergrade.train.rounding import lost_share
-from ambergrade.train.run import LogRow, Run
+from ambergrade.train.run import QUARTERS, LogRow, Run, by_quarter
 from ambergrade.train.settings import TrainSettings, plug, plug_module
 from ambergrade.train.tokens import encode, tokenize_captions
 from ambergrade.train.validation import ValidationLoss, validation_loss
@@ -46,6 +48,10 @@ __all__ = ["Denoiser", "LogRow", "TrainReport", "fine_tune", "freeze", "paramete
 
 STATES = "state"
 """Folder of resumable states within a run's scratch folder."""
+TRAINED = ("unet", "text_encoder", "text_encoder_2")
+"""Components that may be trained."""
+HALF = ("bf16-sr", "bf16-plain")
+"""Precisions whose weights are bf16."""
 MOST_LOST = 0.5
 """Plain bf16 is refused when more than this share of a part's weights would not feel a step."""
 
@@ -58,6 +64,8 @@ class TrainReport:
     """Images."""
     rows: list[LogRow] = field(default_factory=list)
     before: ValidationLoss | None = None
+    between: dict[int, ValidationLoss] = field(default_factory=dict)
+    """Images seen to the loss on the way; of the average, if there is one."""
     after: ValidationLoss | None = None
 
 
@@ -90,21 +98,24 @@ def fine_tune(
     on_log: Callable[[LogRow], None] | None = None,
     on_sample: Callable[[Networks, int], None] | None = None,
     on_gradient: Callable[[Mapping[str, Tensor]], None] | None = None,
+    on_validation: Callable[[ValidationLoss, int], None] | None = None,
     validation: tuple[CaptionSet, Cached] | None = None,
 ) -> TrainReport:
-    """Train in place and report. With `settings.ema` the networks end as their average.
+    """Train in place and report. With `settings.ema` the networks end as their average; with bf16 weights in bf16.
 
     Every `save_every` images the whole state goes to `scratch`; called again after a kill with the same arguments
     (and the weights it began with), the run goes on from there and ends in the same bits. `on_log(row)` hears each
     new row, `on_sample(networks, images seen)` gets the (averaged) networks to draw with, `on_gradient(name to
-    gradient)` sees each step's clipped gradient, `validation` is a held-out set, measured before and after. Launched
-    by accelerate with several processes, each takes a slice of the same batches. Raises BadSetting when the batch
-    cannot be divided, plain bf16 could not learn, or `scratch` holds another run.
+    gradient)` sees each step's clipped gradient. `validation` is a held-out set, measured before, after and each
+    `validate_every` images, which `on_validation(loss, images seen)` hears. Launched by accelerate with several
+    processes, each takes a slice of the same batches. Raises BadSetting when the batch cannot be divided, plain bf16
+    could not learn, or `scratch` holds another run.
     """
     accelerator = Accelerator(
         gradient_accumulation_steps=1, mixed_precision="bf16" if settings.precision == "bf16" else "no"
     )
     accumulation = settings.accumulation(accelerator.num_processes)
+    size = settings.per_pass(accelerator.num_processes)
     accelerator.gradient_accumulation_steps = accumulation
     loss_per_image = plug("losses", "loss", settings.loss)
     factor = plug("schedules", "factor", settings.schedule)
@@ -123,12 +134,13 @@ def fine_tune(
     networks.vae.to(accelerator.device)
     run = Run(denoiser, optimizer, settings.ema, digest([settings.what, captions.digest]))
     run.restore(scratch / STATES)
+    in_backward = StepsInBackward(optimizer) if settings.in_backward else None
 
     def heard(run: Run) -> None:
         if on_gradient:
             on_gradient({name: p.grad for name, p in run.names.items() if p.grad is not None})
 
-    report = TrainReport(run.seen, run.rows, run.before)
+    report = TrainReport(run.seen, run.rows, run.before, between=run.between)
     if validation and run.before is None:
         report.before = run.before = validation_loss(networks, *validation, tokens=settings.tokens)
     peak = peak_flops(accelerator.device)
@@ -158,23 +170,23 @@ def fine_tune(
                     alphas,
                     settings,
                 )
-                for places in (
-                    range(start, start + settings.micro)
-                    for start in range(first, first + accumulation * settings.micro, settings.micro)
+                for places in (range(start, start + size) for start in range(first, first + accumulation * size, size))
+            )
+            if in_backward:
+                step = _step_in_backward(accelerator, model, in_backward, micro_batches, loss_per_image)
+            else:
+                step = _optimizer_step(
+                    accelerator, model, stepper, micro_batches, loss_per_image, settings.clip, lambda: heard(run)
                 )
-            )
-            mean_loss, norm = _optimizer_step(
-                accelerator, model, stepper, micro_batches, loss_per_image, settings.clip, lambda: heard(run)
-            )
-            if not math.isfinite(mean_loss + norm):
+            if not math.isfinite(step.loss + step.norm):
                 raise BadSetting(
-                    f"Training diverged after {run.seen} images: loss {mean_loss}, gradient norm {norm}.\n"
+                    f"Training diverged after {run.seen} images: loss {step.loss}, gradient norm {step.norm}.\n"
                     "Lower lr, lengthen the schedule's warmup, or clip harder; states saved before can be resumed."
                 )
-            run.advance(settings.batch, mean_loss, norm)
+            run.advance(settings.batch, *step)
             run.flop += settings.batch * flop.of_image(bucket) if flop else 0.0
             bar.update(settings.batch)
-            bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
+            bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)
 
             if _due(run.seen, settings.log_every or settings.batch, settings):
                 rates = {part: settings.lr[part] * rate for part in settings.lr}
@@ -186,14 +198,24 @@ def fine_tune(
                     denoiser.eval()
                     on_sample(networks, run.seen)
                     denoiser.train()
+            if validation and _due(run.seen, settings.validate_every, settings) and run.seen < settings.images:
+                with run.averaged():
+                    found = validation_loss(networks, *validation, tokens=settings.tokens)
+                run.between[run.seen] = found
+                if on_validation and accelerator.is_main_process:
+                    on_validation(found, run.seen)
             if _due(run.seen, settings.save_every, settings):
                 if accelerator.is_main_process:
                     run.save(scratch / STATES)
                 accelerator.wait_for_everyone()
+    if in_backward:
+        in_backward.remove()
     run.finish()
     if adapters is not None:
         adapters.merge(scratch)
-    denoiser.float().eval().requires_grad_(True)
+    denoiser.eval().requires_grad_(True)
+    if settings.precision not in HALF:
+        denoiser.float()  # bf16 weights stay so: twice the memory would say nothing more
     report.seen, report.rows = run.seen, run.rows
     if validation:
         report.after = validation_loss(networks, *validation, tokens=settings.tokens)
@@ -219,9 +241,27 @@ class MicroBatch:
     """(B, 6)"""
     weights: Tensor
     """(B,) factors of the images' losses."""
+    quarters: Tensor
+    """(B,) int64, of the schedule, that the timesteps lie in."""
 
     def to(self, device: torch.device) -> MicroBatch:
-        return MicroBatch(**{name: value.to(device) for name, value in vars(self).items()})
+        """There; from pinned memory to a GPU, so that the next batch is drawn while this one is computed."""
+        values: dict[str, Tensor] = vars(self)
+        if device.type == "cuda":
+            values = {name: value.pin_memory() for name, value in values.items()}
+        return MicroBatch(
+            **{name: value.to(device, non_blocking=device.type == "cuda") for name, value in values.items()}
+        )
+
+
+class Step(NamedTuple):
+    """What an optimizer step gave, over all processes."""
+
+    loss: float
+    norm: float
+    """Of the gradient, before clipping."""
+    parts: Tensor
+    """Losses by quarter of the schedule, as `by_quarter` gives them."""
 
 
 def draw_micro_batch(
@@ -261,6 +301,7 @@ def draw_micro_batch(
         *tokenize_captions(networks, tags, settings.tokens),
         time_ids(pictures),
         torch.tensor([loss_weight(picture.caption, settings.loss_weights) for picture in pictures]),
+        timesteps * len(QUARTERS) // len(alphas),
     )
 
 
@@ -272,7 +313,8 @@ def loss_weight(caption: Caption, weights: Mapping[str, float]) -> float:
 def set_prediction(networks: Networks, settings: TrainSettings) -> None:
     """Let the networks' scheduler config say what the loss trains, so that validation and sampling follow.
 
-    Raises BadSetting for an ε-loss on a v-prediction model, which would unlearn it.
+    The marks by which a single file says the same go with the weights. Raises BadSetting for an ε-loss on a
+    v-prediction model, which would unlearn it.
     """
     trained = plug_module("losses", settings.loss).PREDICTION
     found = networks.scheduler_config.get("prediction_type", "epsilon")
@@ -282,6 +324,7 @@ def set_prediction(networks: Networks, settings: TrainSettings) -> None:
         networks.scheduler_config = {**networks.scheduler_config, "prediction_type": trained}
     if settings.zero_terminal_snr:
         networks.scheduler_config = {**networks.scheduler_config, "rescale_betas_zero_snr": True}
+    networks.passive |= sdxl.marks(networks.scheduler_config)
 
 
 def choose_precision(denoiser: Denoiser, settings: TrainSettings) -> None:
@@ -290,7 +333,7 @@ def choose_precision(denoiser: Denoiser, settings: TrainSettings) -> None:
     Raises BadSetting where they would not learn: plain rounding at a rate that most weights would not feel, or
     bf16-sr with an optimizer that does not round stochastically.
     """
-    if settings.precision not in ("bf16-sr", "bf16-plain"):
+    if settings.precision not in HALF:
         return
     name = settings.optimizer["name"]
     if settings.precision == "bf16-sr":
@@ -361,24 +404,48 @@ def _optimizer_step(
     loss_per_image: Callable[[Tensor, Tensor, Tensor], Tensor],
     clip: float,
     before_step: Callable[[], None] = lambda: None,
-) -> tuple[float, float]:
-    """Accumulate the micro-batches' gradients and step once; the mean loss over all processes and the gradient norm."""
+) -> Step:
+    """Accumulate the micro-batches' gradients and step once."""
     losses: list[Tensor] = []
+    parts: list[Tensor] = []
     norm = torch.zeros(())
     for micro in micro_batches:
         micro = micro.to(accelerator.device)
         with accelerator.accumulate(model):
-            predicted = model(micro.noisy, micro.timesteps, micro.ids_1, micro.ids_2, micro.time_ids)
-            loss = (loss_per_image(predicted, micro.target, micro.alpha_bar) * micro.weights).mean()
+            each = _losses(model, micro, loss_per_image)
+            loss = each.mean()
             accelerator.backward(loss)
             losses.append(loss.detach())
+            parts.append(by_quarter(each, micro.quarters))
             if accelerator.sync_gradients:
                 parameters = [p for group in stepper.param_groups for p in group["params"]]
                 norm = accelerator.clip_grad_norm_(parameters, clip or math.inf)
                 before_step()
             stepper.step()
             stepper.zero_grad(set_to_none=True)
-    return accelerator.reduce(torch.stack(losses).mean(), "mean").item(), float(norm)
+    loss = accelerator.reduce(torch.stack(losses).mean(), "mean")
+    return Step(loss.item(), float(norm), accelerator.reduce(torch.stack(parts).sum(dim=0), "sum"))
+
+
+def _step_in_backward(
+    accelerator: Accelerator,
+    model: nn.Module,
+    steps: StepsInBackward,
+    micro_batches: Iterable[MicroBatch],
+    loss_per_image: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Step:
+    """The step of one pass on one process, made while it goes backward."""
+    (micro,) = (batch.to(accelerator.device) for batch in micro_batches)
+    each = _losses(model, micro, loss_per_image)
+    loss = each.mean()
+    accelerator.backward(loss)
+    return Step(loss.item(), float(steps.norm()), by_quarter(each, micro.quarters))
+
+
+def _losses(model: nn.Module, micro: MicroBatch, loss_per_image: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """(B,)"""
+    predicted = model(micro.noisy, micro.timesteps, micro.ids_1, micro.ids_2, micro.time_ids)
+    return loss_per_image(predicted, micro.target, micro.alpha_bar) * micro.weights
 
 
 def _due(seen: int, every: int, settings: TrainSettings) -> bool:

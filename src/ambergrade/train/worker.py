@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ambergrade.errors import AmbergradeError, BadSetting
 from ambergrade.store import write_json
@@ -75,12 +76,13 @@ def run(job: Job) -> None:
     from ambergrade.nouns import CaptionSet
     from ambergrade.train.latent_store import LatentStore
     from ambergrade.train.settings import TrainSettings
-    from ambergrade.train.trainer import LogRow, fine_tune
+    from ambergrade.train.trainer import HALF, TRAINED, LogRow, fine_tune
 
     torch.set_num_threads(job.threads)
     first = int(os.environ.get("RANK", "0")) == 0
-    dtype = torch.float64 if job.gradients else torch.float32
-    networks = sdxl.load(Path(job.checkpoint), Path(job.config), dtype=dtype)
+    settings = TrainSettings.read(job.settings)
+    dtype = torch.float64 if job.gradients else torch.bfloat16 if settings.precision in HALF else torch.float32
+    networks = sdxl.load(Path(job.checkpoint), Path(job.config), dtype=dict.fromkeys(TRAINED, dtype))
     out = Path(job.out)
 
     def tell(row: LogRow) -> None:
@@ -100,7 +102,7 @@ def run(job: Job) -> None:
         networks,
         captions,
         store.open(captions),
-        TrainSettings.read(job.settings),
+        settings,
         scratch=out,
         on_log=tell,
         on_gradient=keep,
@@ -108,7 +110,9 @@ def run(job: Job) -> None:
     )
     if first and not job.gradients:
         sdxl.write_checkpoint(out / "trained.safetensors", sdxl.tensors(networks), {})
-        losses = {"before": report.before and asdict(report.before), "after": report.after and asdict(report.after)}
+        ends = {"before": report.before, "after": report.after}
+        losses: dict[str, Any] = {when: loss and asdict(loss) for when, loss in ends.items()}
+        losses["between"] = {str(seen): asdict(loss) for seen, loss in report.between.items()}
         write_json(out / "report.json", {"seen": report.seen, "rows": [asdict(r) for r in report.rows], **losses})
 
 

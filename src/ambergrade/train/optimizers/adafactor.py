@@ -42,6 +42,7 @@ class Adafactor(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         number = 0
         for group in self.param_groups:
+            number = group.get("before", number)
             shrink = group["lr"] * group["weight_decay"] if group["decayed"] else 0.0
             for parameter in group["params"]:
                 number += 1

@@ -35,6 +35,7 @@ class AdamWSR(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         number = 0
         for group in self.param_groups:
+            number = group.get("before", number)
             beta_1, beta_2 = group["betas"]
             decay = group["lr"] * group["weight_decay"] if group["decayed"] else 0.0
             for parameter in group["params"]:

@@ -31,6 +31,7 @@ class Lion(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         number = 0
         for group in self.param_groups:
+            number = group.get("before", number)
             beta_1, beta_2 = group["betas"]
             shrink = group["lr"] * group["weight_decay"] if group["decayed"] else 0.0
             for parameter in group["params"]:
