@@ -85,7 +85,7 @@ def test_the_header_speaks_modelspec_and_a1111() -> None:
 def test_every_merge_yaml_makes_a_recipe(file: Path) -> None:
     settings = yaml.safe_load(file.read_text())
     for models in sorted((CONF / "models").glob("*.yaml")):
-        aliases = [*yaml.safe_load(models.read_text()), "base7"]
+        aliases = [*yaml.safe_load(models.read_text()), "base7", "base8"]
         formula = Formula.parse(settings["formula"], aliases)
         inputs = dict.fromkeys(aliases, "0" * 64)
         Recipe(formula, settings["coefficients"], inputs, settings["dtype"], settings["policies"])

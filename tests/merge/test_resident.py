@@ -194,3 +194,48 @@ def test_settings_that_do_not_fit_are_refused(inputs: dict[str, dict[str, Tensor
         ResidentMerge(GAMMA, {alias: inputs[alias] for alias in MODELS[:3]})
     with pytest.raises(BadSetting, match="'b' has no value"):
         ResidentMerge(GAMMA, inputs).at({"a": 0.8})
+
+
+METHODS = "beta7 + a * (ties(beta7, anxl2, anxl3, density=0.3) - beta7) + dare(b * (base7 - beta7), density=0.5)"
+
+
+def test_what_methods_make_without_coefficients_is_kept_and_changes_no_bit(
+    inputs: dict[str, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ambergrade.merge.methods import dare, ties
+
+    made = {"ties": 0, "dare": 0}
+    for module in (ties, dare):
+        name = module.__name__.rpartition(".")[2]
+
+        def counting(
+            *given: Tensor, name: str = name, plain: object = getattr(module, name), **named: object
+        ) -> Tensor:
+            made[name] += 1
+            return plain(*given, **named)  # type: ignore[operator, no-any-return]
+
+        monkeypatch.setattr(module, name, counting)
+    formula = Formula.parse(METHODS, MODELS)
+    points = [{"a": 0.25, "b": 0.5}, {"a": 0.5, "b": 0.5}, {"a": 0.5, "b": 0.75}]
+    keeping, forgetting = (ResidentMerge(formula, inputs, keep=keep) for keep in (2**30, 0))
+    found = [keeping.at(point) for point in points]
+    assert made == {"ties": 3, "dare": 9}  # three tensors; dare's argument holds b
+    for values, point in zip(found, points, strict=True):
+        assert weights_digest(values) == weights_digest(forgetting.at(point))
+    assert made == {"ties": 12, "dare": 18}
+
+
+def test_no_more_is_kept_than_may_be(inputs: dict[str, dict[str, Tensor]]) -> None:
+    size = 4 * inputs["beta7"]["model.w"].numel()  # fp32
+    merge = ResidentMerge(Formula.parse(METHODS, MODELS), inputs, keep=size - 4)
+    merge.at({"a": 0.25, "b": 0.5})
+    kept = sum(value.numel() * 4 for value in merge._kept._values.values())
+    assert 0 < kept < size
+
+
+def test_components_are_made_of_the_same_only_while_their_own_coefficients_stay() -> None:
+    named = {"model.diffusion_model.w": torch.ones(2), "conditioner.embedders.0.w": torch.ones(2)}
+    formula = Formula.parse("x + unet(a * (y - x)) + te1(b * (y - x))", ["x", "y"])
+    merge = ResidentMerge(formula, {"x": named, "y": {name: 2 * value for name, value in named.items()}})
+    texts = [merge.made_of({"a": a, "b": b}, "te1", "te2") for a, b in ((0.5, 0.5), (0.7, 0.5), (0.5, 0.7))]
+    assert texts[0] == texts[1] != texts[2]

@@ -68,6 +68,8 @@ def merge(
     """
     if any(out.exists() and out.samefile(file) for opened in job.inputs.values() for file in opened.files):
         raise BadSetting(f"{out} is one of the inputs. Name another output.")
+    if out.is_dir():
+        raise BadSetting(f"{out} is a folder. Name the file to write, such as {out / 'merged.safetensors'}.")
     with written_aside(out) as aside:
         descriptor = os.open(aside, os.O_RDWR)
         try:

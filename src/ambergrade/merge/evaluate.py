@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -73,14 +74,47 @@ def refuse_nonfinite(task: Task, tensors: Mapping[str, Tensor], what: str) -> No
     )
 
 
+class Kept:
+    """What methods and LoRAs made, kept for the next point: of atoms that hold no coefficient, up to some bytes.
+
+    A value is kept as it was made, so a point has the same bits with it and without. Threads may share it.
+    """
+
+    def __init__(self, atoms: frozenset[Applied], most: int) -> None:
+        self.atoms, self.left = atoms, most
+        self._values: dict[tuple[Applied, str], Tensor] = {}
+        self._lock = threading.Lock()
+
+    def get(self, atom: Applied, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """The atom's value on the canonical part `name`."""
+        if atom not in self.atoms:
+            return make()
+        value = self._values.get((atom, name))
+        if value is None:
+            value = make()
+            with self._lock:
+                size = value.untyped_storage().nbytes()
+                if size <= self.left:
+                    self._values[atom, name] = value
+                    self.left -= size
+        return value
+
+
 class Evaluator:
     """Values of merged tensors. One for each thread: it owns buffers."""
 
     def __init__(
-        self, base: str, parts: Parts, loras: Callable[[str, str], Mapping[str, Tensor]], device: str = "cpu"
+        self,
+        base: str,
+        parts: Parts,
+        loras: Callable[[str, str], Mapping[str, Tensor]],
+        device: str = "cpu",
+        *,
+        kept: Kept | None = None,
     ) -> None:
-        """`loras(alias, name)` gives the tensors of a LoRA that the weight `name` needs."""
+        """`loras(alias, name)` gives the tensors of a LoRA that the weight `name` needs; `kept` spares repeats."""
         self.base, self.parts, self.loras = base, parts, loras
+        self.kept = kept or Kept(frozenset(), 0)
         self.combiner = Combiner(device)
 
     def linear(self, task: Task, tensors: Mapping[str, Tensor], out: Tensor) -> bool:
@@ -127,6 +161,9 @@ class Evaluator:
     ) -> Tensor:
         if isinstance(atom, str):
             return source.take({task.name: tensors[atom]}).contiguous()
+        return self.kept.get(atom, name, lambda: self._applied(atom, task, name, source, tensors))
+
+    def _applied(self, atom: Applied, task: Task, name: str, source: Source, tensors: Mapping[str, Tensor]) -> Tensor:
         if atom.function == "lora":
             file = str(dict(atom.options)["file"])
             made = difference(task.name, self.loras(file, task.name), tensors[self.base])

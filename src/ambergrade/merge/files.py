@@ -29,6 +29,9 @@ from ambergrade.merge.recipe import Recipe
 from ambergrade.store import find_file
 
 KEYS = ("formula", "models", "coefficients", "dtype", "policies", "out")
+MOST_BYTES = 1 << 16
+"""Of a recipe file."""
+MOST_NUMBER = 1e300
 RECIPE = "ambergrade.recipe"
 """Key of a merged file's metadata under which its recipe stands."""
 
@@ -59,43 +62,83 @@ def read_recipe(file: Path, coefficients: Mapping[str, float] | None = None) -> 
     """
     if not file.is_file():
         raise MissingObject(f"No recipe at {file}.")
+    with file.open("rb") as opened:
+        text = opened.read(MOST_BYTES + 1)
+    if len(text) > MOST_BYTES:
+        raise BadInput(f"{file.name} has more than {MOST_BYTES:,} bytes: it is no recipe.")
     try:
-        values = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"{file.name} cannot be read as yaml: {str(error).splitlines()[0]}") from None
+        values = yaml.load(text, _Loader)
+    except _YAML_FAILS as error:
+        told = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise BadInput(f"{file.name} cannot be read as yaml: {told}") from None
     if not isinstance(values, dict) or "formula" not in values:
         raise BadInput(f"{file.name} holds no recipe.\nA recipe has the keys: {', '.join(KEYS)}.")
     return from_values(values, file.parent, coefficients)
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values without references, by which a short file stands for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="a reference (*name) has no place in a recipe")
+        return super().compose_node(parent, index)
+
+
+# What yaml's own constructors raise for a wrong `!!bool`, `!!int`, date, or number of digits, or for deep nesting.
+_YAML_FAILS = (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 def from_values(values: Mapping[str, Any], folder: Path, coefficients: Mapping[str, float] | None = None) -> Written:
     """A recipe from plain values; paths are relative to `folder`. Raises as `read_recipe`."""
     for key in values:
         if key not in KEYS:
-            raise UnknownName("recipe key", str(key), KEYS)
-    sources = values.get("models") or {}
-    if not isinstance(sources, dict) or not all(isinstance(source, str) for source in sources.values()):
-        raise BadInput("models: maps names to files, as in models: {beta7: beta7.safetensors}.")
-    formula = Formula.parse(str(values["formula"]), sources)
-    numbers = {**(values.get("coefficients") or {}), **(coefficients or {})}
+            raise UnknownName("recipe key", str(key)[:80], KEYS)
+    for key in ("formula", "dtype", "out"):
+        value = values.get(key)
+        if not (isinstance(value, str) or (value is None and key != "formula")) or "\0" in (value or ""):
+            raise BadSetting(f"{key} is a text, found {str(value)[:80]!r}.")
+    sources, policies = _mapping(values, "models"), _mapping(values, "policies")
+    for key, mapping in (("models", sources), ("policies", policies)):
+        if not all(isinstance(text, str) for pair in mapping.items() for text in pair):
+            raise BadInput(f"{key} maps names to {'files' if key == 'models' else 'words'}, as in {_EXAMPLES[key]}.")
+    formula = Formula.parse(values["formula"], sources)
+    numbers = {**_mapping(values, "coefficients"), **(coefficients or {})}
     for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise BadSetting(f"coefficients.{name} is a number, found {value!r}.")
+        if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > MOST_NUMBER:
+            raise BadSetting(f"coefficients.{str(name)[:80]} is a number, found {str(value)[:80]!r}.")
     needed = (*formula.models, *formula.loras)
     paths = {alias: _place(sources.get(alias, formula.lora_paths.get(alias, alias)), folder) for alias in needed}
     out = values.get("out")
     return Written(
         formula,
         paths,
-        {name: float(value) for name, value in numbers.items()},
+        {str(name): float(value) for name, value in numbers.items()},
         values.get("dtype"),
-        dict(values.get("policies") or {}),
+        policies,
         None if out is None else folder / out,
     )
 
 
+_EXAMPLES = {
+    "models": "models: {beta7: beta7.safetensors}",
+    "policies": "policies: {vae: base}",
+    "coefficients": "coefficients: {a: 0.8}",
+}
+
+
+def _mapping(values: Mapping[str, Any], key: str) -> dict[Any, Any]:
+    found = values.get(key)
+    if found is not None and not isinstance(found, Mapping):
+        raise BadInput(f"{key} is a mapping, as in {_EXAMPLES[key]}; found {str(found)[:80]!r}.")
+    return dict(found or {})
+
+
 def _place(source: str, folder: Path) -> Path:
-    return find_file(source) if "://" in source else find_file(str(folder / Path(source).expanduser()))
+    try:
+        return find_file(source) if "://" in source else find_file(str(folder / Path(source).expanduser()))
+    except (OSError, ValueError, RuntimeError) as error:  # too long a name, a zero byte, ~ of nobody
+        raise BadInput(f"'{source[:80]}' is no path: {str(error)[:80]}.") from None
 
 
 @dataclass(frozen=True)

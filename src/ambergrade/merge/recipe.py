@@ -64,12 +64,23 @@ class Recipe:
         """Read what `to_json` wrote. Raises BadInput where keys are missing or unknown."""
         try:
             document = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             document = None
         expected = {"formula", "coefficients", "inputs", "dtype", "policies"}
-        if not isinstance(document, dict) or document.keys() != expected:
+        if not isinstance(document, dict) or document.keys() != expected or not _plain(document):
             raise BadInput(f"A merge recipe has the keys {sorted(expected)}; found {text[:200]}")
         return cls(**{**document, "formula": Formula.parse(document["formula"], document["inputs"])})
+
+
+def _plain(document: Mapping[str, Any]) -> bool:
+    """Whether a recipe's values are of the kinds that `Recipe.document` has."""
+    texts = all(
+        isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+        for value in (document["inputs"], document["policies"])
+    )
+    dtype = document["dtype"]
+    known = isinstance(document["formula"], str) and (dtype is None or isinstance(dtype, str))
+    return texts and known and isinstance(document["coefficients"], dict)
 
 
 def metadata(

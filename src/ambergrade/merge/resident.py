@@ -5,7 +5,8 @@ The same plan and the same arithmetic as for files, so a live model has the bits
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -19,9 +20,11 @@ from ambergrade.family.detect import Layout, detect
 from ambergrade.family.files import DTYPES as WORDS
 from ambergrade.family.files import TORCH
 from ambergrade.family.layouts import Source
-from ambergrade.merge.evaluate import Evaluator, canonical_parts, check_operands, operands, refuse_nonfinite
+from ambergrade.merge.blocks import component
+from ambergrade.merge.evaluate import Evaluator, Kept, canonical_parts, check_operands, operands, refuse_nonfinite
 from ambergrade.merge.formula import Formula
 from ambergrade.merge.lora import targets
+from ambergrade.merge.mixture import Applied, Mixture
 from ambergrade.merge.plan import DTYPES, Plan, Task, check_policies, make_plan
 
 
@@ -57,9 +60,12 @@ class ResidentMerge:
         *,
         dtype: str | None = None,
         policies: Mapping[str, str] | None = None,
+        keep: int | None = None,
     ) -> None:
         """`inputs` maps each alias, of models and LoRAs, to its tensors (single-file names for models).
 
+        `keep`: bytes of what methods and LoRAs make without coefficients that are kept between points, in fp32; None is
+        half of the memory that is free now.
         `dtype` is one of fp32, fp16, bf16, or None for the base's own. Raises UnknownName for a dtype or a missing
         model, BadInput for keys or shapes that differ (with a list) and for values that cannot be merged.
         """
@@ -82,7 +88,17 @@ class ResidentMerge:
         }
         # Any point with every model in it will do for the checks, and an odd one divides by no zero.
         some = {name: 0.6180339 + 0.1 * place for place, name in enumerate(formula.coefficients)}
-        self._check(self._plan(some))
+        plan = self._plan(some)
+        self._check(plan)
+        self._kept = Kept(self._constant(plan, some), _free_memory() // 2 if keep is None else keep)
+
+    def made_of(self, coefficients: Mapping[str, float], *components: str) -> tuple[tuple[str, Mixture], ...]:
+        """Name and mixture of every tensor of these components (`te1`, `te2`, `unet`, `vae`).
+
+        Equal for two points, it says that the components have the same bits in both.
+        """
+        tasks = self._plan(coefficients).tasks.values()
+        return tuple((task.name, task.mixture) for task in tasks if component(task.name) in components)
 
     def at(self, coefficients: Mapping[str, float]) -> dict[str, Tensor]:
         """The merged tensors, in the base's order: fresh storage for what is merged, the input's for what is copied.
@@ -131,7 +147,7 @@ class ResidentMerge:
         threads = torch.get_num_threads()
         free: SimpleQueue[Evaluator] = SimpleQueue()
         for _ in range(threads):
-            free.put(Evaluator(plan.base, self._parts, self._lora_tensors))
+            free.put(Evaluator(plan.base, self._parts, self._lora_tensors, kept=self._kept))
 
         def one(task: Task) -> None:
             evaluator = free.get()
@@ -170,6 +186,14 @@ class ResidentMerge:
     def _lora_tensors(self, alias: str, name: str) -> Mapping[str, Tensor]:
         return {key: self._inputs[alias][key] for key in self._lora_targets[alias][name]}
 
+    def _constant(self, plan: Plan, some: Mapping[str, float]) -> frozenset[Applied]:
+        """What methods and LoRAs make at every point: the atoms that two points have in common."""
+        if all(task.mixture.linear for task in plan.tasks.values()):
+            return frozenset()
+        other = self._plan({name: value / 2 for name, value in some.items()})
+        found = [{atom for task in one.tasks.values() for atom in _atoms(task.mixture)} for one in (plan, other)]
+        return frozenset(found[0] & found[1])
+
     def _check(self, plan: Plan) -> None:
         """What values alone can tell, of every input, once."""
         probe = Evaluator(plan.base, {}, self._lora_tensors)
@@ -203,6 +227,18 @@ class ResidentMerge:
         if complaints:
             raise BadInput("The live modules do not fit the merge:\n" + "\n".join(complaints[:6]))
         return found
+
+
+def _atoms(mixture: Mixture) -> Iterator[Applied]:
+    for atom, _ in mixture.terms:
+        if isinstance(atom, Applied):
+            yield atom
+            for argument in atom.arguments:
+                yield from _atoms(argument)
+
+
+def _free_memory() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _layout(shapes: Mapping[str, tuple[int, ...]]) -> Layout | None:
