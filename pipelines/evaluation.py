@@ -13,6 +13,7 @@ import numpy as np
 import stages
 import torch
 from PIL import Image
+from recording import record
 
 from ambergrade.errors import BadInput
 from ambergrade.family import sdxl
@@ -52,6 +53,8 @@ def score_pictures(settings: Settings) -> None:
     prompts = read_prompts(settings)
     what = {key: value for key, value in settings.items() if key not in WHERE}
     with journal.run(_title(settings), key=digest([what, prompts.digest]), kind="chain") as parent:
+        record(parent, settings)
+        parent.datasets({"prompts": prompts.digest})
         chain = stages.Chain(settings, journal, parent)
         contrast, noise = None, {}
         if settings["model"]:

@@ -5,6 +5,9 @@ python bench/gpu/generate.py [--pictures 16] [--batch 8] [--steps 28] [--side 10
 Prints pictures a second of both, their ratio, our share of the bf16 matrix rate measured in the same run (389 TFLOP a
 picture of 28 steps at 1024²; UNet 6.761 a step and half of guidance, VAE 10.47), and what a battery of scorers at
 random weights (CLIP ViT-L/14, WD SwinV2, Inception, DINOv2-L) adds. Needs no weights and no network.
+
+`--tiny` walks through every line with the embedded world's networks and scorers on whatever is here: it shows that the
+bench runs, and its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from ambergrade.generate.stream import pictures
 from ambergrade.nouns import Prompt, PromptSet, SamplerSettings
 from ambergrade.store import find_file
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNET, DECODER, TEXT = 6.761e12, 10.47e12, 0.11e12
 """FLOP of one UNet call and one decode at 1024², and of both text encoders (facts/evaluation.md, section 3)."""
 
@@ -36,12 +40,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--side", type=int, default=1024)
+    parser.add_argument("--tiny", action="store_true")
     asked = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("No GPU here: this bench measures nothing on a CPU.")
+    if not torch.cuda.is_available() and not asked.tiny:
+        raise SystemExit("No GPU here: this bench measures nothing on a CPU. --tiny shows that it runs.")
     prompts = PromptSet("bench", tuple(Prompt(str(k), "1girl, dragon horns", k) for k in range(asked.pictures)))
     sampler = SamplerSettings("euler", asked.steps, 7.0, asked.side, asked.side, asked.batch)
-    networks = full_size()
+    networks = tiny() if asked.tiny else full_size()
 
     stock = sdxl.pipeline(networks, EulerDiscreteScheduler.from_config(networks.scheduler_config))
     stock.set_progress_bar_config(disable=True)
@@ -51,28 +56,31 @@ def main() -> None:
             some = [prompt.text for prompt in prompts.prompts[start : start + asked.batch]]
             stock(some, num_inference_steps=asked.steps, guidance_scale=7.0, width=asked.side, height=asked.side)
 
-    rate = matrix_rate()
+    rate = matrix_rate(256 if asked.tiny else 8192)
     stock_s = seconds(draw_stock)
-    accelerate(networks)
+    accelerate(networks, backend="eager" if asked.tiny else "inductor")
     ours_s = seconds(lambda: list(pictures(networks, prompts, sampler, progress=None)))
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     sdxl.assign(networks, {key: value * 0.999 for key, value in sdxl.tensors(networks).items() if value.ndim})
     seconds(lambda: list(pictures(networks, prompts, sampler, progress=None)), warm=False)
     again = torch._dynamo.utils.counters["stats"]["unique_graphs"] - compiled
-    score = battery()
+    score = tiny_battery() if asked.tiny else battery()
 
     def scored() -> None:
         waiting: list[Any] = []
         for picture in drawn_ahead(pictures(networks, prompts, sampler, progress=None), ahead=2 * asked.batch):
             waiting.append(torch.from_numpy(picture.pixels))
             if len(waiting) == asked.batch:
-                score(torch.stack(waiting).cuda().permute(0, 3, 1, 2).bfloat16() / 127.5 - 1)
+                score(torch.stack(waiting).to(DEVICE).permute(0, 3, 1, 2).bfloat16() / 127.5 - 1)
                 waiting.clear()
+        if waiting:
+            score(torch.stack(waiting).to(DEVICE).permute(0, 3, 1, 2).bfloat16() / 127.5 - 1)
 
     scored_s = seconds(scored)
     scale = (asked.side / 1024) ** 2
     flop = asked.pictures * (scale * (2 * asked.steps * UNET + DECODER) + TEXT)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16 matrices {rate / 1e12:.0f} TFLOP/s")
+    where = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
+    print(f"{where}, torch {torch.__version__}, bf16 matrices {rate / 1e12:.0f} TFLOP/s")
     print(f"stock pipeline, bf16      {asked.pictures / stock_s:6.3f} pictures/s")
     print(f"ours                      {asked.pictures / ours_s:6.3f} pictures/s   {stock_s / ours_s:.2f} x")
     print(f"share of the matrix rate  {100 * flop / ours_s / rate:6.1f} %   (at least 45 wanted)")
@@ -140,56 +148,78 @@ def full_size() -> sdxl.Networks:
     networks = sdxl.Networks(
         unet, CLIPTextModel(one), CLIPTextModelWithProjection(two), vae, *tokenizers, scheduler_config=scheduler
     )
+    return ready(networks)
+
+
+def tiny() -> sdxl.Networks:
+    return ready(sdxl.load(find_file("builtin://beta7.safetensors"), find_file("builtin://sdxl_tiny")))
+
+
+def ready(networks: sdxl.Networks) -> sdxl.Networks:
+    """Both pipelines start from the same: bf16, on the device."""
     for module in networks.modules().values():
-        module.to("cuda", torch.bfloat16).eval().requires_grad_(False)
+        module.to(DEVICE, torch.bfloat16).eval().requires_grad_(False)
     return networks
+
+
+Sized = tuple[Any, int, torch.dtype]
+"""A network that pictures are shown to, its side, and its precision."""
 
 
 def battery() -> Callable[[torch.Tensor], None]:
     """Scorers at random weights, each at the size that its weights ask for, fed from pictures that lie on the GPU."""
-    clip = open_clip.create_model("ViT-L-14", precision="bf16", device="cuda").eval()
+    clip = open_clip.create_model("ViT-L-14", precision="bf16", device=DEVICE).eval()
     made: list[tuple[str, int, torch.dtype, dict[str, Any]]] = [
         ("swinv2_base_window8_256", 448, torch.bfloat16, {"img_size": 448, "num_classes": 10861}),  # WD v3
         ("inception_v3", 299, torch.float32, {}),  # features of FD stay in fp32 (facts 5.20)
         ("vit_large_patch14_dinov2", 224, torch.float32, {"img_size": 224, "num_classes": 0}),
     ]
-    others = [
-        (timm.create_model(name, pretrained=False, **more).to("cuda", dtype).eval(), size, dtype)
+    others: list[Sized] = [
+        (timm.create_model(name, pretrained=False, **more).to(DEVICE, dtype).eval(), size, dtype)
         for name, size, dtype, more in made
     ]
+    return shown_to([(clip.encode_image, 224, torch.bfloat16), *others])
 
+
+def tiny_battery() -> Callable[[torch.Tensor], None]:
+    network = timm.create_model("resnet10t", pretrained=False).to(DEVICE).eval()
+    return shown_to([(network, 32, torch.float32)])
+
+
+def shown_to(scorers: list[Sized]) -> Callable[[torch.Tensor], None]:
     @torch.inference_mode()
     def score(x: torch.Tensor) -> None:
-        def sized(side: int) -> torch.Tensor:
-            return torch.nn.functional.interpolate(x, (side, side), mode="bicubic", antialias=True)
-
-        clip.encode_image(sized(224))
-        for network, side, dtype in others:
-            network(sized(side).to(dtype))
+        for network, side, dtype in scorers:
+            network(torch.nn.functional.interpolate(x, (side, side), mode="bicubic", antialias=True).to(dtype))
 
     return score
 
 
-def matrix_rate() -> float:
-    """FLOP/s of bf16 matrix products of 8192."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+def matrix_rate(size: int) -> float:
+    """FLOP/s of bf16 matrix products of `size`."""
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
 
     def multiply() -> None:
         for _ in range(50):
             torch.mm(a, b)
 
-    return 50 * 2 * 8192**3 / seconds(multiply)
+    return 50 * 2 * size**3 / seconds(multiply)
 
 
 def seconds(action: Callable[[], object], *, warm: bool = True) -> float:
     """Wall time of one run, after one that warms up."""
     if warm:
         action()
-    torch.cuda.synchronize()
+    finish()
     start = time.perf_counter()
     action()
-    torch.cuda.synchronize()
+    finish()
     return time.perf_counter() - start
+
+
+def finish() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

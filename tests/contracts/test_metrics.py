@@ -37,6 +37,7 @@ def stand_ins(tmp_path_factory: Any) -> dict[str, str]:
         "builtin://features": str(MAKE["make_timm"](root / "features", 2)),
         "aesthetic.model": str(MAKE["make_timm"](root / "grades", 7)),
         "preference.model": str(root / "clip"),
+        "tagger_agreement.second": str(MAKE["make_tagger"](root / "second", seed=7)),
         "reference": str(reference),
         "pictures": str(reference.parent / "pictures"),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ from torch import Tensor
 from ambergrade.errors import BadInput, BadSetting
 from ambergrade.family import sdxl
 from ambergrade.family.sdxl import Networks
-from ambergrade.generate.stream import pictures, scheduler
+from ambergrade.generate.stream import _draw_alike, pictures, scheduler
 from ambergrade.generate.text_cache import remembered_text
 from ambergrade.generate.texts import TextEncoder
 from ambergrade.nouns import Prompt, PromptSet, SamplerSettings
@@ -73,6 +74,22 @@ def test_booru_spelling_is_taken_out(networks: Networks, ours: npt.NDArray[np.in
     long_hair = drawn(networks, texts=["long hair (x)", "zebra", "hair"])
     assert np.array_equal(long_hair, drawn(networks, texts=[r"long_hair_\(x\)", "zebra,", "hair"]))
     assert not np.array_equal(long_hair, ours)
+
+
+def test_every_level_of_a_pixel_comes_through_rounded(networks: Networks) -> None:
+    """Trap 1: [-1, 1] to [0, 1] to 255 levels and cut instead of rounded, 63 of 256 levels fall by one."""
+    levels = torch.arange(256, dtype=torch.float32).reshape(16, 16)
+    decoded = ((levels / 127.5 - 1) / 2 + 0.5).expand(1, 3, 16, 16)
+    assert ((decoded * 255).byte()[0, 0] != levels).sum() > 50
+
+    class Decoded:
+        def __call__(self, **settings: object) -> object:
+            return SimpleNamespace(images=decoded)
+
+    nothing = (torch.zeros(3, 4), torch.zeros(4))
+    found = _draw_alike(Decoded(), networks, [Prompt("a", "", 0)], SETTINGS, [(nothing, nothing)])[0]
+    assert found is not None
+    assert torch.equal(found, levels.to(torch.uint8)[..., None].expand(16, 16, 3))
 
 
 def test_the_stream_yields_in_order_and_lazily(networks: Networks) -> None:

@@ -11,6 +11,8 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
+from scipy import stats
 
 from ambergrade.errors import BadInput, BadSetting, UnknownName
 from ambergrade.nouns import Picture, Prompt, PromptSet
@@ -161,3 +163,65 @@ def test_pictures_are_encoded_once_for_all_metrics_of_a_folder(folders: Any, pic
     pixels = [picture.pixels for picture in pictures[:3]]
     assert first._clip.images(pixels) is second._clip.images(list(pixels))
     assert first._clip.images(pixels) is not second._clip.images(pixels[:2])
+
+
+class Plain:
+    """CLIP's forward in numpy float64, after Radford et al. 2021: pre-norm blocks, GELU, text read at its end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.w = {
+            key: value.double().numpy() for key, value in load_file(folder / "open_clip_model.safetensors").items()
+        }
+
+    def norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        centred = x - x.mean(-1, keepdims=True)
+        scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+        return scaled * self.w[f"{name}.weight"] + self.w[f"{name}.bias"]
+
+    def linear(self, x: np.ndarray, name: str, dot: str = ".") -> np.ndarray:
+        return x @ self.w[f"{name}{dot}weight"].T + self.w[f"{name}{dot}bias"]
+
+    def block(self, x: np.ndarray, name: str, causal: bool) -> np.ndarray:
+        tokens, width = x.shape
+        q, k, v = np.split(self.linear(self.norm(x, f"{name}.ln_1"), f"{name}.attn.in_proj", "_"), 3, axis=1)
+        found = np.empty_like(x)
+        for start in range(0, width, 8):  # heads of 8
+            part = slice(start, start + 8)
+            logits = q[:, part] @ k[:, part].T / np.sqrt(8)
+            if causal:
+                logits = np.where(np.tri(tokens, dtype=bool), logits, -np.inf)
+            weights = np.exp(logits - logits.max(1, keepdims=True))
+            found[:, part] = weights / weights.sum(1, keepdims=True) @ v[:, part]
+        x = x + self.linear(found, f"{name}.attn.out_proj")
+        hidden = self.linear(self.norm(x, f"{name}.ln_2"), f"{name}.mlp.c_fc")
+        return x + self.linear(hidden * stats.norm.cdf(hidden), f"{name}.mlp.c_proj")
+
+    def image(self, pixels: np.ndarray) -> np.ndarray:
+        """32 × 32 pixels, so that nothing is resized; patches of 8."""
+        x = (pixels / 255 - [0.48, 0.46, 0.41]) / [0.27, 0.26, 0.28]
+        patches = x.reshape(4, 8, 4, 8, 3).transpose(0, 2, 4, 1, 3).reshape(16, -1)
+        seen = patches @ self.w["visual.conv1.weight"].reshape(16, -1).T
+        x = np.vstack([self.w["visual.class_embedding"], seen]) + self.w["visual.positional_embedding"]
+        x = self.block(self.norm(x, "visual.ln_pre"), "visual.transformer.resblocks.0", causal=False)
+        return self.norm(x, "visual.ln_post")[0] @ self.w["visual.proj"]
+
+    def text(self, text: str) -> np.ndarray:
+        tokens = [49406, *open_clip.SimpleTokenizer().encode(text)[:75], 49407]
+        x = self.w["token_embedding.weight"][tokens] + self.w["positional_embedding"][: len(tokens)]
+        x = self.block(x, "transformer.resblocks.0", causal=True)
+        return self.norm(x, "ln_final")[-1] @ self.w["text_projection"]
+
+
+def test_the_score_is_that_of_clip_written_out_in_numpy(folders: Any) -> None:
+    """Facts, section 7: no line of open_clip's model is on the other side of this comparison."""
+    plain, metric = Plain(folders.clip), ClipScore(str(folders.clip), long="head")
+    rng = np.random.default_rng(4)
+    texts = ["1girl, red hair", "moon", "", "hat, " * 60]
+    prompts = {str(k): Prompt(str(k), text, k) for k, text in enumerate(texts)}
+    shown = [Picture(str(k), 0, rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for k in range(4)]
+    found = metric.rows(shown, prompts)["clip_cosine"]
+    for k, picture in enumerate(shown):
+        image, text = plain.image(picture.pixels), plain.text(texts[k])
+        cosine = image @ text / np.linalg.norm(image) / np.linalg.norm(text)
+        assert found[k] == pytest.approx(100 * cosine, abs=1e-3)
+    assert np.ptp(found) > 1

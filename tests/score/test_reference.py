@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from ambergrade.errors import AmbergradeError, BadInput, MissingObject
 from ambergrade.nouns import Picture, PromptSet
 from ambergrade.score import folders as folders_module
+from ambergrade.score.distances import frechet_distance
 from ambergrade.score.features import feature_source
 from ambergrade.score.folders import scorer_path
 from ambergrade.score.inception import FidInception
@@ -58,6 +59,31 @@ def test_pytorch_fid_reads_ours_and_we_read_its(made: Reference, folders: Any, t
     assert trusted.fingerprint["reference_pictures"] is None
     with pytest.raises(BadInput, match="moments only"):
         Kid(str(folders.features), str(write_trusted(made, tmp_path)))
+
+
+def test_moments_are_torchmetrics_state_of_sums(made: Reference) -> None:
+    """Facts, section 7: Σx = nμ and Σxxᵀ = (n-1)Σ + nμμᵀ; and its FID of the sums is ours of the moments."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    class Given(torch.nn.Module):
+        """A network whose pictures are its features."""
+
+        num_features = made.d
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    stock = FrechetInceptionDistance(feature=Given(), input_img_size=(3, 8, 8)).set_dtype(torch.float64)
+    assert made.features is not None
+    other = np.random.default_rng(0).normal(made.mean, 0.1, (80, made.d))
+    stock.update(torch.from_numpy(made.features.astype(np.float64)), real=True)
+    stock.update(torch.from_numpy(other), real=False)
+    n = len(made.features)
+    outer = np.outer(made.mean, made.mean)
+    np.testing.assert_allclose(stock.real_features_sum, n * made.mean, rtol=1e-9)
+    np.testing.assert_allclose(stock.real_features_cov_sum, (n - 1) * made.covariance + n * outer, rtol=1e-9)
+    value = frechet_distance(other.mean(0), np.cov(other, rowvar=False), made.mean, made.covariance)
+    assert float(stock.compute()) == pytest.approx(float(value), rel=1e-5)
 
 
 def write_trusted(made: Reference, folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
@@ -153,3 +154,33 @@ def test_winner_set_compares_on_the_prompts_that_every_point_has() -> None:
     assert ours.winner_set(scores).n == 19
     with pytest.raises(BadInput, match="at least 2 prompts"):
         ours.winner_set(scores[:, :1])
+
+
+def test_points_of_a_race_that_were_left_behind_stay_in_the_family() -> None:
+    """Every pattern of signs of 10 prompts by hand; the third point has 6 of them, the fourth 4."""
+    rng = np.random.default_rng(10)
+    scores = rng.normal(0, 2, 10) + rng.normal(size=(4, 10))
+    scores[2, 6:] = scores[3, 4:] = np.nan
+    signs = np.array(list(itertools.product((-1.0, 1.0), repeat=10)))
+    largest = np.zeros(len(signs))
+    for one, other in itertools.combinations(range(4), 2):
+        both = ~np.isnan(scores[one] + scores[other])
+        flipped = signs[:, both] * (scores[one] - scores[other])[both]
+        largest = np.maximum(largest, np.abs(flipped.mean(1)) / stats.sem(flipped, axis=1))
+    for error in (0.05, 0.2):
+        expected = np.quantile(largest, 1 - error, method="inverted_cdf")
+        found = ours.winner_set(scores, alive=[0, 1], error=error, draws=20_000)
+        width = (found.high[1 - found.best] - found.low[1 - found.best]) / 2
+        assert width == pytest.approx(expected * stats.sem(scores[0] - scores[1]), rel=0.05)
+        assert np.isnan(found.behind[2:]).all()
+        assert set(found.members) <= {0, 1}
+    alone = ours.winner_set(scores[:2], draws=20_000)
+    assert alone.high[1 - alone.best] - alone.low[1 - alone.best] < 2 * width  # a smaller family, a smaller interval
+
+
+def test_a_winner_set_of_all_points_is_the_race_s_last_look_at_the_same_error() -> None:
+    scores = np.random.default_rng(11).normal(size=(5, 20)) + np.arange(5)[:, None] / 4
+    assert ours.winner_set(scores) == ours.winner_set(scores, alive=range(5), error=0.05)
+    strict = ours.winner_set(scores, error=0.001)
+    assert set(strict.members) >= set(ours.winner_set(scores).members)
+    assert ours.winner_set(scores, alive=[0, 1]).best in (0, 1)

@@ -348,6 +348,54 @@ def test_contradictions_excess_and_negative_leak_by_hand(folders: Any) -> None:
     assert np.isnan(rows("c", "red_hair")["tag_negative_leak"])
 
 
+def test_an_implied_tag_is_neither_counted_twice_nor_held_against_its_picture(tmp_path: Path) -> None:
+    """Trap 14: a tagger was taught long_hair on every very_long_hair; the prompt names one of them, or both."""
+    make = runpy.run_path(str(Path(__file__).with_name("tiny_scorers.py")))["make_tagger"]
+    names = ["absurdly_long_hair", "very_long_hair", "long_hair", "short_hair"]
+    make(tmp_path / "tagger", [(name, 0) for name in names])
+    table = {"absurdly_long_hair": ["very_long_hair"], "very_long_hair": ["long_hair"], "twin_braids": ["braid"]}
+    groups = {"length": ["long_hair", "short_hair"]}
+
+    def columns(implied: dict[str, list[str]], logits: list[float], prompt: Prompt) -> dict[str, float]:
+        class Said(torch.nn.Module):
+            def forward(self, bgr: torch.Tensor) -> torch.Tensor:
+                return torch.tensor([logits]).repeat(len(bgr), 1)
+
+        metric = TagAdherence(str(tmp_path / "tagger"), implied=implied, exclusive=groups)
+        backend = metric._tagger.backend
+        assert isinstance(backend, TimmTagger)
+        backend.folder = dataclasses.replace(backend.folder, network=Said())
+        found = metric.rows([Picture("a", 0, np.zeros((8, 8, 3), np.uint8))], {"a": prompt})
+        return {name: float(found[name][0]) for name in metric.columns}
+
+    right, short = [2.0, 3.0, 4.0, -5.0], [-5.0, -5.0, -5.0, 2.0]
+    one = Prompt("a", "", 0, tags=("absurdly_long_hair",), negative="long_hair, short_hair", unwanted=("long_hair",))
+    found, naive = columns(table, right, one), columns({}, right, one)
+    assert (naive["tag_excess"], found["tag_excess"]) == (2, 0)
+    assert (naive["tag_negative_leak"], found["tag_negative_leak"]) == (0.5, 0)  # short_hair alone is ruled out
+    assert naive["tag_leak"] == pytest.approx(p(4.0))
+    assert np.isnan(found["tag_leak"])
+    both = Prompt("a", "", 0, tags=("very_long_hair", "long_hair", "hat"))
+    found, naive = columns(table, right, both), columns({}, right, both)
+    assert naive["tag_prob"] == pytest.approx((p(3.0) + p(4.0)) / 2)
+    assert found["tag_prob"] == pytest.approx(p(3.0))  # once, by its narrower name
+    assert (naive["tag_scorable"], found["tag_scorable"]) == (pytest.approx(2 / 3), 0.5)
+    narrow = Prompt("a", "", 0, tags=("very_long_hair",))
+    assert np.isnan(columns({}, short, narrow)["tag_contradiction"])
+    assert columns(table, short, narrow)["tag_contradiction"] == 1  # long hair is meant, short hair is shown
+    assert columns(table, right, narrow)["tag_contradiction"] == 0
+
+
+def test_an_alias_is_the_tag_that_it_stands_for() -> None:
+    assert canonical_tags("blond hair, (gray_eyes:1.2), grey eyes") == ("blonde_hair", "grey_eyes")
+
+
+def test_implications_that_no_tag_of_the_tagger_takes_part_in_leave_the_fingerprint_alone(folders: Any) -> None:
+    plain = TagAdherence(str(folders.tagger)).fingerprint
+    assert TagAdherence(str(folders.tagger), implied={"a": ["red_hair"], "1girl": ["b"]}).fingerprint == plain
+    assert TagAdherence(str(folders.tagger), implied={"1girl": ["red_hair"]}).fingerprint != plain
+
+
 def test_rating_confusion_and_leak_by_hand(planted: TagAdherence) -> None:
     class Rating(Planted):
         def forward(self, bgr: torch.Tensor) -> torch.Tensor:

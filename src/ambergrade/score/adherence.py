@@ -5,7 +5,7 @@ Pure functions of a ScoreSheet that `metrics/tag_adherence.py` filled. Shapes: n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -132,6 +132,22 @@ def replicates(tables: Tables, formula: Statistic, seed: int) -> tuple[float, Fl
     """The statistic of all prompts, and of every bootstrap draw of prompts."""
     count = len(tables.prompts)
     return float(formula(np.ones((1, count)))[0]), formula(resampling_weights(count, seed=seed))
+
+
+def mask_of(named: Sequence[Sequence[str]], tags: Sequence[str]) -> Masks:
+    """(n, U): which of `tags` each picture's prompt names."""
+    place = {tag: k for k, tag in enumerate(tags)}
+    mask = np.zeros((len(named), len(tags)), dtype=np.bool_)
+    for row, names in enumerate(named):
+        mask[row, [place[tag] for tag in names if tag in place]] = True
+    return mask
+
+
+def mean_where(values: npt.NDArray[Any], mask: Masks) -> Floats:
+    """Mean along axis 1 over the mask, (n, U) to (n,); NaN where the mask is empty."""
+    count = mask.sum(1)
+    mean: Floats = np.divide((values * mask).sum(1), count, out=np.full(len(count), np.nan), where=count > 0)
+    return mean
 
 
 def recall_by_tag(tables: Tables, weights: Floats) -> Floats:

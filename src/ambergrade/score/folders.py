@@ -100,6 +100,11 @@ def library_versions(*packages: str) -> dict[str, str]:
 
 @contextmanager
 def scoring_mode() -> Iterator[None]:
-    """No gradients, and full fp32 in cuDNN: TF32 moves features by 1e-3 (facts 5.20)."""
-    with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
-        yield
+    """No gradients, and full fp32 whatever the caller set: TF32 moves features by 1e-3 (facts 5.20)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)

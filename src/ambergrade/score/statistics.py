@@ -57,9 +57,9 @@ class WinnerSet:
     best: int
     members: tuple[int, ...]
     behind: tuple[float, ...]
-    """How far each point's mean lies behind the best one's (≥ 0 is worse), in the score's unit."""
+    """How far each point's mean lies behind the best one's (≥ 0 is worse), in the score's unit; NaN if not compared."""
     low: tuple[float, ...]
-    """Simultaneous 95 % lower limits of `behind`; a point is a member where it is ≤ 0."""
+    """Simultaneous lower limits of `behind` (95 %); a point is a member where it is ≤ 0."""
     high: tuple[float, ...]
     n: int
     """Prompts behind it."""
@@ -145,7 +145,15 @@ def sign_flip_p(differences: Floats, *, seed: int = 0, draws: int = 9999) -> flo
     return float((1 + np.sum(np.abs(signs @ differences) >= observed - slack)) / (1 + draws))
 
 
-def winner_set(scores: Floats, *, seed: int = 0, draws: int = DRAWS, higher_is_better: bool = True) -> WinnerSet:
+def winner_set(
+    scores: Floats,
+    *,
+    seed: int = 0,
+    draws: int = DRAWS,
+    higher_is_better: bool = True,
+    error: float = 0.05,
+    alive: Sequence[int] | None = None,
+) -> WinnerSet:
     """The best of K points by mean over prompts, and all that cannot be told from it; `scores` is (K, P).
 
     Max-T over joint draws of all K(K-1)/2 pairwise differences (Romano & Wolf 2005): one critical value holds every
@@ -153,19 +161,26 @@ def winner_set(scores: Floats, *, seed: int = 0, draws: int = DRAWS, higher_is_b
     prompts (Fisher's randomisation), each studentised by its own spread. Points of one and the same model on 40
     prompts show a false winner in 4.1 (9 normal ones) and 4.2 % (25 U-shaped ones) of 3,000 runs.
     Prompts that any point lacks (NaN) are left out of all.
+
+    For a race: `error` is what this look may spend of its 5 %, and only the rows `alive` are compared. The others are
+    NaN where they were not drawn; their pairs stay in the critical value, on the prompts that both have, so that the
+    family of tests is the one of the full evaluation, whoever has been left behind.
     """
-    scores = scores[:, ~np.isnan(scores).any(axis=0)] * (1.0 if higher_is_better else -1.0)
-    points, n = scores.shape
+    rows = list(range(len(scores)) if alive is None else alive)
+    scores = scores[:, ~np.isnan(scores[rows]).any(axis=0)] * (1.0 if higher_is_better else -1.0)
+    n = scores.shape[1]
     if n < 2:
         raise BadInput(f"A winner set needs at least 2 prompts scored at every point, found {n}.")
-    mean = scores.mean(axis=1)
-    best = int(np.argmax(mean))
-    spread = np.sqrt(np.maximum(_pairwise_variance(scores), 0.0) / n)  # (K, K) standard errors
-    critical = _max_t(scores, spread, seed, draws)
+    mean = np.full(len(scores), np.nan)
+    mean[rows] = scores[rows].mean(axis=1)
+    best = int(np.nanargmax(mean))
+    spread = np.zeros(len(scores))
+    spread[rows] = np.sqrt(np.maximum(_pairwise_variance(scores[rows])[rows.index(best)], 0.0) / n)
+    critical = _max_t(scores, seed, draws, error)
     behind = mean[best] - mean
-    half = np.multiply(critical, spread[best], out=np.zeros(points), where=spread[best] > 0)
+    half = np.multiply(critical, spread, out=np.zeros(len(scores)), where=spread > 0)
     low, high = behind - half, behind + half
-    members = tuple(k for k in range(points) if low[k] <= 0)
+    members = tuple(k for k in rows if low[k] <= 0)
     return WinnerSet(best, members, tuple(map(float, behind)), tuple(map(float, low)), tuple(map(float, high)), n)
 
 
@@ -217,7 +232,7 @@ def simultaneous_differences(
         raise BadInput(f"Simultaneous intervals need at least 2 prompts scored everywhere, found {n}.")
     mean, error = apart.mean(1), apart.std(1, ddof=1) / math.sqrt(n)
     live = error > 1e-12 * np.maximum(np.abs(mean), 1e-300)
-    largest = _largest_t(apart[live].T, seed, draws) if live.any() else np.zeros(draws)
+    largest = _largest_t(apart[live].T, _signs(n, seed, draws)) if live.any() else np.zeros(draws)
     critical = _upper_quantile(largest)
     found = []
     for k in range(len(apart)):
@@ -256,17 +271,36 @@ def _pairwise_variance(scores: Floats) -> Floats:
     return np.where(variance > 1e-12 * (own[:, None] + own[None, :]), variance, 0.0)  # equal rows leave rounding
 
 
-def _max_t(scores: Floats, spread: Floats, seed: int, draws: int) -> float:
-    """95 % quantile over draws of the largest studentised |d̄* - d̄| among pairs; 0 where all points are equal."""
+def _max_t(scores: Floats, seed: int, draws: int, error: float) -> float:
+    """1 - `error` quantile over draws of the largest studentised |d̄*| among all pairs of rows (K, P).
+
+    A pair that lacks prompts (NaN) is judged on those that both have, by the same draws. 0 where all points are equal.
+    """
+    drawn = ~np.isnan(scores)
     first, second = np.triu_indices(len(scores), 1)
-    keep = spread[first, second] > 0
-    if not keep.any():
-        return 0.0
-    return _upper_quantile(_largest_t((scores[first[keep]] - scores[second[keep]]).T, seed, draws))
+    alike: dict[bytes, list[int]] = {}
+    for place, mask in enumerate(drawn[first] & drawn[second]):
+        alike.setdefault(mask.tobytes(), []).append(place)
+    signs, largest = _signs(scores.shape[1], seed, draws), np.zeros(draws)
+    for key, places in alike.items():
+        mask = np.frombuffer(key, dtype=np.bool_)
+        if mask.sum() < 2:
+            continue
+        one, other = scores[first[places]][:, mask], scores[second[places]][:, mask]
+        apart = one - other
+        live = apart.var(1) > 1e-12 * (one.var(1) + other.var(1))  # equal rows leave rounding
+        if live.any():
+            largest = np.maximum(largest, _largest_t(apart[live].T, signs[:, mask]))
+    return _upper_quantile(largest, error)
 
 
-def _largest_t(apart: Floats, seed: int, draws: int) -> Floats:
-    """max over columns of |d̄*|/se* for every draw of signs, one a prompt, of differences (P, columns): (B,).
+def _signs(n: int, seed: int, draws: int) -> Floats:
+    """(B, n): ±1 for every draw and prompt."""
+    return np.asarray(_generator(seed, "signs", n).integers(0, 2, (draws, n)) * 2.0 - 1.0, dtype=np.float64)
+
+
+def _largest_t(apart: Floats, signs: Floats) -> Floats:
+    """max over columns of |d̄*|/se* for every draw of signs (B, P), one a prompt, of differences (P, columns): (B,).
 
     Exact where a difference is as likely as its negative, as between two runs of one model. Signs instead of resampled
     prompts: a draw's own spread then never vanishes. Resampled and studentised, a column that differs on few prompts
@@ -275,9 +309,8 @@ def _largest_t(apart: Floats, seed: int, draws: int) -> Floats:
     """
     n = len(apart)
     squared = np.square(apart).mean(0)
-    signs = _generator(seed, "signs", n).integers(0, 2, (draws, n)) * 2.0 - 1.0
-    largest = np.empty(draws)
-    for start in range(0, draws, 250):  # (250, columns) at a time bounds the memory
+    largest = np.empty(len(signs))
+    for start in range(0, len(signs), 250):  # (250, columns) at a time bounds the memory
         moved = signs[start : start + 250] @ apart / n
         variance = (squared - moved**2) / (n - 1)
         t2 = np.divide(moved**2, variance, out=np.full_like(moved, math.inf), where=variance > 1e-12 * squared)
@@ -285,9 +318,9 @@ def _largest_t(apart: Floats, seed: int, draws: int) -> Floats:
     return largest
 
 
-def _upper_quantile(replicates: Floats) -> float:
-    """The ⌈0.95·(B+1)⌉-th smallest of B: an interpolated quantile of few draws would be exceeded more than 5 %."""
-    place = min(math.ceil(0.95 * (replicates.size + 1)), replicates.size)
+def _upper_quantile(replicates: Floats, error: float = 0.05) -> float:
+    """The ⌈(1 - error)·(B+1)⌉-th smallest of B: an interpolated quantile of few draws would be exceeded more often."""
+    place = min(math.ceil((1 - error) * (replicates.size + 1)), replicates.size)
     return float(np.partition(replicates, place - 1)[place - 1])
 
 

@@ -10,6 +10,8 @@ from ambergrade.nouns import RATINGS
 _EXTRA = re.compile(r"<[^<>]*:[^<>]*>")
 """`<lora:name:0.8>`: it names a file, not something to be seen."""
 _WORDS = re.compile(r"\b(?:BREAK|AND)\b")
+_ALIASES = {"blond_hair": "blonde_hair"} | {f"gray_{what}": f"grey_{what}" for what in ("hair", "eyes", "background")}
+"""Other spellings of one tag, as Danbooru resolves them."""
 _WEIGHT = re.compile(r":[+-]?\d+(?:\.\d+)?$")
 
 
@@ -23,7 +25,26 @@ def canonical_tags(text: str) -> tuple[str, ...]:
     """
     cleaned = _WORDS.sub(",", _EXTRA.sub(",", text)).replace("\n", ",")
     found = [_canonical(part) for part in cleaned.split(",")]
+    found = [_ALIASES.get(tag, tag) for tag in found]
     return tuple(dict.fromkeys(tag for tag in found if tag))
+
+
+def closed(implied: Mapping[str, Sequence[str]]) -> dict[str, frozenset[str]]:
+    """Tag to all that it implies, however far: a booru files a picture under each, and so a tagger learns them.
+
+    >>> sorted(closed({"dragon_tail": ["tail"], "long_dragon_tail": ["dragon_tail"]})["long_dragon_tail"])
+    ['dragon_tail', 'tail']
+    """
+    found = {}
+    for tag in implied:
+        reached, left = set[str](), list(implied[tag])
+        while left:
+            one = left.pop()
+            if one not in reached:
+                reached.add(one)
+                left += implied.get(one, ())
+        found[tag] = frozenset(reached - {tag})
+    return found
 
 
 def rating_of(tags: Sequence[str], words: Mapping[str, Sequence[str]]) -> str:

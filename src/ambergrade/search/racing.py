@@ -2,21 +2,27 @@
 
 Maron & Moore's Hoeffding races (1994) and Birattari's F-Race (2002), with simultaneous paired intervals as the test.
 A rung adds prompts to those drawn before: nothing is drawn twice, and a finalist ends with the full evaluation's rows.
+
+Every rung is a look at the same question, and the looks share one error of 5 %: half of it is the last look's, whose
+verdict is compared with a full evaluation's; the earlier looks divide the other half. So by the union bound no point is
+left behind for one that is no better in more than 5 % of races, however many rungs there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from ambergrade.errors import BadSetting
+from ambergrade.identity import random_seed
 
 Floats = npt.NDArray[np.float64]
-Judge = Callable[[Floats], Sequence[int]]
-"""Scores (K points, P prompts), paired by column, to the rows that cannot be told from the best."""
+Judge = Callable[[Floats, Sequence[int], float], Sequence[int]]
+"""Scores (K points, P prompts), paired by column and NaN where a point was not drawn; the rows still in the race; and
+the error that this look may make. It gives those of the rows that cannot be told from the best."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Rung:
 class Race:
     """Ask for a rung, tell every point's scores on it (or that it failed), and ask again until None.
 
-    >>> race = Race(["near", "far"], [4, 8], judge=lambda scores: [int(scores.mean(1).argmax())])
+    >>> race = Race(["near", "far"], [4, 8], judge=lambda scores, alive, error: [int(scores.mean(1).argmax())])
     >>> rung = race.ask()
     >>> (rung.start, rung.stop, rung.points)
     (0, 4, ('near', 'far'))
@@ -41,8 +47,11 @@ class Race:
     (True, ('near',), 8, 16)
     """
 
-    def __init__(self, points: Sequence[str], rungs: Sequence[int], judge: Judge) -> None:
-        """`rungs` are prompts in all after each rung, rising; the last is the full evaluation."""
+    def __init__(self, points: Sequence[str], rungs: Sequence[int], judge: Judge, *, error: float = 0.05) -> None:
+        """`rungs` are prompts in all after each rung, rising; the last is the full evaluation. `error`: of all looks.
+
+        A first rung of 12 prompts or more: 8 have 256 patterns of signs, too few to show an early look's small error.
+        """
         if not points or len(set(points)) < len(points):
             raise BadSetting(f"A race needs points, each once; found {len(points)}, {len(set(points))} different.")
         if not rungs or list(rungs) != sorted(set(rungs)) or rungs[0] < 2:
@@ -53,7 +62,9 @@ class Race:
         self.out: dict[str, int] = {}
         """Point to the number of the rung (from 0) that it was left behind at."""
         self.failed: set[str] = set()
-        self._count = len(points)
+        self.errors = look_errors(len(rungs), error)
+        """What each look may spend."""
+        self._points = tuple(points)
         self._rows: dict[str, list[float]] = {point: [] for point in points}
         self._judge = judge
         self._next = 0
@@ -92,27 +103,148 @@ class Race:
     @property
     def full(self) -> int:
         """Pictures that every point on every prompt would have cost."""
-        return self._count * self.rungs[-1]
+        return len(self._points) * self.rungs[-1]
 
     @property
     def text(self) -> str:
         """`7 of 25 points left; 412 pictures drawn, a full evaluation takes 1200: 34 %`."""
-        left = f"{len(self.alive)} of {self._count} points left"
+        left = f"{len(self.alive)} of {len(self._points)} points left"
         failed = f", {len(self.failed)} failed" if self.failed else ""
         share = self.spent / self.full
         return f"{left}{failed}; {self.spent} pictures drawn, a full evaluation takes {self.full}: {share:.0%}"
 
     def _eliminate(self) -> None:
-        kept = [self.alive[number] for number in sorted(self._judged())]
-        for point in self.alive:
-            if point not in kept:
-                self.out[point] = self._next - 1
-        self.alive = tuple(kept)
-
-    def _judged(self) -> Sequence[int]:
-        short = [point for point in self.alive if len(self._rows[point]) < self.rungs[max(self._next - 1, 0)]]
+        look = self._next - 1
+        short = [point for point in self.alive if len(self._rows[point]) < self.rungs[look]]
         if short:
             raise BadSetting(f"The rung is not finished: nothing was told of {', '.join(short[:3])}.")
         if len(self.alive) < 2:
-            return range(len(self.alive))
-        return list(self._judge(np.array([self._rows[point] for point in self.alive])))
+            return
+        alive = [row for row, point in enumerate(self._points) if point in self.alive]
+        kept = {self._points[row] for row in self._judge(self._scores(), alive, self.errors[look])}
+        for point in self.alive:
+            if point not in kept:
+                self.out[point] = look
+        self.alive = tuple(point for point in self.alive if point in kept)
+
+    def _scores(self) -> Floats:
+        """(K, P): what was told so far, NaN elsewhere."""
+        scores = np.full((len(self._points), self.rungs[self._next - 1]), np.nan)
+        for row, point in enumerate(self._points):
+            scores[row, : len(self._rows[point])] = self._rows[point]
+        return scores
+
+
+class Screening:
+    """Before a race: cheap pictures of all points (fewer sampler steps) tell which of them are worth whole ones.
+
+    Cheap pictures are other pictures, so their word is checked: some points, spread over the cheap order from the worst
+    to the best, are drawn whole on the same prompts, and Spearman's rank correlation of the two orders must reach
+    `least`. Else the screening is abandoned and every point races. The whole pictures are the race's own first rung,
+    so only those of points left behind are lost.
+
+    >>> cheap = {"a": [0.0, 0.1, 0.0], "b": [0.5, 0.6, 0.6], "c": [0.9, 0.9, 1.0]}
+    >>> screening = Screening(cheap, judge=lambda scores, alive, error: [2], controls=3)
+    >>> for point, scores in cheap.items():
+    ...     screening.tell(point, scores)
+    >>> for point in screening.controls():
+    ...     screening.check(point, [score / 2 for score in cheap[point]])
+    >>> screening.decide().kept, screening.decide().rho
+    (('c',), 1.0)
+    """
+
+    def __init__(
+        self, points: Iterable[str], judge: Judge, *, controls: int = 8, least: float = 0.8, error: float = 0.05
+    ) -> None:
+        """`controls`: points that are drawn whole to check the cheap order, 3 or more."""
+        if controls < 3:
+            raise BadSetting(f"A rank correlation of {controls} points says nothing; give controls=3 or more.")
+        self._points, self._judge, self._count = tuple(points), judge, controls
+        self._least, self._error = least, error
+        self._cheap: dict[str, Floats] = {}
+        self._whole: dict[str, Floats] = {}
+
+    def tell(self, point: str, scores: Sequence[float]) -> None:
+        """Hear a point's cheap scores, one a prompt; NaN for one that could not be scored."""
+        self._cheap[point] = np.asarray(scores, dtype=np.float64)
+
+    def controls(self) -> tuple[str, ...]:
+        """Points to draw whole on the same prompts: evenly spread over the cheap order, both its ends among them."""
+        ranked = sorted(self._cheap, key=lambda point: float(np.nanmean(self._cheap[point])))
+        places = np.linspace(0, len(ranked) - 1, min(self._count, len(ranked))).round().astype(int)
+        return tuple(ranked[place] for place in dict.fromkeys(places.tolist()))
+
+    def check(self, point: str, scores: Sequence[float]) -> None:
+        """Hear a control's whole scores, on the prompts of the cheap ones."""
+        self._whole[point] = np.asarray(scores, dtype=np.float64)
+
+    def decide(self) -> Screened:
+        """Which points race. Raises BadSetting before every point was told and 3 controls were checked."""
+        missing = [point for point in self._points if point not in self._cheap]
+        if missing or len(self._whole) < 3:
+            raise BadSetting(
+                f"{len(missing)} points without cheap scores, {len(self._whole)} of 3 or more controls checked."
+            )
+        both = list(self._whole)
+        rho, low, high = rank_correlation(
+            np.stack([self._cheap[point] for point in both]), np.stack([self._whole[point] for point in both])
+        )
+        if not rho >= self._least:  # NaN, of points that are all alike, is no agreement
+            return Screened(self._points, rho, low, high, abandoned=True)
+        told = [row for row, point in enumerate(self._points) if not np.isnan(self._cheap[point]).all()]
+        kept = self._judge(np.stack([self._cheap[point] for point in self._points]), told, self._error)
+        return Screened(tuple(self._points[row] for row in sorted(kept)), rho, low, high, abandoned=False)
+
+
+@dataclass(frozen=True)
+class Screened:
+    """What a screening found."""
+
+    kept: tuple[str, ...]
+    """The points that race, in the order given; all of them where it is abandoned."""
+    rho: float
+    """Spearman's rank correlation of the controls' cheap and whole means, with a 95 % interval over prompts."""
+    low: float
+    high: float
+    abandoned: bool
+
+
+def rank_correlation(one: Floats, other: Floats, *, seed: int = 0, draws: int = 1000) -> tuple[float, float, float]:
+    """Spearman's ρ of the means of K points scored twice on P prompts, (K, P) each, with its 95 % interval.
+
+    Percentile bootstrap of prompts, the same for all points and both scores. Prompts that lack a score are left out.
+    """
+    keep = ~(np.isnan(one) | np.isnan(other)).any(0)
+    one, other = one[:, keep], other[:, keep]
+    n = one.shape[1]
+    if n == 0:
+        return float("nan"), float("nan"), float("nan")
+    rng = np.random.Generator(np.random.Philox(key=random_seed(seed, "rank correlation", n)))
+    weights = rng.multinomial(n, np.full(n, 1 / n), draws)
+    found = np.array([_spearman(one @ row, other @ row) for row in (np.ones(n), *weights)])
+    known = found[1:][~np.isnan(found[1:])]
+    low, high = np.percentile(known, [2.5, 97.5]) if known.size else (np.nan, np.nan)
+    return float(found[0]), float(low), float(high)
+
+
+def _spearman(one: Floats, other: Floats) -> float:
+    """Pearson's correlation of ranks, ties sharing theirs; NaN where either is constant."""
+    a, b = (_ranks(values) - (len(values) - 1) / 2 for values in (one, other))
+    spread = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / spread if spread > 0 else float("nan")
+
+
+def _ranks(values: Floats) -> Floats:
+    """Ranks from 0, the mean of their places for equal values."""
+    smaller = (values[:, None] > values).sum(1)
+    equal = (values[:, None] == values).sum(1)
+    return np.asarray(smaller + (equal - 1) / 2, dtype=np.float64)
+
+
+def look_errors(looks: int, error: float = 0.05) -> tuple[float, ...]:
+    """The error of every look: half of it for the last, the rest in equal parts for those before.
+
+    >>> look_errors(3, 0.05)
+    (0.0125, 0.0125, 0.025)
+    """
+    return (*[error / 2 / (looks - 1)] * (looks - 1), error / 2) if looks > 1 else (error,)

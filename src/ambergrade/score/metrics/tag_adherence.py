@@ -10,12 +10,12 @@ import numpy.typing as npt
 
 from ambergrade.errors import BadSetting
 from ambergrade.nouns import RATINGS, Measurement, Picture, Prompt
-from ambergrade.score.adherence import SIDE, Tables, per_tag, replicates, statistics
+from ambergrade.score.adherence import SIDE, Tables, mask_of, mean_where, per_tag, replicates, statistics
 from ambergrade.score.scoring import Metric
 from ambergrade.score.sheet import ScoreSheet
 from ambergrade.score.statistics import Floats, PairedDifference, bootstrap_difference, percentile_interval
 from ambergrade.score.tagger import Tagger, read_rates
-from ambergrade.score.tags import canonical_tags
+from ambergrade.score.tags import canonical_tags, closed
 from ambergrade.store import find_file
 
 __all__ = ["TagAdherence", "per_tag"]
@@ -33,6 +33,8 @@ class TagAdherence(Metric):
     `rating_hit` 1 where the most probable rating is the asked one; `rating_error` how many steps it is off;
     `rating_leak` P(questionable) + P(explicit) where the prompt is safe.
     Each named group adds `tag_recall_<group>` and `tag_prob_<group>` over its asked tags.
+    A tag that another asked one implies (`very_long_hair` is `long_hair` too) is not counted a second time, is no
+    excess where it is seen, and is not ruled out.
     A picture with nothing to score in a column is NaN there. Precision against the prompt is not told: what nobody
     asked for may well be in the picture.
     """
@@ -45,13 +47,15 @@ class TagAdherence(Metric):
         thresholds: Mapping[str, float] | None = None,
         groups: Mapping[str, Sequence[str]] | None = None,
         exclusive: Mapping[str, Sequence[str]] | None = None,
+        implied: Mapping[str, Sequence[str]] | None = None,
         rates: str | None = None,
         device: str = "cpu",
     ) -> None:
         """`thresholds`: category name to probability; by default the folder's thresholds.json or its model card's.
 
-        `exclusive`: group to tags of which a picture shows one at most; tags the tagger lacks are left out. `rates`:
-        a rates.csv of the tagger's errors (evaluate.py action=calibrate), by default the folder's own.
+        `exclusive`: group to tags of which a picture shows one at most. `implied`: tag to the tags that every picture
+        of it has as well. Tags the tagger lacks are left out of both. `rates`: a rates.csv of the tagger's errors
+        (evaluate.py action=calibrate), by default the folder's own.
         """
         self._tagger = Tagger(tagger, thresholds, device)
         known = self._tagger.known
@@ -62,6 +66,8 @@ class TagAdherence(Metric):
         self._exclusive = {
             name: [tag for tag in tags if tag in known] for name, tags in sorted((exclusive or {}).items())
         }
+        pairs = {tag: [other for other in more if other in known] for tag, more in closed(implied or {}).items()}
+        self._implied = {tag: frozenset(more) for tag, more in pairs.items() if more and tag in known}
         own_rates = self._tagger.path / "rates.csv"
         file = find_file(rates) if rates else own_rates if own_rates.is_file() else None
         self._rates = read_rates(file) if file else {}
@@ -82,6 +88,7 @@ class TagAdherence(Metric):
             **self._tagger.fingerprint,
             "groups": self._groups,
             "exclusive": self._exclusive,
+            **({"implied": {tag: sorted(more) for tag, more in self._implied.items()}} if self._implied else {}),
         }
 
     def rows(self, pictures: Sequence[Picture], prompts: Mapping[str, Prompt]) -> Mapping[str, npt.NDArray[Any]]:
@@ -90,19 +97,20 @@ class TagAdherence(Metric):
         every = self._tagger.probabilities([picture.pixels for picture in pictures])
         p = every[:, [self._tagger.known[tag] for tag in tags]]
         shown = [prompts[picture.prompt_id] for picture in pictures]
-        asked = _mask([prompt.tags for prompt in shown], tags)
-        unwanted = _mask([prompt.unwanted for prompt in shown], tags)
-        negative = _mask([_ruled_out(prompt) for prompt in shown], tags)
+        asked = mask_of([self._asked(prompt) for prompt in shown], tags)
+        meant = mask_of([self._meant(prompt) for prompt in shown], tags)
+        unwanted = mask_of([prompt.unwanted for prompt in shown], tags) & ~meant
+        negative = mask_of([_ruled_out(prompt) for prompt in shown], tags) & ~meant
         seen = p > np.array([self._tagger.threshold(tag) for tag in tags])
-        prob, leak = _mean_where(p, asked), _mean_where(p, unwanted)
-        wanted = np.array([len(set(prompt.tags)) for prompt in shown], dtype=np.float64)
+        prob, leak = mean_where(p, asked), mean_where(p, unwanted)
+        wanted = np.array([len(self._asked(prompt)) for prompt in shown], dtype=np.float64)
         found: dict[str, npt.NDArray[Any]] = {
-            "tag_recall": _mean_where(seen, asked),
+            "tag_recall": mean_where(seen, asked),
             "tag_prob": prob,
             "tag_leak": leak,
             "tag_balance": (prob + 1 - leak) / 2,
-            "tag_negative_leak": _mean_where(seen, negative),
-            "tag_contradiction": self._contradiction(tags, asked, seen),
+            "tag_negative_leak": mean_where(seen, negative),
+            "tag_contradiction": self._contradiction(tags, meant, seen),
             "tag_excess": self._excess(every, shown),
             "tag_scorable": np.divide(asked.sum(1), wanted, out=np.full(len(wanted), np.nan), where=wanted > 0),
             "tag_adherence.p": p.astype(np.float32),
@@ -111,8 +119,8 @@ class TagAdherence(Metric):
             found |= self._rating(every, shown)
         for group, members in self._groups.items():
             inside = asked & np.isin(tags, members)
-            found[f"tag_recall_{group}"] = _mean_where(seen, inside)
-            found[f"tag_prob_{group}"] = _mean_where(p, inside)
+            found[f"tag_recall_{group}"] = mean_where(seen, inside)
+            found[f"tag_prob_{group}"] = mean_where(p, inside)
         return found
 
     def probabilities(self, pixels: Sequence[npt.NDArray[np.uint8]]) -> Floats:
@@ -132,7 +140,7 @@ class TagAdherence(Metric):
             "counts": [tag.count for tag in about],
             "groups": self._groups,
             "rates": {tag: self._rates[tag] for tag in tags if tag in self._rates},
-            "asked": {key: sorted({place[t] for t in prompt.tags if t in place}) for key, prompt in prompts.items()},
+            "asked": {key: sorted(place[t] for t in self._asked(p) if t in place) for key, p in prompts.items()},
             "rating": {key: prompt.rating for key, prompt in prompts.items()},
             "unscorable": sorted(named - self._tagger.known.keys()),
         }
@@ -178,6 +186,15 @@ class TagAdherence(Metric):
             said.append(f"tag_auroc: not given, no tag is asked by {SIDE} prompts and not asked by {SIDE} others.")
         return said
 
+    def _asked(self, prompt: Prompt) -> tuple[str, ...]:
+        """The prompt's tags, each once and without those that another of them implies."""
+        twice = {other for tag in prompt.tags for other in self._implied.get(tag, ())}
+        return tuple(tag for tag in dict.fromkeys(prompt.tags) if tag not in twice)
+
+    def _meant(self, prompt: Prompt) -> list[str]:
+        """The prompt's tags and all that they imply."""
+        return sorted({*prompt.tags, *(other for tag in prompt.tags for other in self._implied.get(tag, ()))})
+
     def _tags(self, prompts: Mapping[str, Prompt]) -> list[str]:
         """The tags that any prompt names and the exclusive ones that the tagger knows, in the csv's order."""
         named = {tag for prompt in prompts.values() for tag in (*prompt.tags, *_ruled_out(prompt))}
@@ -185,25 +202,25 @@ class TagAdherence(Metric):
         return [tag for tag in self._tagger.known if tag in named]
 
     def _contradiction(
-        self, tags: Sequence[str], asked: npt.NDArray[np.bool_], seen: npt.NDArray[np.bool_]
+        self, tags: Sequence[str], meant: npt.NDArray[np.bool_], seen: npt.NDArray[np.bool_]
     ) -> npt.NDArray[np.float64]:
-        """(n,): 1 where any pinned group shows another member and not the asked one; NaN where none is pinned."""
-        pinned, wrong = np.zeros(len(asked), dtype=np.bool_), np.zeros(len(asked), dtype=np.bool_)
+        """(n,): 1 where any pinned group shows another member and not the meant one; NaN where none is pinned."""
+        pinned, wrong = np.zeros(len(meant), dtype=np.bool_), np.zeros(len(meant), dtype=np.bool_)
         for members in self._exclusive.values():
             inside = np.isin(tags, members)
-            one = (asked & inside).sum(1) == 1
-            right, other = (seen & asked & inside).any(1), (seen & ~asked & inside).any(1)
+            one = (meant & inside).sum(1) == 1
+            right, other = (seen & meant & inside).any(1), (seen & ~meant & inside).any(1)
             pinned |= one
             wrong |= one & other & ~right
         return np.where(pinned, wrong, np.nan)
 
     def _excess(self, every: Floats, shown: Sequence[Prompt]) -> npt.NDArray[np.float64]:
-        """(n,): general tags above the threshold that the prompt does not name."""
+        """(n,): general tags above the threshold that the prompt neither names nor implies."""
         general = [k for name, k in self._tagger.known.items() if self._tagger.tags[k].category == "general"]
         names = np.array([self._tagger.tags[k].name for k in general])
         seen = every[:, general] > self._tagger.thresholds.get("general", 1.0)
         return np.array(
-            [float((row & ~np.isin(names, prompt.tags)).sum()) for row, prompt in zip(seen, shown, strict=True)]
+            [float((row & ~np.isin(names, self._meant(one))).sum()) for row, one in zip(seen, shown, strict=True)]
         )
 
     def _rating(self, every: Floats, shown: Sequence[Prompt]) -> dict[str, npt.NDArray[Any]]:
@@ -221,19 +238,3 @@ class TagAdherence(Metric):
 def _ruled_out(prompt: Prompt) -> tuple[str, ...]:
     """What must not be seen: the unwanted tags, and the negative prompt's, unless the prompt asks for them as well."""
     return tuple(tag for tag in (*prompt.unwanted, *canonical_tags(prompt.negative)) if tag not in prompt.tags)
-
-
-def _mask(named: Sequence[Sequence[str]], tags: Sequence[str]) -> npt.NDArray[np.bool_]:
-    """(n, U): which of `tags` each picture's prompt names."""
-    place = {tag: k for k, tag in enumerate(tags)}
-    mask = np.zeros((len(named), len(tags)), dtype=np.bool_)
-    for row, names in enumerate(named):
-        mask[row, [place[tag] for tag in names if tag in place]] = True
-    return mask
-
-
-def _mean_where(values: npt.NDArray[Any], mask: npt.NDArray[np.bool_]) -> Floats:
-    """Mean along axis 1 over the mask; NaN where the mask is empty."""
-    count = mask.sum(1)
-    mean: Floats = np.divide((values * mask).sum(1), count, out=np.full(len(count), np.nan), where=count > 0)
-    return mean
