@@ -8,14 +8,23 @@ Without --root it journals a made-up chain of 25 points with pictures and a regi
 from __future__ import annotations
 
 import argparse
+import base64
+import contextlib
+import fcntl
 import hashlib
+import json
 import math
+import os
+import select
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
 
@@ -25,8 +34,115 @@ from ambergrade.track.ui import deep_link, run_link
 
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --hide-scrollbars --virtual-time-budget=40000"
+    "--disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars --remote-debugging-pipe"
 )
+STATE = """JSON.stringify([document.readyState, document.body?.innerText, document.querySelectorAll("*").length,
+[...document.images].filter(image => image.complete && image.naturalWidth).length])"""
+"""What of a page must stand still before it counts as drawn."""
+
+
+class Browser:
+    """Headless Chromium, driven over its debugging pipe: no port, and no package beside Debian's chromium.
+
+    The protocol is Chrome's own: https://chromedevtools.github.io/devtools-protocol
+    """
+
+    def __init__(self, chromium: str = "/usr/bin/chromium", width: int = 1600, height: int = 1500) -> None:
+        self.width, self.height = width, height
+        self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        theirs_in, self._out = os.pipe()
+        self._in, theirs_out = os.pipe()
+        high = [fcntl.fcntl(end, fcntl.F_DUPFD, 50) for end in (theirs_in, theirs_out)]  # clear of 3 and 4
+        line = f'exec "$@" 3<&{high[0]} 4>&{high[1]}'
+        command = ["bash", "-c", line, "bash", chromium, *FLAGS.split(), f"--user-data-dir={self._profile.name}"]
+        quiet: dict[str, Any] = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.DEVNULL,
+            "stderr": subprocess.DEVNULL,
+        }
+        self._process = subprocess.Popen(command, pass_fds=high, start_new_session=True, **quiet)
+        for end in (theirs_in, theirs_out, *high):
+            os.close(end)
+        self._number, self._rest, self._session, self._target = 0, b"", "", ""
+
+    def __enter__(self) -> Browser:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        os.close(self._in)
+        os.close(self._out)
+        self._profile.cleanup()
+
+    def open(self, url: str) -> None:
+        """Show an address in a fresh tab."""
+        old, self._session = self._target, ""
+        self._target = self._call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self._call("Target.attachToTarget", targetId=self._target, flatten=True)["sessionId"]
+        size = {"width": self.width, "height": self.height, "deviceScaleFactor": 1, "mobile": False}
+        self._call("Emulation.setDeviceMetricsOverride", **size)
+        self._call("Page.enable")
+        self._call("Page.navigate", url=url)
+        if old:
+            self._call("Target.closeTarget", targetId=old)
+
+    def ask(self, script: str) -> Any:
+        """The value of a JavaScript expression on the page."""
+        found = self._call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        if "exceptionDetails" in found:
+            raise RuntimeError(f"{script}: {found['exceptionDetails']}")
+        return found["result"].get("value")
+
+    def wait(self, script: str, seconds: float = 90) -> Any:
+        """Ask until the answer is true, and return it. Raises TimeoutError with what the page shows instead."""
+        end = time.monotonic() + seconds
+        while not (answer := self.ask(script)):
+            if time.monotonic() > end:
+                shown = str(self.ask("document.body ? document.body.innerText : 'nothing'"))
+                raise TimeoutError(f"After {seconds:g} s still not: {script}\nThe page shows:\n{shown[:2000]}")
+            time.sleep(0.2)
+        return answer
+
+    def settle(self, still: float = 2.0, seconds: float = 90) -> None:
+        """Wait until nothing on the page has moved for a while."""
+        end, since, last = time.monotonic() + seconds, time.monotonic(), ""
+        while time.monotonic() - since < still:
+            now = str(self.ask(STATE))
+            if now != last:
+                last, since = now, time.monotonic()
+            if time.monotonic() > end:
+                raise TimeoutError(f"The page still moves after {seconds:g} s.")
+            time.sleep(0.2)
+
+    def shoot(self, file: Path) -> None:
+        """The window as a PNG file."""
+        file.write_bytes(base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"]))
+
+    def _call(self, method: str, **values: Any) -> dict[str, Any]:
+        self._number += 1
+        about: dict[str, Any] = {"id": self._number, "method": method, "params": values}
+        about |= {"sessionId": self._session} if self._session and not method.startswith("Target.") else {}
+        os.write(self._out, json.dumps(about).encode() + b"\0")
+        end = time.monotonic() + 120
+        while True:
+            message = json.loads(self._read(end))
+            if message.get("id") == self._number:
+                if "error" in message:
+                    raise RuntimeError(f"{method}: {message['error']['message']}")
+                result: dict[str, Any] = message["result"]
+                return result
+
+    def _read(self, end: float) -> bytes:
+        while b"\0" not in self._rest:
+            ready, _, _ = select.select([self._in], [], [], max(0.0, end - time.monotonic()))
+            held = os.read(self._in, 1 << 20) if ready else b""
+            if not held:
+                raise TimeoutError("Chromium does not answer." if not ready else "Chromium has ended.")
+            self._rest += held
+        message, _, self._rest = self._rest.partition(b"\0")
+        return message
 
 
 def sha(name: str) -> str:
@@ -91,22 +207,19 @@ def made_up_chain(root: Path) -> None:
         chain.note("| point | tag_balance |\n|---|---|\n| a 0.8, b 0.5 | **1.000** [0.950, 1.050] |")
 
 
-def shoot(url: str, file: Path, chromium: str, size: str) -> None:
-    with tempfile.TemporaryDirectory() as profile:
-        subprocess.run(
-            [
-                chromium,
-                *FLAGS.split(),
-                f"--user-data-dir={profile}",
-                f"--window-size={size}",
-                f"--screenshot={file}",
-                url,
-            ],
-            check=True,
-            capture_output=True,
-            timeout=180,
-        )
-    print(f"{file}  {url}", flush=True)
+@contextlib.contextmanager
+def served(root: Path, port: int) -> Iterator[str]:
+    """MLflow's UI on a record, as `make ui` opens it; its address."""
+    command = [sys.executable, "-m", "ambergrade.track.ui", "--root", str(root), "--port", str(port)]
+    base = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen(command, start_new_session=True)
+    try:
+        await_server(base)
+        yield base
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)  # its worker processes too
+        server.wait()
 
 
 def main() -> None:
@@ -128,13 +241,10 @@ def main() -> None:
         by_kind = {run.data.tags["ag.kind"]: run for run in reversed(runs)}
         chain, point = by_kind["chain"].info.run_id, by_kind["point"].info.run_id
         made = journal.client.get_run(by_kind["release"].info.run_id).outputs.model_outputs[0].model_id
-        base, number = f"http://127.0.0.1:{asked.port}", journal.experiment_id
+        number = journal.experiment_id
+        registered = next(iter(journal.client.search_registered_models())).name
         asked.out.mkdir(parents=True, exist_ok=True)
-        server = subprocess.Popen(
-            [sys.executable, "-m", "ambergrade.track.ui", "--root", str(root), "--port", str(asked.port)]
-        )
-        try:
-            await_server(base)
+        with served(root, asked.port) as base, Browser(asked.chromium) as browser:
             pages = {
                 "home": f"{base}/",
                 "runs": deep_link(number, base=base),
@@ -148,14 +258,13 @@ def main() -> None:
                 "model": f"{base}/#/experiments/{number}/models/{made}?workflowType=machine_learning",
                 "models": f"{base}/#/experiments/{number}/models?workflowType=machine_learning",
                 "registry": f"{base}/#/models",
-                "version": f"{base}/#/models/{asked.experiment}/versions/1",
+                "version": f"{base}/#/models/{registered}/versions/1",
             }
             for name in asked.page or pages:
-                url = pages[name]
-                shoot(url, asked.out / f"{name}.png", asked.chromium, "1600,1500")
-        finally:
-            server.terminate()
-            server.wait()
+                browser.open(pages[name])
+                browser.settle()
+                browser.shoot(asked.out / f"{name}.png")
+                print(f"{asked.out / name}.png  {pages[name]}", flush=True)
 
 
 def await_server(base: str) -> None:

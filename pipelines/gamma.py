@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ambergrade import config
+from ambergrade.release.gate import load_gates
 from ambergrade.store import find_file
 
 
@@ -21,10 +22,11 @@ from ambergrade.store import find_file
 def main(cfg: Any) -> None:
     settings = config.plain(cfg)
     paths = {alias: find_file(source) for alias, source in settings["models"].items()}  # before anything slow
+    load_gates(settings["gates"])  # likewise
     print("loading …", flush=True)
     import report
     import stages
-    import yaml
+    from recording import record
 
     from ambergrade.identity import digest
     from ambergrade.track import ui
@@ -39,11 +41,11 @@ def main(cfg: Any) -> None:
         print(f"{release_name}, {root / 'mlruns'}")
         if settings["data"]["draw"]:
             stages.draw_world(settings)
-        if not parent.done:
-            parent.text(yaml.safe_dump(settings, sort_keys=False), "config.yaml")
+        record(parent, settings)
         chain = stages.Chain(settings, journal, parent)
 
         captions, validation = stages.dataset(chain)
+        parent.datasets({"captions": captions.digest, "held out": validation.digest})
         family = settings["family"]["name"]
         models = {alias: stages.open_checkpoint(path, family) for alias, path in paths.items()}
         models[settings["trained"]] = stages.train(chain, models[settings["base"]], captions, validation)
@@ -51,15 +53,15 @@ def main(cfg: Any) -> None:
         merger = stages.Merger(chain, models)
         sheets = stages.sweep(chain, merger, models, stages.read_prompts(chain, "sweep"))
         folder = root / "mlruns" / "reports" / digest(what)[:12]
-        verdict = report.judge(chain, sheets, folder)
+        verdict = report.judge(chain, merger, sheets, folder)
         final = report.finalists(chain, merger, models, verdict, stages.read_prompts(chain, "heldout"), folder)
         made = report.publish(chain, merger, verdict, final, models, captions)
-        view = report.close(chain, verdict, final, made)
+        view, page = report.close(chain, verdict, final, made)
 
     print(f"\n{verdict.table}")
     print(f"\n{final.text}\n")
     print(f"contact sheet  {final.contact_sheet}")
-    print(f"heat map       {verdict.heat_map}")
+    print(f"review         {page}")
     print(f"release        {made.path}\n               sha256 {made.digest}")
     print(f"MLflow         {ui.ui_command(root)}\n               {ui.deep_link(journal.experiment_id, view=view)}")
     for trouble in journal.troubles:

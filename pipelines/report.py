@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
-from stages import Chain, Merger, Point, cut, evaluate, label_of, write_merge
+import yaml
+from gating import gate
+from reviewing import Shown, command, draw, links_of, sheet_of
+from stages import Chain, Merger, Point, evaluate, filed_under, label_of, read_prompts, write_merge
 
-from ambergrade.generate.contact_sheet import contact_sheet, write_png
 from ambergrade.identity import digest
 from ambergrade.nouns import CaptionSet, Checkpoint, PromptSet, Release
 from ambergrade.release.build import build as build_release
 from ambergrade.score import figures
-from ambergrade.score.comparison import aggregates, differences, winners
+from ambergrade.score.comparison import aggregates, differences
+from ambergrade.score.html import picture
+from ambergrade.score.review import Review
 from ambergrade.score.sheet import ScoreSheet
-from ambergrade.store import Finished
+from ambergrade.store import Ledger
+from ambergrade.track import ui
 from ambergrade.train.settings import TrainSettings
 
 
@@ -30,58 +36,44 @@ class Verdict:
     members: tuple[tuple[float, ...], ...]
     """The winner set: points that cannot be told from the best."""
     table: str
-    heat_map: Path
+    shown: Shown
+    """The review's pictures."""
+
+    @property
+    def heat_map(self) -> Path | None:
+        return self.shown.pictures.get("heat map")
 
 
-def judge(chain: Chain, sheets: Mapping[tuple[float, ...], ScoreSheet], folder: Path) -> Verdict:
-    """The winner set, the leaderboard and the heat map of a sweep."""
+def judge(chain: Chain, merger: Merger, sheets: Mapping[tuple[float, ...], ScoreSheet], folder: Path) -> Verdict:
+    """The winner set, the leaderboard and the pictures of a sweep."""
     names = tuple(chain.settings["search"]["values"])
     objective = chain.settings["search"]["objective"]
     labels = {label_of(dict(zip(names, point, strict=True))): point for point in sheets}
-    found = winners({label: sheets[point] for label, point in labels.items()}, objective)
-    best, members = labels[found.best], tuple(labels[label] for label in found.members)
-    rows = {label: aggregates(sheets[point]) for label, point in labels.items()}
-    table = figures.leaderboard_text(rows, chain.settings["leaderboard"], winner=found.best, winner_set=found.members)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "leaderboard.txt").write_text(table + "\n")
-    scores = {point: rows[label][objective] for label, point in labels.items()}
-    card = tuple(chain.settings["merge"]["coefficients"][name] for name in names)
-    if len(names) == 2:
-        figures.heat_map(
-            {(p[0], p[1]): value.value for p, value in scores.items()},
-            folder / "heat_map.png",
-            title=f"{chain.settings['merge']['formula']}",
-            score_name=objective,
-            axes=(names[0], names[1]),
-            low={(p[0], p[1]): value.low for p, value in scores.items()},
-            high={(p[0], p[1]): value.high for p, value in scores.items()},
-            card=(card[0], card[1]),
-            winner=(best[0], best[1]),
-            winner_set=[(p[0], p[1]) for p in members],
-        )
-    return Verdict(names, best, members, table, folder / "heat_map.png")
-
-
-def sheet_of_points(chain: Chain, points: Mapping[str, Finished], prompts: PromptSet, marked: str, path: Path) -> None:
-    """The contact sheet: one row a point, one column a prompt, the same seeds in every row."""
-    shown = prompts.first(chain.settings["sheet"]).prompts
-    rows, notes = {}, {}
-    objective = chain.settings["search"]["objective"]
-    for label, done in points.items():
-        strips = cut(done.files["pictures"], chain.sampler.width)
-        rows[label] = {prompt.id: pixels for prompt, pixels in zip(shown, strips, strict=True)}
-        found = done.values["aggregates"]
-        notes[label] = f"{objective} {found[objective]['value']:.3f}"
-    captions = {prompt.id: ", ".join(tag.replace("_", " ") for tag in prompt.tags) for prompt in shown}
-    drawn = contact_sheet(
-        rows,
-        title=f"{chain.settings['release']['name']} {chain.settings['release']['version']}",
-        subtitle=f"{prompts.name} prompts, one seed a column, {chain.sampler.steps} {chain.sampler.name} steps",
-        captions=captions,
-        notes=notes,
-        marked=[marked],
+    review = Review.of(
+        {label: sheets[point] for label, point in labels.items()},
+        {label: dict(zip(names, point, strict=True)) for label, point in labels.items()},
+        title=f"{chain.settings['merge']['formula']}",
+        objective=objective,
+        columns=chain.settings["leaderboard"],
     )
-    write_png(path, drawn)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "leaderboard.txt").write_text(review.table + "\n")
+    prompts = read_prompts(chain, "sweep")
+    strips = {label: _strip(chain, merger, review.points[label], prompts) for label in labels}
+    card = tuple(chain.settings["merge"]["coefficients"][name] for name in names)
+    marked = (card[0], card[1]) if len(card) == 2 else None
+    chosen = prompts.first(chain.settings["sheet"]).prompts
+    shown = draw(review, folder / "sweep", strips, chosen, chain.settings["sampler"], card=marked)
+    best, members = labels[review.found.best], tuple(labels[label] for label in review.found.members)
+    return Verdict(names, best, members, review.table, shown)
+
+
+def _strip(chain: Chain, merger: Merger, point: Point, prompts: PromptSet) -> Path:
+    """The file with a point's first pictures."""
+    kind, about, inputs = filed_under(chain, merger, point, prompts)
+    done = chain.ledger.find(kind, Ledger.identity(kind, 1, about, inputs))
+    assert done is not None, label_of(point)
+    return done.files["pictures"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +93,7 @@ def finalists(
     """Score the winner anew on prompts it was not chosen on, beside what it is compared with."""
     settings = chain.settings
     winner = dict(zip(verdict.names, verdict.best, strict=True))
-    card = settings["merge"]["coefficients"]
+    card, objective = settings["merge"]["coefficients"], settings["search"]["objective"]
     first = f"winner: {label_of(winner)}"
     entered: dict[str, tuple[Merger, Point]] = {first: (merger, winner)}
     if card != winner:
@@ -122,7 +114,18 @@ def finalists(
         lines.append(f"  {name:<24}{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]  {found.verdict}")
     text = "\n".join(lines)
     (folder / "heldout.txt").write_text(text + "\n")
-    sheet_of_points(chain, done, prompts, first, folder / "contact_sheet.png")
+    sheet_of(
+        {label: made.files["pictures"] for label, made in done.items()},
+        prompts.first(settings["sheet"]).prompts,
+        settings["sampler"],
+        folder / "contact_sheet.png",
+        title=f"{settings['release']['name']} {settings['release']['version']}",
+        subtitle=f"{prompts.name} prompts, one seed a column",
+        notes={
+            label: f"{objective} {made.values['aggregates'][objective]['value']:.3f}" for label, made in done.items()
+        },
+        marked=first,
+    )
     figures.interval_plot(
         {name: {first: apart[name]} for name in named}, folder / "differences.png", baseline=settings["base"]
     )
@@ -167,19 +170,47 @@ def publish(
                 metrics=scores,
             )
     print(f"  {'release':<34}{'':<18}{made.digest[:12]}", flush=True)
+    sheet, base = next(iter(final.sheets.values())), final.sheets[chain.settings["base"]]
+    champion = gate(chain, merged, sheet, base, final.prompts, _tiny(chain.settings, sheet))
+    print(f"  {about['name']}: {champion}", flush=True)
     return made
 
 
-def close(chain: Chain, verdict: Verdict, final: Finalists, made: Release) -> str:
-    """What the chain's own page in MLflow shows; returns the key of its saved view."""
+def close(chain: Chain, verdict: Verdict, final: Finalists, made: Release) -> tuple[str, Path]:
+    """What the chain's own page in MLflow shows; returns the key of its saved view, and the review's page."""
     run, settings = chain.parent, chain.settings
     run.metrics(aggregates(next(iter(final.sheets.values()))))
-    run.picture("heat map", verdict.heat_map)
-    run.picture("contact sheet", final.contact_sheet)
+    run.picture("held-out contact sheet", final.contact_sheet)
     run.tags({"release.sha256": made.digest})
     run.note(f"```\n{verdict.table}\n\n{final.text}\n```")
-    objective = settings["search"]["objective"]
-    return run.view("sweep", "point", order_by=objective, params=list(verdict.names), metrics=settings["leaderboard"])
+    objective, review = settings["search"]["objective"], verdict.shown.review
+    columns = {"params": list(verdict.names), "metrics": settings["leaderboard"]}
+    higher = review.scores[review.found.best][objective].higher_is_better
+    view = run.view("sweep", "point", order_by=objective, ascending=not higher, **columns)
+    recipe = yaml.safe_load((made.path / "recipe.yaml").read_text())
+    about = settings["release"]
+    page = verdict.shown.page(
+        facts={
+            "release": f"{about['name']} {about['version']}, sha256 {made.digest}",
+            "files": str(made.path),
+            "base": settings["base"],
+            "trained": f"{settings['trained']}, captions {settings['captions']['name']}",
+            "winner set": f"{len(verdict.members)} of {len(review.points)} points cannot be told from the best",
+            "prompts": f"{review.scores[review.found.best][objective].n} for the sweep, each with its own seed; "
+            f"{len(final.prompts.prompts)} others for the last word",
+            "dashboard": f"{ui.ui_command(Path(settings['root']))} (the links need it)",
+        },
+        links=links_of(chain.journal, run, view),
+        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
+        command=command(),
+        more=[
+            f"<h2>On prompts it was not chosen on</h2><pre>{escape(final.text)}</pre>",
+            picture(final.contact_sheet.parent / "differences.png", "The winner against the base."),
+            picture(final.contact_sheet, "Held-out prompts: the same seeds in every row."),
+        ],
+    )
+    verdict.shown.journal(run, page)
+    return view, page
 
 
 def release(
@@ -199,15 +230,16 @@ def release(
     winner = next(iter(final.sheets.values()))
     named = settings["leaderboard"]
     apart = differences(winner, final.sheets[base])
+    scored = {label: aggregates(sheet) for label, sheet in final.sheets.items()}
     evaluation = {
         "prompts": {"name": final.prompts.name, "count": winner.n, "digest": final.prompts.digest},
         "sampler": asdict(chain.sampler),
         "objective": settings["search"]["objective"],
-        "scores": {name: {label: aggregates(sheet)[name] for label, sheet in final.sheets.items()} for name in named},
+        "scores": {name: {label: scores[name] for label, scores in scored.items()} for name in named},
         "differences": {name: {base: apart[name]} for name in named},
         "winner_set": [dict(zip(verdict.names, member, strict=True)) for member in verdict.members],
         "scorers": {
-            name: {"fingerprint": digest(made_of), "tiny": _is_tiny(settings["suite"]["metrics"][name])}
+            name: {"fingerprint": digest(made_of), "tiny": _tiny(settings, winner)[name]}
             for name, made_of in winner.fingerprints.items()
         },
     }
@@ -242,11 +274,15 @@ def release(
         training=training,
         captions={"recipe": captions.recipe, "manifest": captions.digest},
         contact_sheet=final.contact_sheet,
-        heat_map=verdict.heat_map if len(verdict.names) == 2 else None,
+        heat_map=verdict.heat_map,
         lineage={trained: {"base": models[base].digest, "captions": captions.digest}, "inputs": recipe["inputs"]},
         summary=about["summary"],
     )
 
 
-def _is_tiny(metric: Mapping[str, Any]) -> bool:
-    return any(isinstance(value, str) and value.startswith("builtin://") for value in metric.values())
+def _tiny(settings: Mapping[str, Any], sheet: ScoreSheet) -> dict[str, bool]:
+    """Scorer to whether it is one of the embedded world's."""
+    chosen = settings["suite"]["metrics"]
+    return {
+        name: any(str(value).startswith("builtin://") for value in chosen[name].values()) for name in sheet.fingerprints
+    }

@@ -27,6 +27,7 @@ from ambergrade.errors import BadSetting
 from ambergrade.family import sdxl
 from ambergrade.generate import stream
 from ambergrade.generate.contact_sheet import picture_grid, write_png
+from ambergrade.generate.texts import TextEncoder
 from ambergrade.identity import digest, random_seed
 from ambergrade.merge.engine import merge
 from ambergrade.merge.formula import Formula
@@ -43,7 +44,8 @@ from ambergrade.store import Finished, Ledger, Outputs, find_file, link_or_copy,
 from ambergrade.track.journal import Journal, Run
 from ambergrade.train.latent_store import LatentStore
 from ambergrade.train.settings import TrainSettings
-from ambergrade.train.trainer import fine_tune
+from ambergrade.train.trainer import HALF, TRAINED, LogRow, fine_tune
+from ambergrade.train.validation import ValidationLoss
 from ambergrade.train.verify import verify_gradients, verify_resume
 from ambergrade.train.worker import Job, launch
 
@@ -59,6 +61,8 @@ class Chain:
     parent: Run
     networks: sdxl.Networks | None = None
     """The one set of live networks that pictures are drawn with; a merge changes its weights in place."""
+    texts: tuple[Any, TextEncoder] | None = None
+    """What the text encoders were made of when prompts were last encoded, and the encoded prompts."""
 
     started: float = field(default_factory=time.time)
 
@@ -100,10 +104,15 @@ class Chain:
         journal: Callable[[Run, Finished], None] = lambda run, done: None,
         params: Mapping[str, Any] | None = None,
         told: str = "",
+        journaled_as: str = "",
     ) -> Finished:
-        """Run a stage unless its record is there; journal it either way, and print a line (`told`, else the title)."""
+        """Run a stage unless its record is there; journal it either way, and print a line (`told`, else the title).
+
+        `journaled_as`: the kind of its run, where that is not the stage's.
+        """
         identity = Ledger.identity(kind, version, settings, inputs)
-        with self.journal.run(title, key=identity, kind=kind, parent=self.parent, params=params) as run:
+        shown = journaled_as or kind
+        with self.journal.run(title, key=identity, kind=shown, parent=self.parent, params=params) as run:
             done = self.ledger.once(kind, version, settings, inputs, lambda scratch: work(scratch, run))
             new = done.fresh or self.ledger.finished_since(kind, identity, self.started)  # by the second process
             if not run.done:
@@ -141,22 +150,33 @@ def train(chain: Chain, base: Checkpoint, captions: CaptionSet, validation: Capt
     processes = int(chain.settings.get("processes", 1))
 
     def fit(scratch: Path, run: Run) -> Outputs:
+        def tell(row: LogRow) -> None:
+            rates = {f"lr_{part}": rate for part, rate in row.lr.items()}
+            speed = {"images_per_second": row.images_per_second} | ({"mfu": row.mfu} if row.mfu is not None else {})
+            parts = {f"loss_{quarter}": loss for quarter, loss in row.by_timestep.items()}
+            run.metrics({"loss": row.loss, "grad_norm": row.grad_norm, **parts, **rates, **speed}, step=row.seen)
+
+        def check(loss: ValidationLoss, seen: int) -> None:
+            found = {f"val_loss_{timestep}": value for timestep, value in loss.by_timestep.items()}
+            run.metrics({"val_loss": loss.mean, **found}, step=seen)
+
         if processes > 1:
             job = training_job(chain, base, captions, validation, latents, trainer, scratch)
             launch(job, processes, cpu=chain.device == "cpu")
             made = json.loads((scratch / "report.json").read_text())
+            for row in made["rows"]:
+                tell(LogRow(**row))
+            for seen, loss in made["between"].items():
+                check(ValidationLoss(**loss), int(seen))
             tuned, losses = sdxl.read_checkpoint(scratch / "trained.safetensors"), made
             return written(scratch, tuned, losses, made["seen"])
-        networks = sdxl.load(base.path, chain.family_config, device=chain.device)
+        # bf16 weights are never in memory as fp32; the VAE, which draws samples, always is
+        half = dict.fromkeys(TRAINED, torch.bfloat16) if trainer.precision in HALF else None
+        networks = sdxl.load(base.path, chain.family_config, dtype=half, device=chain.device)
 
         def show(live: sdxl.Networks, seen: int) -> None:
             drawn = [picture.pixels for picture in stream.pictures(live, prompts, chain.sampler, progress=None)]
             run.picture(f"samples/{name}", picture_grid(drawn, 4), step=seen)
-
-        def tell(row: Any) -> None:
-            rates = {f"lr_{part}": rate for part, rate in row.lr.items()}
-            speed = {"images_per_second": row.images_per_second} | ({"mfu": row.mfu} if row.mfu is not None else {})
-            run.metrics({"loss": row.loss, "grad_norm": row.grad_norm, **rates, **speed}, step=row.seen)
 
         report = fine_tune(
             networks,
@@ -166,6 +186,7 @@ def train(chain: Chain, base: Checkpoint, captions: CaptionSet, validation: Capt
             scratch=scratch,
             on_log=tell,
             on_sample=show,
+            on_validation=check,
             validation=(validation, latents.open(validation)),
         )
         assert report.before is not None
@@ -174,7 +195,7 @@ def train(chain: Chain, base: Checkpoint, captions: CaptionSet, validation: Capt
         return written(scratch, sdxl.tensors(networks), losses, report.seen)
 
     def written(scratch: Path, tuned: Mapping[str, torch.Tensor], losses: Mapping[str, Any], seen: int) -> Outputs:
-        kept = {key: value.to(weights[key].dtype) for key, value in tuned.items()}
+        kept = {key: value.to(weights[key].dtype) if key in weights else value for key, value in tuned.items()}
         about = {"modelspec.title": name, "modelspec.architecture": "stable-diffusion-xl-v1-base"}
         if trainer.loss["name"] == "v":
             about["modelspec.prediction_type"] = "v"
@@ -263,6 +284,11 @@ class Merger:
         self.inputs = {alias: models[alias].digest for alias in self.formula.models}
         self._models = models
 
+    def handed_to(self, chain: Chain) -> Merger:
+        """The same merge for a chain with other settings around it; what lies in memory goes along."""
+        chain.networks, chain.texts, self.chain = self.chain.networks, self.chain.texts, chain
+        return self
+
     @cached_property
     def resident(self) -> ResidentMerge:
         inputs = {alias: sdxl.read_checkpoint(self._models[alias].path) for alias in self.formula.models}
@@ -286,6 +312,19 @@ class Merger:
         self.resident.assign(self.chain.networks.modules(), point)
         return self.chain.networks
 
+    def texts(self, point: Point, prompts: PromptSet) -> TextEncoder:
+        """The point's text encoders, after `live`: what they made of these prompts before, while they were the same.
+
+        Keyed by the prompts and the batch too: in another batch a text's last bits may differ, and with them a picture.
+        """
+        chain, chosen = self.chain, self.chain.settings["merge"]
+        encoders = self.resident.made_of(point, "te1", "te2")
+        key = (self.inputs, chosen["dtype"], encoders, prompts.digest, chain.sampler.batch)
+        if chain.texts is None or chain.texts[0] != key:
+            assert chain.networks is not None
+            chain.texts = (key, TextEncoder(chain.networks))
+        return chain.texts[1]
+
 
 def evaluate(
     chain: Chain,
@@ -307,7 +346,9 @@ def evaluate(
                 shown.append(picture)
                 yield picture
 
-        drawn = stream.pictures(merger.live(point), prompts, chain.sampler, progress=None)
+        networks = merger.live(point)
+        texts = merger.texts(point, prompts)
+        drawn = stream.pictures(networks, prompts, chain.sampler, progress=None, texts=texts)
         sheet = score(kept(drawn), prompts, chain.metrics, sampler=chain.sampler, progress=title)
         sheet.write(scratch / "scores.parquet")
         strip = np.concatenate([picture.pixels for picture in shown[: chain.settings["sheet"]]], axis=1)
@@ -326,7 +367,8 @@ def evaluate(
             run.picture(f"{prompts.name}/{prompt.id}", Image.fromarray(pixels))
 
     kind, about, inputs = filed_under(chain, merger, point, prompts)
-    return chain.stage(title, kind, 1, about, inputs, work, journal, dict(point), told)
+    shown = "" if pictured else "scoring"  # the caller's run is the point
+    return chain.stage(title, kind, 1, about, inputs, work, journal, dict(point), told, shown)
 
 
 def filed_under(
@@ -356,7 +398,7 @@ def sweep(
         label, place = label_of(point), f"point {len(sheets) + 1:2}/{len(chosen)}"
         done = evaluate(chain, merger, point, prompts, label, f"{place}: {label}")
         sheet = ScoreSheet.read(done.files["scores"])
-        chosen.tell(point, aggregates(sheet)[chosen.objective].value)
+        chosen.tell(point, done.values["aggregates"][chosen.objective]["value"])
         sheets[tuple(point.values())] = sheet
     return sheets
 

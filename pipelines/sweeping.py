@@ -10,29 +10,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import reviewing
 import stages
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from PIL import Image
+from recording import record
 from stages import Chain, Merger
 
 from ambergrade import config
-from ambergrade.errors import BadInput, BadSetting
+from ambergrade.errors import BadSetting
 from ambergrade.identity import digest
 from ambergrade.merge.formula import Formula
 from ambergrade.merge.inputs import Digests, default_cache
 from ambergrade.nouns import PromptSet
-from ambergrade.score import figures
-from ambergrade.score.comparison import aggregates, winners
+from ambergrade.score.comparison import aggregates
 from ambergrade.score.sheet import ScoreSheet
 from ambergrade.score.statistics import prompt_means, winner_set
 from ambergrade.search.explain import why_new
 from ambergrade.store import Ledger, find_file, write_json
-from ambergrade.track import ui
 from ambergrade.track.journal import Journal, Run
 
-FREE = ("block", "dry", "why", "race", "search", "leaderboard")
+FREE = ("block", "dry", "why", "race", "search", "leaderboard", "write_winner")
 """Settings that may differ between two points of one loaded merge; so may the coefficients."""
+
+LOADED = ("models", "family", "compute", "root")
+"""Settings that decide, with the merge's formula, dtype and policies, what lies in memory for a merge."""
 
 _live: dict[str, tuple[Chain, Merger]] = {}
 
@@ -46,7 +48,8 @@ def point(settings: dict[str, Any]) -> dict[str, Any]:
     journal = Journal.open(Path(settings["root"]), settings["name"])
     sweep, place = _parent(journal), Path(HydraConfig.get().runtime.output_dir).name
     label, key = label_of(settings), f"{sweep.key[:16]}-{place}{_rung(settings)}"
-    with journal.run(label, key=key, kind=_kind(settings), parent=sweep, params=coefficients(settings)) as run:
+    params = {**coefficients(settings), **_swept()}
+    with journal.run(label, key=key, kind=_kind(settings), parent=sweep, params=params) as run:
         chain, merger = live(settings)
         chain = replace(chain, journal=journal, parent=run)
         prompts = prompts_of(chain, settings)
@@ -100,10 +103,31 @@ def live(settings: dict[str, Any]) -> tuple[Chain, Merger]:
                 "for example the one that pipelines/train.py wrote."
             )
         family = settings["family"]["name"]
-        opened = {alias: stages.open_checkpoint(find_file(models[alias]), family) for alias in named}
+        before = next(iter(_live.values()), None)
         _live.clear()  # one merge in memory
-        _live[key] = (chain, Merger(chain, opened))
+        if before is not None and _loaded(before[0].settings) == _loaded(settings):
+            merger = before[1].handed_to(chain)
+            if before[0].settings["suite"] == settings["suite"]:
+                chain.metrics = before[0].metrics
+        else:
+            opened = {alias: stages.open_checkpoint(find_file(models[alias]), family) for alias in named}
+            merger = Merger(chain, opened)
+        _live[key] = (chain, merger)
     return _live[key]
+
+
+def _loaded(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {**{name: settings[name] for name in LOADED}, "merge": {**settings["merge"], "coefficients": None}}
+
+
+def _about() -> dict[str, Any]:
+    """What the sweeper says of this job's point; nothing for a point that is drawn alone."""
+    file = Path(HydraConfig.get().runtime.output_dir) / "point.json" if HydraConfig.initialized() else None
+    return dict(json.loads(file.read_text())) if file is not None and file.exists() else {}
+
+
+def _swept() -> dict[str, Any]:
+    return {key.rpartition(".")[2]: value for key, value in _about().get("point", {}).items()}
 
 
 def coefficients(settings: Mapping[str, Any]) -> dict[str, float]:
@@ -125,8 +149,8 @@ def prompts_of(chain: Chain, settings: Mapping[str, Any]) -> PromptSet:
 
 
 def label_of(settings: Mapping[str, Any]) -> str:
-    block = settings["block"]
-    return stages.label_of(coefficients(settings)) + (f", prompts {block[0]}–{block[1]}" if block else "")
+    block, label = settings["block"], _about().get("label") or stages.label_of(coefficients(settings))
+    return label + (f", prompts {block[0]}–{block[1]}" if block else "")
 
 
 def _kind(settings: Mapping[str, Any]) -> str:
@@ -174,18 +198,21 @@ def opens(cfg: Any, sweep: Any) -> Iterator[tuple[Run, Journal]]:
     swept = ", ".join(key.rpartition(".")[2] for key in sweep.plan.axes)
     params = {"formula": settings["merge"]["formula"], "objective": settings["search"]["objective"], "swept": swept}
     params |= {f"values.{key.rpartition('.')[2]}": sweep.plan.spec(key) for key in sweep.plan.axes}
-    with journal.run(f"sweep {sweep.key[:8]}: {swept}", key=sweep.key, kind="sweep", params=params) as run:
-        write_json(sweep.folder / "sweep.json", {"id": run.id, "name": run.name, "key": run.key})
-        if not run.done:
-            run.text(yaml.safe_dump(settings, sort_keys=False), "config.yaml")
-        yield run, journal
+    try:
+        with journal.run(f"sweep {sweep.key[:8]}: {swept}", key=sweep.key, kind="sweep", params=params) as run:
+            write_json(sweep.folder / "sweep.json", {"id": run.id, "name": run.name, "key": run.key})
+            record(run, settings)
+            yield run, journal
+    except BaseException:
+        Journal.open(root, settings["name"])  # closes the runs of workers that were killed
+        raise
     for trouble in journal.troubles:
         print(f"not journaled: {trouble}")
 
 
-def judge(scores: Any, higher_is_better: bool) -> tuple[int, ...]:
-    """The points of a rung that cannot be told from the best."""
-    return winner_set(np.asarray(scores), higher_is_better=higher_is_better).members
+def judge(scores: Any, alive: Sequence[int], error: float, higher_is_better: bool) -> tuple[int, ...]:
+    """The points of a rung that cannot be told from the best (search/racing.py: Judge)."""
+    return winner_set(np.asarray(scores), higher_is_better=higher_is_better, error=error, alive=alive).members
 
 
 def previews(cfg: Any) -> bool:
@@ -208,7 +235,7 @@ def preview(sweep: Any, points: Sequence[tuple[Any, Any]]) -> None:
         total += 0 if known else len(prompts.prompts)
         told = "hit " if known else f"miss   {len(prompts.prompts)} pictures"
         print(f"  {trial.label:<34}{told}")
-        if settings["why"] and settings["why"] in (trial.label, label_of(settings)):
+        if settings["why"] and settings["why"] in (trial.label, stages.label_of(coefficients(settings))):
             wanted = {"settings": about, "inputs": inputs}
             for key, now, then in why_new(wanted, ({name: row[name] for name in wanted} for row in past)):
                 print(f"    {key}: {_short(now)} (nearest finished point: {_short(then)})")
@@ -238,85 +265,5 @@ def _short(value: Any) -> str:
 
 
 def closes(cfg: Any, sweep: Any) -> None:
-    """The leaderboard, the winner set and the heat map, on the screen, on disk and on the sweep's page in MLflow."""
-    settings = config.plain(cfg)
-    run, journal = sweep.around
-    ledger = Ledger(Path(settings["root"]) / "mlruns")
-    done = [trial for trial in sweep.trials if trial.outcome is not None and trial.outcome.status == "done"]
-    if sweep.race is not None:
-        print(f"\nrace: {sweep.race.text}")
-        run.tags({"race": sweep.race.text})
-        done = [trial for trial in done if trial.label in sweep.race.alive]
-    sheets = {trial.label: _sheet(ledger, trial, sweep) for trial in done}
-    if not sheets:
-        return
-    objective, folder = settings["search"]["objective"], sweep.folder
-    try:
-        found = winners(sheets, objective)
-    except BadInput as error:  # of points that cannot be paired
-        print(f"\nNo winner set: {error}")
-        return
-    rows = {label: aggregates(sheet) for label, sheet in sheets.items()}
-    table = figures.leaderboard_text(rows, settings["leaderboard"], winner=found.best, winner_set=found.members)
-    (folder / "leaderboard.txt").write_text(table + "\n")
-    print(f"\n{table}")
-    run.note(f"```\n{table}\n```")
-    run.metrics({objective: rows[found.best][objective], "points": len(done)})
-    run.tags({"winner": found.best, "winner_set": "; ".join(found.members)})
-    names = list(sweep.plan.axes)
-    scores = {label: rows[label][objective].value for label in rows}
-    plane = len(names) == 2 and all(isinstance(sweep.plan.axes[name], list) for name in names)
-    if plane and _heat_map(sweep, done, scores, found, folder / "heat_map.png", objective):
-        run.picture("heat map", folder / "heat_map.png")
-    kind = "rung" if sweep.race is not None else "point"
-    short = [name.rpartition(".")[2] for name in names]
-    view = run.view("sweep", kind, order_by=objective, params=short, metrics=settings["leaderboard"])
-    print(f"\nfiles   {folder}\nMLflow  {ui.ui_command(Path(settings['root']))}")
-    print(f"        {ui.deep_link(journal.experiment_id, view=view)}", flush=True)
-
-
-def _sheet(ledger: Ledger, trial: Any, sweep: Any) -> ScoreSheet:
-    """A point's sheet; of a race the rungs' sheets joined."""
-    if sweep.race is None:
-        return ScoreSheet.read(ledger.store.path(trial.outcome.value["sheet"]))
-    parts = []
-    for start, stop in zip((0, *sweep.race.rungs), sweep.race.rungs, strict=False):
-        rung = replace(trial, block=(start, stop))
-        if rung.recall() and rung.outcome is not None:
-            parts.append(ScoreSheet.read(ledger.store.path(rung.outcome.value["sheet"])))
-    return joined(parts)
-
-
-def joined(sheets: Sequence[ScoreSheet]) -> ScoreSheet:
-    """Sheets of different prompts by the same scorers as one."""
-    first = sheets[0]
-    return replace(
-        first,
-        prompt_ids=tuple(one for sheet in sheets for one in sheet.prompt_ids),
-        seeds=tuple(one for sheet in sheets for one in sheet.seeds),
-        columns={name: np.concatenate([sheet.columns[name] for sheet in sheets]) for name in first.columns},
-        features={name: np.concatenate([sheet.features[name] for sheet in sheets]) for name in first.features},
-        prompts_digest=digest([sheet.prompts_digest for sheet in sheets]),
-    )
-
-
-def _heat_map(
-    sweep: Any, done: Sequence[Any], scores: Mapping[str, float], found: Any, path: Path, objective: str
-) -> bool:
-    names = list(sweep.plan.axes)
-    try:
-        places = {trial.label: tuple(float(trial.point[name]) for name in names) for trial in done}
-    except ValueError:  # words have no place on an axis
-        return False
-    figures.heat_map(
-        {places[label]: score for label, score in scores.items()},
-        path,
-        title=f"sweep {sweep.key[:8]}",
-        score_name=objective,
-        axes=(names[0].rpartition(".")[2], names[1].rpartition(".")[2]),
-        card=None,
-        winner=places[found.best],
-        winner_set=[places[label] for label in found.members],
-        higher_is_better=sweep.search.higher_is_better,
-    )
-    return True
+    """The review of a sweep that is over."""
+    reviewing.closes(config.plain(cfg), sweep, live)

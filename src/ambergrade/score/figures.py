@@ -6,12 +6,14 @@ The same values give the same PNG bytes. Colours hold for colour-blind eyes (vir
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -24,8 +26,9 @@ from ambergrade.store import written_aside
 
 INK, GREY = "#222222", "#8a8a8a"
 BETTER, WORSE = "#0072B2", "#D55E00"
-TABLE_WIDTH = 100
-Point = tuple[float, float]
+TABLE_WIDTH, LONGEST_LABEL = 100, 48
+Value = float | str
+Point = tuple[Value, Value]
 
 
 def heat_map(
@@ -45,46 +48,48 @@ def heat_map(
     """Draw a sweep over two coefficients as a PNG: one cell a point, its score as colour and number.
 
     Args:
-        points: (a, b) to the score's mean; a point of the grid that is not there stays blank.
-        low, high: limits of each mean, printed small below it.
+        points: (a, b) to the score's mean; a point of the grid that is not there stays blank. Numbers stand in
+            their order, words in the order they come.
+        low, high: limits of each mean, printed small below it while there is room: up to 10 columns.
         card: the model card's point, marked with a diamond where the grid holds it.
         winner: marked with a star. winner_set: outlined, as one region.
     """
     if not points:
         raise BadSetting("A heat map needs at least one point.")
-    columns, rows = sorted({a for a, _ in points}), sorted({b for _, b in points})
+    columns, rows = ordered(a for a, _ in points), ordered(b for _, b in points)
     grid = np.full((len(rows), len(columns)), np.nan)
     for (a, b), value in points.items():
         grid[rows.index(b), columns.index(a)] = value
 
-    figure = _figure(2.2 + 1.02 * len(columns), 1.9 + 0.84 * len(rows))
+    roomy = len(columns) <= 10
+    cell = (1.02, 0.84) if roomy else (0.62, 0.42)
+    figure = blank(2.2 + cell[0] * len(columns), 1.9 + cell[1] * len(rows))
     ax = figure.add_subplot()
     shown = np.ma.masked_invalid(grid)
     colours = "viridis" if higher_is_better else "viridis_r"
-    norm, digits = _norm(grid), _digits(float(np.nanmax(np.abs(grid))))
+    norm, digits = scale(grid), digits_of(float(np.nanmax(np.abs(grid))))
     image = ax.imshow(shown, origin="lower", cmap=colours, norm=norm, aspect="auto")
     for i, b in enumerate(rows):
         for k, a in enumerate(columns):
             if (a, b) in points:
                 ink = _readable_on(image.cmap(norm(grid[i, k])))
-                limits = (low[a, b], high[a, b]) if low and high and (a, b) in low and (a, b) in high else None
-                _write_cell(ax, k, i, points[a, b], limits, digits, ink)
+                known = roomy and low and high and (a, b) in low and (a, b) in high
+                limits = (low[a, b], high[a, b]) if known and low and high else None
+                _write_cell(ax, k, i, points[a, b], limits, digits, ink, 11 if roomy else 8)
                 _mark_cell(ax, k, i, ink, card=(a, b) == card, winner=(a, b) == winner)
     _outline(ax, {(columns.index(a), rows.index(b)) for a, b in winner_set if a in columns and b in rows})
 
-    ax.set_xticks(range(len(columns)), _ticks(columns))
-    ax.set_yticks(range(len(rows)), _ticks(rows))
+    ax.set_xticks(range(len(columns)), ticks(columns))
+    ax.set_yticks(range(len(rows)), ticks(rows))
     ax.set_xlabel(axes[0])
     ax.set_ylabel(axes[1], rotation=0, labelpad=12)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=ax, pad=0.02, fraction=0.05)
-    bar.set_label(score_name + ("" if higher_is_better else " (lower is better)"))
-    bar.outline.set_visible(False)
+    colour_bar(figure, ax, image, score_name, higher_is_better)
     if title:
         ax.set_title(title, loc="left", pad=12, fontweight="bold")
     _heat_map_legend(figure, card is not None and card in points, winner is not None, bool(winner_set))
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def interval_plot(
@@ -102,7 +107,7 @@ def interval_plot(
     labels = list(dict.fromkeys(label for panel in differences.values() for label in panel))
     if not labels:
         raise BadSetting("An interval plot needs at least one difference.")
-    figure = _figure(max(6.0, 1.6 + 2.5 * len(differences)), 1.7 + 0.42 * len(labels))
+    figure = blank(max(6.0, 1.6 + 2.5 * len(differences)), 1.7 + 0.42 * len(labels))
     panels = figure.subplots(1, len(differences), sharey=True, squeeze=False)[0]
     for ax, (score_name, rows) in zip(panels, differences.items(), strict=True):
         ax.axvline(0, color=INK, linewidth=0.8, zorder=1)
@@ -130,7 +135,7 @@ def interval_plot(
     figure.suptitle(
         title or f"Difference from {baseline}, with paired 95 % intervals", x=0.01, ha="left", fontweight="bold"
     )
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def leaderboard_text(
@@ -155,7 +160,7 @@ def leaderboard_text(
     """
     first = columns[0]
     best_first = sorted(points, key=lambda name: _rank(points[name].get(first)))
-    labels = [f"{'*' if name == winner else '=' if name in winner_set else ' '} {name}" for name in best_first]
+    labels = [f"{'*' if name == winner else '=' if name in winner_set else ' '} {_cut(name)}" for name in best_first]
     width = max(len(label) for label in labels)
     cells = {column: _cells(column, [points[name].get(column) for name in best_first]) for column in columns}
     blocks: list[list[str]] = []
@@ -177,11 +182,15 @@ def leaderboard_text(
     return "\n\n".join([*texts, note])
 
 
+def _cut(label: str) -> str:
+    return label if len(label) <= LONGEST_LABEL else label[: LONGEST_LABEL - 1] + "…"
+
+
 def _cells(column: str, found: Sequence[Measurement | None]) -> list[str]:
     """The header and one cell a row, of equal width."""
     scored = [m for m in found if m is not None and not math.isnan(m.value)]
     largest = max((abs(m.value) for m in scored), default=1.0)
-    digits = _digits(largest)
+    digits = digits_of(largest)
     texts = [
         "-" if m is None or math.isnan(m.value) else f"{m.value:.{digits}f} [{m.low:.{digits}f}–{m.high:.{digits}f}]"
         for m in found
@@ -196,29 +205,44 @@ def _rank(found: Measurement | None) -> float:
     return -found.value if found.higher_is_better else found.value
 
 
-def _figure(width: float, height: float) -> Figure:
-    """Size in inches. No pyplot: it keeps figures alive in a global list."""
+def blank(width: float, height: float) -> Figure:
+    """A figure of so many inches. No pyplot: it keeps figures alive in a global list."""
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
     """Write the PNG without its software tag, so that equal pictures are equal bytes."""
     with written_aside(path) as aside:
         figure.savefig(aside, format="png", metadata={"Software": None})
     return path
 
 
-def _norm(grid: np.ndarray) -> Normalize:
-    low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
+def scale(values: npt.NDArray[np.float64]) -> Normalize:
+    """Of colours, from the lowest to the highest value; also where they are one."""
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
     return Normalize(low, high if high > low else low + 1e-9)
 
 
+def colour_bar(figure: Figure, ax: Axes, image: ScalarMappable, score_name: str, higher_is_better: bool) -> None:
+    """What the colours stand for, beside the axes."""
+    bar = figure.colorbar(image, ax=ax, pad=0.02, fraction=0.05)
+    bar.set_label(score_name + ("" if higher_is_better else " (lower is better)"))
+    bar.outline.set_visible(False)
+
+
+def ordered(values: Iterable[Value]) -> list[Value]:
+    """Each once: numbers in their order, anything else in the order it comes."""
+    known = dict.fromkeys(values)
+    numbers = [value for value in known if not isinstance(value, str)]
+    return [*sorted(numbers)] if len(numbers) == len(known) else [*known]
+
+
 def _write_cell(
-    ax: Axes, x: int, y: int, value: float, limits: tuple[float, float] | None, digits: int, ink: str
+    ax: Axes, x: int, y: int, value: float, limits: tuple[float, float] | None, digits: int, ink: str, size: int
 ) -> None:
-    ax.text(x, y + (0.04 if limits else 0), f"{value:.{digits}f}", ha="center", va="center", color=ink, fontsize=11)
+    ax.text(x, y + (0.04 if limits else 0), f"{value:.{digits}f}", ha="center", va="center", color=ink, fontsize=size)
     if limits:
         text = f"{limits[0]:.{digits}f}–{limits[1]:.{digits}f}"
         ax.text(x, y - 0.25, text, ha="center", va="center", color=ink, fontsize=7)
@@ -230,13 +254,17 @@ def _readable_on(colour: tuple[float, float, float, float]) -> str:
     return "white" if 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] < 0.2 else INK
 
 
-def _ticks(values: Sequence[float]) -> list[str]:
-    """All with as many decimals as the longest needs."""
-    decimals = max(len(f"{value:g}".partition(".")[2]) for value in values)
-    return [f"{value:.{decimals}f}" for value in values]
+def ticks(values: Sequence[Value]) -> list[str]:
+    """Words as they are, numbers with as many decimals as the longest needs; very small or large ones as 1e-05."""
+    numbers = [value for value in values if not isinstance(value, str)]
+    plain = [f"{value:g}" for value in numbers]
+    if len(numbers) < len(values) or any("e" in text for text in plain):
+        return [value if isinstance(value, str) else f"{value:g}" for value in values]
+    decimals = max(len(text.partition(".")[2]) for text in plain)
+    return [f"{value:.{decimals}f}" for value in numbers]
 
 
-def _digits(largest: float) -> int:
+def digits_of(largest: float) -> int:
     """Decimals that suit numbers up to `largest`."""
     return 3 if largest < 2 else 2 if largest < 20 else 1
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,8 @@ from PIL import Image
 
 SIDE = 320
 """Longest side of an embedded picture, pixels."""
+LARGE = 500_000
+"""Bytes from which an embedded file is compressed harder."""
 STYLE = """
 :root{--ink:#222;--soft:#767076;--line:#e4dfd8;--paper:#fbf9f5;--card:#fff;--good:#0072b2;--bad:#d55e00;--mid:#8a8a8a}
 *{box-sizing:border-box}body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.45 system-ui,sans-serif}
@@ -35,13 +38,33 @@ th{font-weight:600;font-size:13px;color:var(--soft)}td.n,th.n{text-align:right;f
 .miss{color:var(--bad);font-weight:600}
 ul{margin:6px 0;padding-left:20px}details{margin-top:6px}summary{cursor:pointer}
 code{font-size:12px;overflow-wrap:anywhere}
+pre{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px 14px;
+font-size:12px;overflow-x:auto}
+figure{margin:14px 0}figure img{max-width:100%;border:1px solid var(--line);border-radius:8px;display:block}
+figcaption{color:var(--soft);font-size:13px;margin-top:4px}
+table.sorts th{cursor:pointer;user-select:none}table.sorts th[data-way=up]::after{content:" ▲"}
+table.sorts th[data-way=down]::after{content:" ▼"}tr.winner td{background:#fdeed2}
+tr.member td:first-child{font-weight:600}
+a{color:var(--good)}
 """
+SORTS = """
+for(const table of document.querySelectorAll("table.sorts"))table.rows[0].addEventListener("click",event=>{
+const head=event.target.closest("th");if(!head)return;const way=head.dataset.way==="down"?"up":"down";
+for(const other of table.rows[0].cells)delete other.dataset.way;head.dataset.way=way;
+const key=row=>row.cells[head.cellIndex].dataset.v??row.cells[head.cellIndex].textContent;
+const blank=text=>text===""||text==="nan";
+const rows=[...table.rows].slice(1).sort((one,two)=>{const a=key(one),b=key(two);
+if(blank(a)||blank(b))return blank(a)-blank(b);const apart=isNaN(a)||isNaN(b)?a.localeCompare(b):a-b;
+return way==="down"?-apart:apart});table.append(...rows)});
+"""
+"""Lets a reader sort tables of the class `sorts` by a click on a heading; what has no value stays last."""
 
 
-def page(title: str, parts: Sequence[str]) -> str:
+def page(title: str, parts: Sequence[str], script: str = "") -> str:
     """A whole HTML document."""
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    body = f"<body><main>{''.join(parts)}</main></body>"
+    runs = f"<script>{script}</script>" if script else ""
+    body = f"<body><main>{''.join(parts)}</main>{runs}</body>"
     return f"<!doctype html><html lang=en><head>{head}<style>{STYLE}</style></head>{body}</html>"
 
 
@@ -94,6 +117,24 @@ def data(pixels: npt.NDArray[np.uint8]) -> str:
         image.save(file, "PNG")
         kind = "png"
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def picture(path: Path, caption: str) -> str:
+    """A picture file inside the page with a line below: as it is, or as a JPEG where that is far smaller."""
+    held, kind = path.read_bytes(), "png"
+    if len(held) > LARGE:
+        file = io.BytesIO()
+        Image.open(path).convert("RGB").save(file, "JPEG", quality=88)
+        if 2 * file.tell() < len(held):
+            held, kind = file.getvalue(), "jpeg"
+    source = f"data:image/{kind};base64,{base64.b64encode(held).decode()}"
+    words = escape(caption, quote=True)
+    return f'<figure><img alt="{words}" src="{source}"><figcaption>{words}</figcaption></figure>'
+
+
+def definitions(rows: Mapping[str, str]) -> str:
+    """What stands under a title."""
+    return "<dl>" + "".join(f"<dt>{escape(key)}</dt><dd>{escape(text)}</dd>" for key, text in rows.items()) + "</dl>"
 
 
 def number(value: float, signed: bool = False, like: float = 0.0) -> str:

@@ -13,7 +13,7 @@ from ambergrade.nouns import RATINGS, Measurement, Prompt, PromptSet
 from ambergrade.score.adherence import Tables, per_tag, rating_confusion
 from ambergrade.score.choice import Choice
 from ambergrade.score.comparison import Noise, aggregates, differences, remarks
-from ambergrade.score.html import arrow, bar, data, interval, number, page, short, table
+from ambergrade.score.html import arrow, bar, data, definitions, interval, number, page, short, table
 from ambergrade.score.sheet import ScoreSheet
 from ambergrade.score.statistics import PairedDifference, prompt_means
 
@@ -49,7 +49,7 @@ def html_report(
         noise: what another batch does to every column (`comparison.kernel_noise`).
     """
     first = primary or next(iter(sheet.columns), "")
-    parts = [f"<h1>{escape(title)}</h1>", _facts(facts)]
+    parts = [f"<h1>{escape(title)}</h1>", definitions(facts)]
     if prompts is not None:
         parts.append(_strip(sheet, prompts, find))
     parts.append(_remarks(sheet))
@@ -78,11 +78,6 @@ _CONTRAST = (
     "<code>response_</code> is the share of the change that is common to all prompts: 0 is chance. The rest is the "
     "first word's picture less the second's."
 )
-
-
-def _facts(facts: Mapping[str, str]) -> str:
-    rows = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in facts.items())
-    return f"<dl>{rows}</dl>"
 
 
 def _remarks(sheet: ScoreSheet) -> str:
@@ -159,7 +154,7 @@ def html_choice(
         f"that are still none): {escape(kept)}. Intervals and p hold for all points at once."
     )
     title = "Points against the baseline"
-    return page(title, [f"<h1>{title}</h1>", _facts(facts), table("Choice", note, head, rows)])
+    return page(title, [f"<h1>{title}</h1>", definitions(facts), table("Choice", note, head, rows)])
 
 
 def _differences(found: Mapping[str, PairedDifference]) -> str:

@@ -12,7 +12,7 @@ import os
 import re
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
 # MLflow reads these when it is imported. What a user has set stays.
@@ -26,6 +26,7 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 from mlflow import MlflowClient, __version__, entities  # noqa: E402
+from mlflow.artifacts import download_artifacts  # noqa: E402
 from mlflow.db import upgrade  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.models.utils import get_external_mlflow_model_spec  # noqa: E402
@@ -35,6 +36,8 @@ __all__ = [
     "MlflowClient",
     "MlflowException",
     "artifact_root",
+    "database_file",
+    "download_artifacts",
     "entities",
     "get_external_mlflow_model_spec",
     "locked",
@@ -58,32 +61,35 @@ def database_file(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")).resolve() if uri.startswith("sqlite:///") else None
 
 
-def artifact_root(uri: str) -> str | None:
-    """Where artifacts go: beside a local database; None leaves it to the server.
+def artifact_root(uri: str, root: Path) -> str | None:
+    """Where artifacts go: beside a local database, in `<root>/mlruns` for a database server; None: a server says.
 
     MLflow's own default follows the working directory of whoever creates the experiment.
     """
+    if uri.startswith(("http:", "https:")):
+        return None
     file = database_file(uri)
-    return None if file is None else (file.parent / "artifacts").as_uri()
+    return ((root.resolve() / "mlruns" if file is None else file.parent) / "artifacts").as_uri()
 
 
 @contextmanager
-def locked(uri: str) -> Iterator[None]:
-    """Hold the local database's lock; nothing for a server, which keeps order itself."""
-    file = database_file(uri)
-    if file is None:
-        yield
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.with_name(f".{file.name}.lock").open("w") as lock:
+def locked(uri: str, root: Path) -> Iterator[None]:
+    """Hold the lock of the local database, or of the root that a server's runs come from.
+
+    A server keeps its tables in order, but "create what is not there" takes two calls.
+    """
+    place = (root / "mlruns" / "server.db") if database_file(uri) is None else database_file(uri)
+    assert place is not None
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with place.with_name(f".{place.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def open_client(uri: str) -> MlflowClient:
     """A client whose database exists and has this MLflow's schema. Raises what MLflow, alembic or SQLite raise."""
-    with locked(uri):
-        file = database_file(uri)
+    file = database_file(uri)
+    with locked(uri, file.parent) if file is not None else nullcontext():
         if file is not None:
             if not file.exists():
                 _create(file)
@@ -104,7 +110,9 @@ def _create(file: Path) -> None:
         database.execute(f"PRAGMA user_version={THIS_MLFLOW}")
     aside.rename(file)
     uri = f"sqlite:///{file}"
-    SqlAlchemyStore(uri, artifact_root(uri))  # makes the "Default" experiment, with its artifacts beside the database
+    SqlAlchemyStore(
+        uri, artifact_root(uri, file.parent)
+    )  # makes the "Default" experiment, with its artifacts beside the database
 
 
 def _mark(file: Path) -> int:

@@ -13,22 +13,17 @@ answering, the work goes on without it, one warning says so, and the same comman
 from __future__ import annotations
 
 import logging
-import math
 import re
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from alembic.util.exc import CommandError
-from PIL import Image
 from sqlalchemy.exc import SQLAlchemyError
 
-from ambergrade.errors import AmbergradeError, BadSetting
-from ambergrade.nouns import Measurement
-from ambergrade.track import models, process
+from ambergrade.track import process, registry, told
 from ambergrade.track.database import (
     MlflowClient,
     MlflowException,
@@ -38,19 +33,15 @@ from ambergrade.track.database import (
     open_client,
     tracking_uri,
 )
-from ambergrade.track.ui import VIEW_TAG, view_state
+from ambergrade.track.provenance import Provenance, provenance
+from ambergrade.track.registry import Version
+from ambergrade.track.run import Run, first_line, verdict
+
+__all__ = ["Journal", "Run"]
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Number = Measurement | float
-
-LONGEST_PARAM = 6000  # characters; MLflow's limits
-LONGEST_TAG = 8000
-PARAMS_PER_CALL = 100
-METRICS_PER_CALL = 1000
-FLUSH_SECONDS = 2.0
-"""Metrics wait this long at most; a kill loses no more."""
 
 ONE_CALL = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE"}
 """MLflow's error codes that concern one call only; with any other the journal closes."""
@@ -59,14 +50,26 @@ ONE_CALL = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALRE
 class Journal:
     """One MLflow experiment. Made by `Journal.open`; does nothing where MLflow could not be opened."""
 
-    def __init__(self, client: MlflowClient | None, uri: str, experiment_id: str, root: Path) -> None:
+    def __init__(
+        self,
+        client: MlflowClient | None,
+        uri: str,
+        experiment_id: str,
+        root: Path,
+        name: str = "",
+        *,
+        notes: bool = True,
+    ) -> None:
         self.client = client
         self.uri = uri
         self.experiment_id = experiment_id
         self.root = root
+        self.name = name
+        """Of the experiment."""
+        self._notes = notes
         self.troubles: list[str] = []
         """What could not be journaled, for the closing lines of a pipeline."""
-        self._environment: dict[str, str] | None = None
+        self._made_by: Provenance | None = None
         self._depth = 0
 
     @classmethod
@@ -78,7 +81,7 @@ class Journal:
         markdown, shown on the experiment's page. Never raises for MLflow's sake.
         """
         uri = tracking_uri(root)
-        journal = cls(None, uri, "", root.resolve())
+        journal = cls(None, uri, "", root.resolve(), experiment)
         try:
             journal.client = open_client(uri)
         except (MlflowException, OSError, SQLAlchemyError, CommandError) as error:
@@ -113,7 +116,7 @@ class Journal:
             try:
                 yield run
             except BaseException as error:
-                run.end(*_verdict(error))
+                run.end(*verdict(error))
                 raise
             run.end("FINISHED")
 
@@ -129,38 +132,88 @@ class Journal:
             return action()
         except MlflowException as error:
             if error.error_code in ONE_CALL:
-                self.tell(f"MLflow refused {what}: {_first_line(error)}")
+                self.tell(f"MLflow refused {what}: {first_line(error)}")
             else:
                 self._close(what, error)
         except (OSError, SQLAlchemyError) as error:
             self._close(what, error)
         return None
 
-    def _enter(self, experiment: str, note: str) -> None:
+    @property
+    def made_by(self) -> Provenance:
+        """What this process runs with, looked at once."""
+        if self._made_by is None:
+            self._made_by = provenance(self.root)
+        return self._made_by
+
+    def version(self, name: str, digest: str) -> Version | None:
+        """The version of a registered model with these weights."""
+        return self.attempt(f"the versions of {name}", lambda: registry.version(self._client, name, digest))
+
+    def champion(self, name: str) -> Version | None:
+        """The version of a registered model that the alias `champion` points to."""
+        return self.attempt(f"the champion of {name}", lambda: registry.champion(self._client, name))
+
+    def gated(self, name: str, digest: str, gates: Mapping[str, tuple[bool, str]]) -> str:
+        """Write what the gates said on the version, and move the alias `champion` by it; returns what became of it."""
+
+        def decide() -> str:
+            with locked(self.uri, self.root):
+                judged = registry.version(self._client, name, digest)
+                people = {} if judged is None else registry.by_people(judged.tags)
+                self.note(told.REGISTRY, model=name, digest=digest, gates=gates, tags=people, experiment=self.name)
+                return registry.decide(self._client, name, digest, gates)
+
+        return self.attempt(f"the gates of {name}", decide) or "not journaled, so no champion"
+
+    def note(self, name: str, **event: Any) -> None:
+        """Keep what MLflow is about to be told, for `pipelines/reindex.py`."""
+        if self.client is None or not self._notes:
+            return
+        try:
+            told.append(self.root, name, {**event, "time": time.time_ns() // 1_000_000})
+        except OSError as error:
+            self._notes = False
+            self.tell(f"{told.folder(self.root)} cannot be written: {error}. A lost database could not be rebuilt.")
+
+    @property
+    def _client(self) -> MlflowClient:
         assert self.client is not None
-        with locked(self.uri):
-            found = self.client.get_experiment_by_name(experiment)
+        return self.client
+
+    def _enter(self, experiment: str, note: str) -> None:
+        client = self._client
+        with locked(self.uri, self.root):
+            found = client.get_experiment_by_name(experiment)
             if found is None:
-                base = artifact_root(self.uri)
+                base = artifact_root(self.uri, self.root)
                 place = None if base is None else f"{base}/{re.sub(r'[^A-Za-z0-9_-]', '_', experiment)}"
-                self.experiment_id = self.client.create_experiment(experiment, artifact_location=place)
-            else:
+                try:
+                    self.experiment_id = client.create_experiment(experiment, artifact_location=place)
+                except MlflowException as error:  # a command on another machine, on the same server
+                    found = client.get_experiment_by_name(experiment)
+                    if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:
+                        raise
+            if found is not None:
                 self.experiment_id = found.experiment_id
                 if found.lifecycle_stage == "deleted":
-                    self.client.restore_experiment(found.experiment_id)
+                    client.restore_experiment(found.experiment_id)
         if note and (found is None or found.tags.get("mlflow.note.content") != note):
-            self.client.set_experiment_tag(self.experiment_id, "mlflow.note.content", note)
-        for run in self._search("attributes.status = 'RUNNING'"):
+            client.set_experiment_tag(self.experiment_id, "mlflow.note.content", note)
+        for run in self.search("attributes.status = 'RUNNING'"):
             if process.is_dead(run.data.tags):
-                self.client.set_tag(run.info.run_id, "ag.reason", "its process is gone")
-                self.client.set_terminated(run.info.run_id, "KILLED")
+                now = time.time_ns() // 1_000_000
+                reason = "its process is gone"
+                self.note(run.info.run_id, status="KILLED", end=now, tags={"ag.reason": reason})
+                client.set_tag(run.info.run_id, "ag.reason", reason)
+                client.set_terminated(run.info.run_id, "KILLED", now)
 
-    def _search(self, condition: str) -> list[entities.Run]:
-        assert self.client is not None
+    def search(self, condition: str) -> list[entities.Run]:
+        """Every run of the experiment that meets MLflow's search condition."""
         found: list[entities.Run] = []
         token = None
         while True:
-            page = self.client.search_runs([self.experiment_id], condition, page_token=token)
+            page = self._client.search_runs([self.experiment_id], condition, page_token=token)
             found += page
             token = page.token
             if not token:
@@ -181,26 +234,30 @@ class Journal:
         self, name: str, key: str, kind: str, parent: Run | None, tags: Mapping[str, Any]
     ) -> tuple[entities.Run, bool]:
         """The run and whether it was there before."""
-        assert self.client is not None
+        client = self._client
         assert "'" not in key, key
         lineage = {"mlflow.parentRunId": parent.id} if parent and parent.id else {}
         wanted = {"ag.key": key, "ag.kind": kind, **lineage}
         condition = " and ".join(f"tags.\"{tag}\" = '{value}'" for tag, value in wanted.items())
-        with locked(self.uri):  # two commands at once must not make two of a run
-            found = self._search(condition)
+        given = {tag: str(value) for tag, value in tags.items()}
+        with locked(self.uri, self.root):  # two commands at once must not make two of a run
+            found = self.search(condition)
             if not found:
-                if self._environment is None:
-                    self._environment = process.environment(self.root)
-                given = {tag: str(value) for tag, value in tags.items()}
-                every = {"ag.cache": "miss", **self._environment, **process.owner(), **wanted, **given}
-                return self.client.create_run(self.experiment_id, tags=every, run_name=name), False
+                every = {"ag.cache": "miss", **self.made_by.tags, **process.owner(), **wanted, **given}
+                start = time.time_ns() // 1_000_000
+                made = client.create_run(self.experiment_id, start_time=start, tags=every, run_name=name)
+                id, files = made.info.run_id, made.info.artifact_uri
+                about = {"id": id, "name": name, "experiment": self.name, "start": start, "artifacts": files}
+                self.note(id, run=about, tags=every)
+                return made, False
         run = found[0]
         if run.info.status != "FINISHED":
-            self.client.update_run(run.info.run_id, status="RUNNING")
-            changed = {**process.owner(), **{tag: str(value) for tag, value in tags.items()}}
-            self.client.log_batch(run.info.run_id, tags=[entities.RunTag(*pair) for pair in changed.items()])
+            changed = {**process.owner(), **given}
+            self.note(run.info.run_id, status="RUNNING", tags=changed, untag=["ag.reason"])
+            client.update_run(run.info.run_id, status="RUNNING")
+            client.log_batch(run.info.run_id, tags=[entities.RunTag(*pair) for pair in changed.items()])
             if "ag.reason" in run.data.tags:
-                self.client.delete_tag(run.info.run_id, "ag.reason")
+                client.delete_tag(run.info.run_id, "ag.reason")
         return run, True
 
     def _leave(self) -> None:
@@ -209,7 +266,7 @@ class Journal:
     def _close(self, what: str, error: Exception) -> None:
         self.client = None
         self.tell(
-            f"MLflow failed at {what}: {_first_line(error)}\nNOTHING MORE IS JOURNALED. The work goes on and its "
+            f"MLflow failed at {what}: {first_line(error)}\nNOTHING MORE IS JOURNALED. The work goes on and its "
             f"results are kept. Mend {self.uri} and run the same command again: it journals what is missing."
         )
 
@@ -217,259 +274,3 @@ class Journal:
         """Warn now, and keep it for the closing lines."""
         self.troubles.append(trouble)
         log.warning(trouble)
-
-
-class Run:
-    """A run that is open, or finished (`done`): then nothing that is asked of it does anything."""
-
-    def __init__(self, journal: Journal, id: str, name: str, key: str, *, done: bool, resumed: bool) -> None:
-        self.id = id
-        """MLflow's run id; "" where MLflow could not be opened."""
-        self.name = name
-        self.key = key
-        self.done = done
-        """It was finished before; skip what is dear to prepare."""
-        self.resumed = resumed
-        self._journal = journal
-        self._waiting: list[entities.Metric] = []
-        self._flushed = time.monotonic()
-        self._logged: dict[str, tuple[int, float]] = {}
-        self._pictures: set[str] | None = None
-
-    def metrics(self, values: Mapping[str, Number], step: int | None = None) -> None:
-        """Log numbers; a Measurement `m` logs `m`, `m_lo`, `m_hi` (95 %) and `m_n`.
-
-        What the run has already is passed over: steps up to its last one, or an equal number without a step. NaN is
-        kept; infinity is refused with a warning.
-        """
-        if not self._is_open:
-            return
-        self._waiting += [point for point in self._points(values, step or 0) if self._is_news(point, step)]
-        if len(self._waiting) >= METRICS_PER_CALL or time.monotonic() - self._flushed > FLUSH_SECONDS:
-            self._flush()
-
-    def params(self, values: Mapping[str, Any]) -> None:
-        """Log settings. One of more than 6,000 characters becomes the file `params/<name>.txt` and a pointer to it."""
-        if not self._is_open:
-            return
-        rows = []
-        for key, value in values.items():
-            name, text = _name(key), str(value)
-            if len(text) > LONGEST_PARAM:
-                file = f"params/{name.replace('/', '_')}.txt"
-                self.text(text, file)
-                text = f"{len(text)} characters, see {file}"
-            rows.append(entities.Param(name, text))
-        for start in range(0, len(rows), PARAMS_PER_CALL):
-            self._batch("params", params=rows[start : start + PARAMS_PER_CALL])
-
-    def tags(self, values: Mapping[str, Any]) -> None:
-        """Set tags; they can be searched for in the UI."""
-        self._batch("tags", tags=[entities.RunTag(key, str(value)) for key, value in values.items()])
-
-    def note(self, markdown: str) -> None:
-        """The description on the run's page. What is too long is cut, says so, and is kept whole as note.md."""
-        if len(markdown) > LONGEST_TAG:
-            self.text(markdown, "note.md")
-            ending = "\n\n… the whole text is in the artifact note.md"
-            markdown = markdown[: LONGEST_TAG - len(ending)].rpartition("\n")[0] + ending
-        self.tags({"mlflow.note.content": markdown})
-
-    def picture(self, key: str, picture: Image.Image | Path, step: int = 0) -> None:
-        """Log a picture under a key; the same key in several runs (or steps) is compared side by side in the UI."""
-        if not self._is_open:
-            return
-        name = re.sub(r"[^\w\-./ ]", "_", key, flags=re.ASCII)
-        if self._pictures is None:
-            listed = self._do("its pictures", lambda client: client.list_artifacts(self.id, "images"))
-            # <key>+step+<n>+timestamp+…; the small one is written last
-            written = [Path(file.path).name for file in listed or [] if "+compressed" in file.path]
-            self._pictures = {file.partition("+timestamp+")[0] for file in written} if self.resumed else set()
-        place = f"{name.replace('/', '~')}+step+{step}"
-        if place in self._pictures:
-            return
-        self._pictures.add(place)
-        image = picture if isinstance(picture, Image.Image) else Image.open(picture)
-        self._do(f"picture {key}", lambda client: client.log_image(self.id, image, key=name, step=step))
-
-    def file(self, path: Path, folder: str = "") -> None:
-        """Keep a copy of a small file. Checkpoints go to `model`, which links: a copy would double gigabytes."""
-        if path.suffix in {".safetensors", ".ckpt", ".pt", ".bin"}:
-            raise BadSetting(f"{path.name} is a checkpoint, which is not copied to MLflow.\nLog it by run.model(...).")
-        self._do(f"file {path.name}", lambda client: client.log_artifact(self.id, str(path), folder or None))
-
-    def text(self, text: str, file: str) -> None:
-        """Keep a text as a file, for example the resolved config as `config.yaml`."""
-        self._do(f"file {file}", lambda client: client.log_text(self.id, text, file))
-
-    def datasets(self, digests: Mapping[str, str], context: str = "input") -> None:
-        """Say what data went in, name to sha256. MLflow's digest column holds the first 32 hex, a tag all 64."""
-        rows = []
-        for name, sha256 in digests.items():
-            data = entities.Dataset(name, sha256[:32], "ambergrade", f'{{"sha256": "{sha256}"}}')
-            about = [entities.InputTag("mlflow.data.context", context), entities.InputTag("sha256", sha256)]
-            rows.append(entities.DatasetInput(data, about))
-        self._do(f"inputs of {self.name}", lambda client: client.log_inputs(self.id, datasets=rows))
-
-    def hit(self) -> None:
-        """The work was done before, maybe below another parent: tag it, point there, and copy its last metrics."""
-        if not self._is_open:
-            return
-        self.tags({"ag.cache": "hit"})
-        condition = f"tags.\"ag.key\" = '{self.key}' and attributes.status = 'FINISHED'"
-        for origin in self._do("the first run", lambda _: self._journal._search(condition)) or []:
-            if origin.info.run_id != self.id:
-                self.tags({"ag.origin": origin.info.run_id})
-                self.metrics(origin.data.metrics)
-                break
-
-    def model(
-        self,
-        name: str,
-        path: Path,
-        digest: str,
-        *,
-        kind: str = "checkpoint",
-        parents: Mapping[str, str] | None = None,
-        registered_as: str = "",
-        aliases: Sequence[str] = (),
-        note: str = "",
-        tags: Mapping[str, Any] | None = None,
-        params: Mapping[str, Any] | None = None,
-        metrics: Mapping[str, Number] | None = None,
-    ) -> str:
-        """Enter a checkpoint as a model that this run made, and return MLflow's model id ("" without MLflow).
-
-        The file is hard-linked into the model's folder where the filesystem allows, never copied. `parents` maps names
-        to digests of what it was made from; those that no run made are entered by digest. With `registered_as` it
-        becomes a version of that registered model (once per model), `aliases` point to it and `note` (markdown)
-        describes it.
-        """
-        models.check_aliases(aliases)
-        journal = self._journal
-
-        def enter(client: MlflowClient) -> str:
-            place = (client, journal.experiment_id)
-            about = {"uri": path.resolve().as_uri(), "bytes": path.stat().st_size, **(tags or {})}
-            knobs = {_name(key): value for key, value in (params or {}).items()}
-            with locked(journal.uri):
-                model = models.enter(*place, name, digest, kind=kind, run_id=self.id, tags=about, params=knobs)
-                made_from = [models.enter(*place, *parent, kind="input").model_id for parent in (parents or {}).items()]
-                models.link(path, name, model.artifact_location)
-                models.connect(client, self.id, model.model_id, made_from)
-                if not model.metrics:
-                    client.log_batch(self.id, metrics=self._points(metrics or {}, model_id=model.model_id))
-                if registered_as:
-                    models.register(client, registered_as, model, self.id, aliases=aliases, note=note)
-            return str(model.model_id)
-
-        return self._do(f"model {name}", enter) or ""
-
-    def view(
-        self,
-        name: str,
-        kind: str,
-        *,
-        order_by: str,
-        ascending: bool = False,
-        params: Sequence[str],
-        metrics: Sequence[str],
-    ) -> str:
-        """Save a view of this run's children for the UI and return its key for `ui.deep_link(experiment, view=key)`.
-
-        It lists the children of one kind, sorted by a metric, with the named parameters and metrics as columns.
-        """
-        key = _name(f"{name}-{self.id[:8]}").replace("/", "_")
-        state = view_state(
-            parent=self.id, kind=kind, order_by=order_by, ascending=ascending, params=params, metrics=metrics
-        )
-        self._do(
-            f"the view {name}",
-            lambda client: client.set_experiment_tag(self._journal.experiment_id, VIEW_TAG + key, state),
-        )
-        return key
-
-    def end(self, status: str, reason: str = "", trace: str = "") -> None:
-        """Write what waits and close the run as FINISHED, FAILED or KILLED."""
-        if not self._is_open:
-            return
-        self._flush()
-        if reason:
-            self.tags({"ag.reason": reason})
-        if trace:
-            self.text(trace, "error.txt")
-        self._do(f"the end of {self.name}", lambda client: client.set_terminated(self.id, status))
-
-    @property
-    def _is_open(self) -> bool:
-        return bool(self.id) and not self.done and self._journal.client is not None
-
-    def _do(self, what: str, action: Callable[[MlflowClient], T]) -> T | None:
-        return self._journal.attempt(what, lambda: action(self._journal.client)) if self._is_open else None
-
-    def _batch(self, what: str, **rows: Any) -> None:
-        self._do(f"{what} of {self.name}", lambda client: client.log_batch(self.id, **rows))
-
-    def _points(
-        self, values: Mapping[str, Number], step: int = 0, model_id: str | None = None
-    ) -> list[entities.Metric]:
-        flat: dict[str, float] = {}
-        for key, value in values.items():
-            name = _name(key)
-            if isinstance(value, Measurement):
-                flat |= {name: value.value, f"{name}_lo": value.low, f"{name}_hi": value.high, f"{name}_n": value.n}
-            else:
-                flat[name] = value
-        infinite = [name for name, number in flat.items() if math.isinf(number)]
-        if infinite:  # MLflow would store and show 1.8e308
-            self._journal.tell(f"{self.name}: {', '.join(infinite)} is infinite and is not journaled.")
-        now = time.time_ns() // 1_000_000
-        return [
-            entities.Metric(name, float(number), now, step, model_id or None)
-            for name, number in flat.items()
-            if name not in infinite
-        ]
-
-    def _is_news(self, point: entities.Metric, step: int | None) -> bool:
-        if point.key not in self._logged:
-            self._logged[point.key] = self._last_logged(point.key) if self.resumed else (-1, math.nan)
-        last, value = self._logged[point.key]
-        equal = point.value == value or (math.isnan(point.value) and math.isnan(value))
-        news = last < 0 or (step > last if step is not None else not equal)
-        if news:
-            self._logged[point.key] = (point.step, point.value)
-        return news
-
-    def _last_logged(self, name: str) -> tuple[int, float]:
-        history = self._do(f"history of {name}", lambda client: client.get_metric_history(self.id, name))
-        last = max(history or [], key=lambda past: (past.step, past.timestamp), default=None)
-        return (-1, math.nan) if last is None else (last.step, last.value)
-
-    def _flush(self) -> None:
-        rows, self._waiting = self._waiting, []
-        self._flushed = time.monotonic()
-        for start in range(0, len(rows), METRICS_PER_CALL):
-            self._batch("metrics", metrics=rows[start : start + METRICS_PER_CALL])
-
-
-def _verdict(error: BaseException) -> tuple[str, str, str]:
-    """How a run that ends by `error` is closed: status, reason, what to keep as error.txt."""
-    if isinstance(error, process.Terminated):
-        return "KILLED", "SIGTERM", ""
-    if isinstance(error, KeyboardInterrupt):
-        return "KILLED", "SIGINT", ""
-    if isinstance(error, SystemExit) and not error.code:
-        return "FINISHED", "", ""
-    reason = f"{type(error).__name__}: {_first_line(error)}"
-    if isinstance(error, AmbergradeError):
-        return "FAILED", reason, str(error)
-    return "FAILED", reason, "".join(traceback.format_exception(error))
-
-
-def _name(key: str) -> str:
-    """A key with what MLflow refuses replaced by `_`."""
-    return re.sub(r"[^\w\-./: ]", "_", str(key))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

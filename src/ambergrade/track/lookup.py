@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from urllib.parse import unquote, urlparse
 
 from ambergrade.errors import BadSetting, MissingObject, UnknownName
 from ambergrade.track.database import MlflowException, open_client, tracking_uri
+from ambergrade.track.registry import checkpoint
 
 
 def registered_checkpoint(root: Path, uri: str) -> Path:
@@ -28,8 +28,7 @@ def registered_checkpoint(root: Path, uri: str) -> Path:
         found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
     except MlflowException as error:
         raise MissingObject(f"{uri}: {str(error).splitlines()[0]}") from error
-    folder = Path(unquote(urlparse(found.source).path))
-    files = sorted(folder.glob("*.safetensors"))
-    if len(files) != 1:
-        raise MissingObject(f"{uri} stands for {folder}, which holds {len(files)} checkpoints.\nGive the file's path.")
-    return files[0]
+    path = checkpoint(found)
+    if path is None:
+        raise MissingObject(f"{uri} stands for {found.source}, where its checkpoint is not.\nGive the file's path.")
+    return path

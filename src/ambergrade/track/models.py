@@ -91,9 +91,10 @@ def register(
     """Make the model a version of the registered model `name`, once, and point the aliases to it."""
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
-    tags = {"sha256": model.tags["sha256"]}
+    tags = {tag: model.tags[tag] for tag in ("sha256", "uri")}
     # SQLite keeps no model id with a version, but its tags.
-    versions = [v for v in client.search_model_versions(f"name = '{name}'") if tags.items() <= v.tags.items()]
+    found = client.search_model_versions(f"name = '{name}'")
+    versions = [version for version in found if version.tags.get("sha256") == tags["sha256"]]
     if versions:
         version = versions[0]
     else:

@@ -1,15 +1,10 @@
-"""Who runs: the process that owns a run, whether it still lives, and what it runs with."""
+"""Who runs: the process that owns a run, and whether it still lives."""
 
 from __future__ import annotations
 
-import getpass
-import importlib.metadata
 import os
-import platform
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,23 +60,6 @@ def is_dead(tags: dict[str, str]) -> bool:
     return False
 
 
-def environment(root: Path) -> dict[str, str]:
-    """Tags that say what made a run: code, interpreter, libraries, user."""
-    sha = _git(root, "rev-parse", "HEAD")
-    dirty = bool(_git(root, "status", "--porcelain", "--untracked-files=no"))
-    program = Path(sys.argv[0] or "python").resolve()
-    tags = {
-        "mlflow.user": getpass.getuser(),
-        "mlflow.source.type": "LOCAL",
-        "mlflow.source.name": str(program.relative_to(root)) if program.is_relative_to(root) else program.name,
-        "git.sha": sha or "unknown",
-        "git.dirty": str(dirty).lower() if sha else "unknown",
-        "python": platform.python_version(),
-        "torch": importlib.metadata.version("torch"),
-    }
-    return tags | ({"mlflow.source.git.commit": sha} if sha else {})
-
-
 def _boot() -> str:
     return BOOT_FILE.read_text().strip() if BOOT_FILE.exists() else ""
 
@@ -93,11 +71,3 @@ def _started(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
         return ""
-
-
-def _git(root: Path, *arguments: str) -> str:
-    try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""

@@ -66,7 +66,7 @@ def main() -> None:
     from ambergrade.track.database import artifact_root, database_file, open_client, tracking_uri
 
     uri = tracking_uri(asked.root)
-    file, artifacts = database_file(uri), artifact_root(uri)
+    file, artifacts = database_file(uri), artifact_root(uri, asked.root)
     if file is None or artifacts is None:
         sys.exit(f"MLFLOW_TRACKING_URI is {uri}: open that in a browser, or unset it to see {asked.root}/mlruns.")
     if not file.exists():

@@ -1,0 +1,83 @@
+"""Finds gates by name and lets them judge a candidate: one file in `gates/`, one gate.
+
+A gate `floor` is the module `gates/floor.py` with one pure function:
+
+    def gate(evidence: Evidence, *, metric: str, bound: float) -> Judgement:
+
+`conf/gate/<name>.yaml` holds its settings; `name` is the module, so two yamls may configure one. What a gate needs and
+does not find (a metric that was not scored, a NaN) fails it: a release is stopped by doubt, never let through by it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+from ambergrade.errors import BadSetting, UnknownName
+from ambergrade.nouns import Measurement
+from ambergrade.release import gates as plugs
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of a candidate when it is judged."""
+
+    family: str
+    """Name of the yaml in conf/family."""
+    scores: Mapping[str, Measurement]
+    """Metric to the candidate's number on held-out prompts."""
+    differences: Mapping[str, Mapping[str, Measurement]] = field(default_factory=dict)
+    """Whom it was compared with (`base`, `champion`) to metric to candidate minus them, paired."""
+    scorers: Mapping[str, bool] = field(default_factory=dict)
+    """Scorer to whether it is one of the embedded world's tiny ones."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """What people wrote on the candidate's version in the registry."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What one gate says."""
+
+    passed: bool
+    told: str
+    """The number or the reason, in one line."""
+
+
+class Gate(Protocol):
+    """A gate with its settings filled in."""
+
+    def __call__(self, evidence: Evidence) -> Judgement: ...
+
+
+def load_gate(name: str, **settings: Any) -> Gate:
+    """The gate `gates/<name>.py` with its settings. Raises UnknownName, or BadSetting for settings it does not take."""
+    known = [module.name for module in pkgutil.iter_modules(plugs.__path__)]
+    if name not in known:
+        raise UnknownName("gate", name, known)
+    function = importlib.import_module(f"{plugs.__name__}.{name}").gate
+    try:
+        inspect.signature(function).bind(None, **settings)
+    except TypeError as error:
+        raise BadSetting(f"gate {name}: {error}.\nconf/gate/{name}.yaml lists its settings.") from error
+    return partial(function, **settings)
+
+
+def load_gates(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Gate]:
+    """Every gate of a pipeline's `gates`, by the name that the pipeline gives it."""
+    return {label: load_gate(**chosen) for label, chosen in settings.items()}
+
+
+def judge(gates: Mapping[str, Gate], evidence: Evidence) -> dict[str, Judgement]:
+    """What every gate says; all are asked, so that all reasons are known at once."""
+    return {label: gate(evidence) for label, gate in gates.items()}
+
+
+def told(metric: str, found: Measurement, sign: str = "") -> str:
+    """`tag_prob 0.912 [0.881, 0.940], n 40`; `sign="+"` for differences."""
+    form = f"{sign}.3f"
+    return f"{metric} {found.value:{form}} [{found.low:{form}}, {found.high:{form}}], n {found.n}"
