@@ -140,3 +140,41 @@ def test_an_unknown_sampler_is_told_with_its_nearest():
 def test_a_point_that_was_not_asked_for_cannot_be_told():
     with pytest.raises(BadSetting, match="not waiting"):
         made("tpe").tell({"a": 1.0, "b": 1.0}, 0.0)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_what_was_asked_for_and_not_finished_is_asked_for_first_and_counts_once(sampler):
+    first = made(sampler, trials=8)
+    asked = [first.ask() for _ in range(5)]
+    second = made(sampler, trials=8, start={"a": 0.8, "b": 0.5})
+    for point in asked[:2]:
+        second.recall(point, hill(point))
+    for point in [*asked, {"a": 9.0, "b": 0.0}]:  # finished ones and strange ones are passed over
+        second.retry(point)
+    rest = run(second)
+    assert rest[:3] == asked[2:]
+    assert len(rest) == 6
+    assert len({tuple(point.items()) for point in [*asked[:2], *rest]}) == 8
+
+
+def test_a_lower_total_keeps_what_is_finished_and_retries_no_more_than_it_holds():
+    second = made("tpe", trials=2)
+    second.recall({"a": 1.0, "b": 0.0}, 0.0)
+    for b in (0.25, 0.5):
+        second.retry({"a": 1.0, "b": b})
+    assert run(second) == [{"a": 1.0, "b": 0.25}]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "cmaes", "nsga2", pytest.param("gp", marks=pytest.mark.slow)])
+def test_a_resumed_search_has_not_forgotten_where_the_hill_is(sampler):
+    """Its next ten points lie as if it had not been killed, rather than as the first ten, when it knew nothing."""
+    first = undisturbed = resumed = 0.0
+    for seed in range(6):
+        whole = run(made(sampler, trials=50, seed=seed))
+        again = made(sampler, trials=50, seed=seed)
+        for point in whole[:40]:
+            again.recall(point, hill(point))
+        first += sum(map(hill, whole[:10]))
+        undisturbed += sum(map(hill, whole[40:]))
+        resumed += sum(map(hill, run(again)))
+    assert abs(resumed - undisturbed) < abs(resumed - first)

@@ -48,6 +48,7 @@ def test_lists_ranges_and_choices_become_values_as_they_were_spelled(line, value
     assert found.axes == {"a": values}
     assert found.overrides({"a": values[1]}) == [f"a={values[1]}", "c=7"]
     assert found.label({"a": values[0]}) == f"a {values[0]}"
+    assert found.swept({"a": values[0]}) == [f"a={values[0]}"]
 
 
 def test_an_interval_needs_a_search_that_samples():
@@ -82,13 +83,15 @@ def test_an_outcome_is_read_as_it_was_written_and_a_failure_keeps_its_trace(tmp_
     assert read(tmp_path / "none.json") is None
 
 
-@pytest.mark.parametrize("how", ["raise", "exit", "kill"])
+@pytest.mark.parametrize("how", ["raise", "exit", "kill", "memory"])
 def test_a_faulty_point_is_told_the_others_go_on_and_the_same_command_finishes(tmp_path, how):
     command = ["x=1,2,3", f"fault={2} {how}"]
     (tmp_path / "faulty").touch()
     first = toy(tmp_path, *command)
     assert first.returncode != 0
-    told = {"raise": "ValueError: this point fails", "exit": "exit code 3", "kill": "SIGKILL"}[how]
+    told = {"raise": "ValueError: this point fails", "exit": "exit code 3", "kill": "SIGKILL", "memory": "MemoryError"}[
+        how
+    ]
     assert "1 of 3 points failed" in first.stdout
     assert told in first.stdout
     assert result(tmp_path)["scores"] == {"x 1": 1.0, "x 3": 3.0}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -35,9 +36,20 @@ def work(cfg, root):
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "exit":
             sys.exit(3)
+        if how == "memory":
+            exhaust()
         raise ValueError("this point fails")
     time.sleep(cfg.seconds)
     return float(cfg.x) - float(cfg.y)
+
+
+def exhaust():
+    """More memory than this process may have, refused by the kernel."""
+    resource.setrlimit(resource.RLIMIT_AS, (2**32, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    try:
+        bytearray(2**33)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.getrlimit(resource.RLIMIT_AS)[1],) * 2)
 
 
 class Hooks:
@@ -64,9 +76,14 @@ class Hooks:
         from ambergrade.store import write_json
         from ambergrade.track.journal import Journal
 
-        with Journal.open(Path(cfg.root), "toy").run("toy", key=sweep.key, kind="sweep") as run:
-            write_json(sweep.folder / "sweep.json", {"id": run.id, "name": run.name, "key": run.key})
-            yield run
+        root = Path(cfg.root)
+        try:
+            with Journal.open(root, "toy").run("toy", key=sweep.key, kind="sweep") as run:
+                write_json(sweep.folder / "sweep.json", {"id": run.id, "name": run.name, "key": run.key})
+                yield run
+        except BaseException:
+            Journal.open(root, "toy")  # closes the runs of workers that were killed with us
+            raise
 
     @staticmethod
     def closes(cfg, sweep):
@@ -74,6 +91,11 @@ class Hooks:
         scores = {trial.label: trial.outcome.score for trial in sweep.trials if trial.outcome.status == "done"}
         (Path(cfg.root) / "result.json").write_text(json.dumps({"best": best, "scores": scores}))
 
+
+if any("submitit" in argument for argument in sys.argv):
+    from submitit.core.core import Job
+
+    Job._results_timeout_s = 1  # not 15: so long it looks for the result of a job that was killed
 
 point.sweep = lambda: Hooks
 main = hydra.main(version_base="1.3", config_path=".", config_name="toy_sweep")(point)

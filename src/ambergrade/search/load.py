@@ -37,6 +37,12 @@ class Search(Protocol):
         A point that this search cannot propose (other values, other names) is passed over.
         """
 
+    def retry(self, point: Mapping[str, Value]) -> None:
+        """Hear of a point that an earlier process asked for and did not finish, after what it did finish.
+
+        It is asked for as soon as possible, within the total.
+        """
+
     @property
     def best(self) -> tuple[Point, float] | None:
         """The best scored point so far and its score."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import signal
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,12 @@ from omegaconf import DictConfig, OmegaConf
 from ambergrade.errors import AmbergradeError
 from ambergrade.search.points import Point
 from ambergrade.store import write_json
+from hydra_plugins.ambergrade_sweeper import _lifeline
 
+ENDED_BY_A_SIGNAL = (130, 143)
+"""Exit codes of SIGINT and SIGTERM."""
+STARTED_AGAIN = (144, -1)
+"""Exit codes by which submitit leaves a job that it starts again."""
 BLOCK = "block"
 """Setting by which a racing sweep tells a job which prompts to draw: [start, stop]."""
 
@@ -63,6 +72,17 @@ class Trial:
     def file(self) -> Path:
         return self.folder / _name(self.block)
 
+    @property
+    def was_begun(self) -> bool:
+        """Whether a job began to draw it and never came to an end."""
+        lock = _lock_of(self.file)
+        return lock.exists() and lock.stat().st_size > 0
+
+    def wait(self) -> None:
+        """Until no job draws it any more."""
+        with claimed(self.file):
+            pass
+
     def recall(self) -> bool:
         """Take the outcome from the folder; True if the point is done. A failure is forgotten: it is tried again."""
         found = read(self.file)
@@ -75,24 +95,78 @@ class Trial:
         write(self.file, self.outcome, error)
 
 
-class Recorded:
-    """A task that leaves its outcome in its job's folder."""
+class Left(RuntimeError):
+    """A point ended its process; the launcher hears an ordinary error, and the others go on."""
 
-    def __init__(self, task: Callable[[DictConfig], Any]) -> None:
-        self.task = task
+    def __init__(self, code: object) -> None:
+        super().__init__(ending(code if isinstance(code, int) else 1))
+
+
+class Recorded:
+    """A task that leaves its outcome in its job's folder. One process at a time draws a point.
+
+    What a job that outlived its command has finished is taken as it is: a point is drawn by whoever comes first.
+    """
+
+    def __init__(self, task: Callable[[DictConfig], Any], owner: Mapping[str, str] | None = None) -> None:
+        """`owner`: the process (`_lifeline.owner`) that a worker must not outlive."""
+        self.task, self.owner = task, owner
+        self.apart = False
+        """The process is ours: asked to end, it ends, and its next point is drawn by another."""
 
     def __call__(self, cfg: DictConfig) -> Any:
-        block = OmegaConf.select(cfg, BLOCK, default=None)
-        file = Path(HydraConfig.get().runtime.output_dir) / _name(block)
+        if self.owner is not None:
+            _lifeline.follow(self.owner)
+        if os.environ.get("SUBMITIT_EXECUTOR") == "local":  # there submitit makes a job deaf to SIGTERM
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        file = Path(HydraConfig.get().runtime.output_dir) / _name(OmegaConf.select(cfg, BLOCK, default=None))
+        with claimed(file) as lock:
+            found = read(file)
+            if found is None or found.status != "done":
+                found = self._drawn(cfg, file, lock)
+            lock.truncate(0)
+        return found.value
+
+    def _drawn(self, cfg: DictConfig, file: Path, lock: Any) -> Outcome:
+        lock.truncate(0)
+        lock.write(json.dumps(_lifeline.owner()))
+        lock.flush()
         start = time.monotonic()
         try:
             value = self.task(cfg)
-        except Exception as error:
-            write(file, Outcome("failed", None, told(error), time.monotonic() - start), error)
+        except (Exception, SystemExit) as error:
+            code = error.code if isinstance(error, SystemExit) else None
+            if code in STARTED_AGAIN or (self.apart and code in ENDED_BY_A_SIGNAL):
+                raise
+            failure = Left(code) if isinstance(error, SystemExit) else error
+            write(file, Outcome("failed", None, told(failure), time.monotonic() - start), failure)
+            lock.truncate(0)
             traceback.clear_frames(error.__traceback__)  # Hydra keeps the error, and with it a failed point's tensors
-            raise
-        write(file, Outcome("done", value, "", time.monotonic() - start))
-        return value
+            raise failure from failure.__cause__
+        outcome = Outcome("done", value, "", time.monotonic() - start)
+        write(file, outcome)
+        return outcome
+
+
+@contextmanager
+def claimed(file: Path) -> Iterator[Any]:
+    """Hold the lock beside a point's outcome, which the kernel drops when the process dies; yields its file.
+
+    While a point is drawn the file says by whom: what is left there was cut short.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with _lock_of(file).open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock
+
+
+def ending(code: int) -> str:
+    """What an exit code says: `its process was ended by SIGKILL (out of memory?)`."""
+    if code < 0 or code > 128:
+        number = -code if code < 0 else code - 128
+        name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+        return f"its process was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    return f"its process left with exit code {code}"
 
 
 def write(file: Path, outcome: Outcome, error: BaseException | None = None) -> None:
@@ -123,6 +197,10 @@ def failure_table(trials: Sequence[Trial]) -> str:
     width = max(len(trial.label) for trial in failed)
     lines = [f"  {trial.label:<{width}}  {trial.outcome.error}" for trial in failed if trial.outcome]
     return "\n".join([f"{len(failed)} of {len(trials)} points failed:", *lines])
+
+
+def _lock_of(file: Path) -> Path:
+    return file.with_name(f".{file.name}.lock")
 
 
 def _name(block: Sequence[int] | None) -> str:

@@ -32,6 +32,10 @@ class Plan:
         """A point as the overrides of its job."""
         return [f"{key}={self.fixed[key] if key in self.fixed else self._text(key, point[key])}" for key in self.order]
 
+    def swept(self, point: Mapping[str, Value]) -> list[str]:
+        """The overrides that tell a point from the others of its sweep."""
+        return [f"{key}={self._text(key, point[key])}" for key in self.axes]
+
     def label(self, point: Mapping[str, Value]) -> str:
         """`a 0.8, b 0.5`: the last part of each key and its value."""
         return ", ".join(f"{key.rpartition('.')[2]} {self._text(key, point[key])}" for key in self.axes)

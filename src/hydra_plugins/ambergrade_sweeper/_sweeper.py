@@ -3,15 +3,17 @@
     python pipelines/sweep.py --multirun coefficients.a=0.6,0.8,1.0 coefficients.b=0.25,0.5
 
 With `keyed` every point has a folder named by what it is, `<hydra.sweep.dir>/<sweep>/<point>`, where its job leaves its
-outcome; the same command takes up what is there, tries failures again, and draws the rest. Without, it behaves as
-Hydra's own sweeper does.
+outcome; the same command takes up what is there, tries failures again, and draws the rest; given twice at once, the
+second waits for the first. Without, it behaves as Hydra's own sweeper does.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,11 +33,9 @@ from ambergrade.errors import AmbergradeError, BadSetting
 from ambergrade.identity import digest
 from ambergrade.search.load import Search, search
 from ambergrade.search.racing import Race
-from hydra_plugins.ambergrade_sweeper import _apart
-from hydra_plugins.ambergrade_sweeper._outcomes import Outcome, Recorded, Trial, failure_table
+from hydra_plugins.ambergrade_sweeper import _apart, _lifeline
+from hydra_plugins.ambergrade_sweeper._outcomes import Outcome, Recorded, Trial, failure_table, told
 from hydra_plugins.ambergrade_sweeper._plan import Plan, point_key, read_plan
-
-ENDED_BY_A_SIGNAL = (130, 143)
 
 
 @dataclass
@@ -78,6 +78,8 @@ class Sweep:
     race: Race | None = None
     around: Any = None
     """What the hook `opens` yielded."""
+    composed: Any = None
+    """A trial's whole configuration, by its trial."""
 
 
 class Hooks(Protocol):
@@ -98,8 +100,8 @@ class Hooks(Protocol):
     def preview(self, sweep: Sweep, points: Sequence[tuple[Trial, DictConfig]]) -> None:
         """Print what each point would cost."""
 
-    def judge(self, scores: Any, higher_is_better: bool) -> Sequence[int]:
-        """Rows of scores (K points, P prompts) that cannot be told from the best."""
+    def judge(self, scores: Any, alive: Sequence[int], error: float, higher_is_better: bool) -> Sequence[int]:
+        """Rows of scores (K points, P prompts) that cannot be told from the best (search/racing.py: Judge)."""
 
     def closes(self, cfg: DictConfig, sweep: Sweep) -> None:
         """After the last job, failures included."""
@@ -133,10 +135,16 @@ class AmbergradeSweeper(Sweeper):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config, self.hydra_context = config, hydra_context
         self.hooks: Hooks | None = task_function.sweep() if hasattr(task_function, "sweep") else None
-        self.task = Recorded(task_function) if self.keyed else task_function
+        self.task = self._recorded(task_function) if self.keyed else task_function
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=self.task, config=config
         )
+
+    def _recorded(self, task: TaskFunction) -> Recorded:
+        assert self.config is not None
+        # A queue's jobs outlive the command on purpose; what they finish, the next command takes as it is.
+        queued = "slurm" in str(OmegaConf.select(self.config, "hydra.runtime.choices.hydra/launcher", default=""))
+        return Recorded(task, None if queued else _lifeline.owner())
 
     def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
         """Draw every point; returns the launched batches. Raises SweepFailed at the end if any point failed."""
@@ -147,21 +155,40 @@ class AmbergradeSweeper(Sweeper):
             trials = [self._trial(sweep, point) for point in self._asked(sweep.search)]
             self.hooks.preview(sweep, [(trial, self._composed(trial)) for trial in trials])
             return []
-        folder = Path(self.config.hydra.sweep.dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, (sweep.folder if self.keyed else folder) / "multirun.yaml")
-        with self.hooks.opens(task, sweep) if self.hooks else nullcontext() as sweep.around:
-            if self.rungs:
-                self._race(sweep)
-            else:
-                self._search(sweep)
-            if self.hooks:
-                self.hooks.closes(task, sweep)
-            table = failure_table(sweep.trials)
-            if table:
-                print(f"\n{table}", flush=True)
-                raise SweepFailed(f"{table.splitlines()[0]} see above.\nRun the same command again to go on with them.")
+        with self._alone(sweep.folder) if self.keyed else nullcontext():
+            sweep.folder.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(self.config, sweep.folder / "multirun.yaml")
+            with self.hooks.opens(task, sweep) if self.hooks else nullcontext() as sweep.around:
+                self._draw_all(task, sweep)
         return self._returns
+
+    def _draw_all(self, task: DictConfig, sweep: Sweep) -> None:
+        if self.rungs:
+            self._race(sweep)
+        else:
+            self._search(sweep)
+        if self.hooks:
+            self.hooks.closes(task, sweep)
+        table = failure_table(sweep.trials)
+        if table:
+            print(f"\n{table}", flush=True)
+            raise SweepFailed(f"{table.splitlines()[0]} see above.\nRun the same command again to go on with them.")
+
+    @contextmanager
+    def _alone(self, folder: Path) -> Iterator[None]:
+        """One command at a time draws a sweep; the kernel drops the lock when it dies."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".lock").open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                print(f"  process {lock.read().strip()} draws this sweep now; waiting for it", flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.truncate(0)
+            lock.write(f"{os.getpid()} on {_lifeline.owner()['ag.host']}")
+            lock.flush()
+            yield
 
     # --- what to draw ----------------------------------------------------------------------------------------
 
@@ -175,6 +202,9 @@ class AmbergradeSweeper(Sweeper):
         grid = settings.get("name") == "grid"
         given = self.settings.get("values") or {}
         plan = read_plan(overrides, {} if given == "???" else given, self.space, listed_only=grid)
+        whole = [key for key in plan.axes if key.partition(".")[0] in ("search", "race")]
+        if self.keyed and whole:
+            raise BadSetting(f"{whole[0]} belongs to the whole sweep, not to a point.\nGive it one value.")
         if grid:  # nothing is swept: one job, as Hydra does it
             plan = plan if plan.axes else Plan(plan.fixed, {}, plan.order)
         values = {key: plan.spec(key) for key in plan.axes}
@@ -189,10 +219,7 @@ class AmbergradeSweeper(Sweeper):
             what["inputs"] = self.hooks.inputs(self._task_config())
         key = digest(what)
         folder = Path(self.config.hydra.sweep.dir).absolute()
-        if self.keyed:
-            folder = folder / key[:16]
-            folder.mkdir(parents=True, exist_ok=True)
-        return Sweep(key, folder, made, plan)
+        return Sweep(key, folder / key[:16] if self.keyed else folder, made, plan, composed=self._composed)
 
     def _task_settings(self) -> dict[Any, Any]:
         whole = OmegaConf.to_container(self.config, resolve=False)
@@ -215,7 +242,7 @@ class AmbergradeSweeper(Sweeper):
     def _trial(self, sweep: Sweep, point: dict[str, Any], block: tuple[int, int] | None = None) -> Trial:
         overrides = sweep.plan.overrides(point)
         label = sweep.plan.label(point) or "the point"
-        return Trial(label, dict(point), overrides, sweep.folder / point_key(overrides), block)
+        return Trial(label, dict(point), overrides, sweep.folder / point_key(sweep.plan.swept(point)), block)
 
     def _composed(self, trial: Trial) -> DictConfig:
         assert self.config is not None
@@ -246,13 +273,17 @@ class AmbergradeSweeper(Sweeper):
 
     def _recall(self, sweep: Sweep) -> None:
         """Points of earlier commands: the search hears of them in the order they were proposed in."""
-        for trial in self._past(sweep):
-            if self._recalled(trial):
+        past = [(trial, self._recalled(trial)) for trial in self._past(sweep)]
+        for trial, finished in past:
+            if finished:
                 before = trial.outcome
                 assert before is not None
                 trial.before = True
                 sweep.search.recall(trial.point, before.score)
                 sweep.trials.append(trial)
+        for trial, finished in past:
+            if not finished:
+                sweep.search.retry(trial.point)
         if sweep.trials:
             print(f"  {len(sweep.trials)} of {len(sweep.search)} points finished before", flush=True)
 
@@ -273,7 +304,7 @@ class AmbergradeSweeper(Sweeper):
             raise BadSetting("A race needs a pipeline that scores per prompt.\nUse python pipelines/sweep.py.")
         points = {sweep.plan.label(point): point for point in self._asked(sweep.search)}
         higher, hooks = sweep.search.higher_is_better, self.hooks
-        race = sweep.race = Race(list(points), self.rungs, lambda scores: hooks.judge(scores, higher))
+        race = sweep.race = Race(list(points), self.rungs, lambda *look: hooks.judge(*look, higher))
         last: dict[str, Trial] = {}
         while rung := race.ask():
             trials = [self._trial(sweep, points[label], (rung.start, rung.stop)) for label in rung.points]
@@ -298,25 +329,19 @@ class AmbergradeSweeper(Sweeper):
             self._launch(list(trials[start : start + (most or len(trials))]))
 
     def _launch(self, trials: list[Trial]) -> None:
-        """One batch. A launcher that dies (a job was killed, or left by sys.exit) is asked again, point by point."""
+        """One batch, each with an outcome at the end."""
         assert self.launcher is not None
         if self.keyed:
             self._prepare(trials)
-        if self.keyed and self.apart and isinstance(self.launcher, BasicLauncher):
-            self._launch_apart(trials)
+        if isinstance(self.task, Recorded) and self.apart and isinstance(self.launcher, BasicLauncher):
+            self._launch_apart(trials, self.task)
             return
         try:
             returns = self.launcher.launch([self._job(trial) for trial in trials], initial_job_idx=self._launched)
-        except (Exception, SystemExit) as error:
-            if not self.keyed or (isinstance(error, SystemExit) and error.code in ENDED_BY_A_SIGNAL):
+        except Exception as error:
+            if not self.keyed:
                 raise
-            left = [trial for trial in trials if not (trial.recall() or trial.outcome)]
-            print(f"  the launcher ended by {type(error).__name__}; {len(left)} points without outcome", flush=True)
-            if len(trials) == 1 and left:
-                trials[0].fail(error)
-                return
-            for trial in left:
-                self._launch([trial])
+            self._after_a_death(trials, error)
             return
         self._launched += len(trials)
         self._returns.append(returns)
@@ -327,13 +352,32 @@ class AmbergradeSweeper(Sweeper):
             if not done and not self.keyed:
                 _ = ended.return_value  # raises it, as Hydra's own sweeper does
 
-    def _launch_apart(self, trials: list[Trial]) -> None:
+    def _after_a_death(self, trials: list[Trial], error: Exception) -> None:
+        """The launcher gave up because a job's process died, and does not say whose: those it may have been, alone."""
+        for trial in trials:
+            trial.wait()  # some launchers give up while other jobs still draw
+            trial.recall()
+        left = [trial for trial in trials if trial.outcome is None]
+        self._launched += len(trials) - len(left)
+        if not left:
+            return
+        if len(trials) == 1:
+            trials[0].fail(error)
+            return
+        print(f"  the launcher ended by {type(error).__name__}; {len(left)} points are drawn anew", flush=True)
+        begun = [trial for trial in left if trial.was_begun] or left
+        others = [trial for trial in left if trial not in begun]
+        for batch in [others] * bool(others) + [[trial] for trial in begun]:
+            self._launch(batch)
+
+    def _launch_apart(self, trials: list[Trial], task: Recorded) -> None:
         """A point whose process ends under it has failed; those after it get a new process."""
         assert self.config is not None
+        task.apart = True
         left = trials
         while left:
             jobs = [self._job(trial) for trial in left]
-            code = _apart.run(self.hydra_context, self.task, self.config, jobs, self._launched)
+            code = _apart.run(self.hydra_context, task, self.config, jobs, self._launched)
             for trial in left:
                 trial.recall()
             self._launched += sum(1 for trial in left if trial.outcome)
@@ -345,15 +389,18 @@ class AmbergradeSweeper(Sweeper):
                 self._launched += 1
 
     def _prepare(self, trials: Sequence[Trial]) -> None:
-        """Folders that say which point they are; an outcome of an earlier try goes."""
+        """Folders that say which point they are; an outcome that no longer counts goes."""
         from ambergrade.store import write_json
 
         for trial in trials:
             about = trial.folder / "point.json"
-            trial.file.unlink(missing_ok=True)
+            if not self._recalled(trial):
+                trial.file.unlink(missing_ok=True)
+            trial.outcome = None
             if not about.exists():
                 number = sum(1 for _ in trial.folder.parent.glob("*/point.json"))
-                write_json(about, {"number": number, "point": trial.point, "overrides": trial.overrides})
+                row = {"number": number, "label": trial.label, "point": trial.point, "overrides": trial.overrides}
+                write_json(about, row)
 
     def _job(self, trial: Trial) -> list[str]:
         if not self.keyed:
@@ -386,14 +433,15 @@ class _Single:
         self._left = False
         self.tell(point, score)
 
+    def retry(self, point: Any) -> None:
+        pass
+
     @property
     def best(self) -> tuple[dict[str, Any], float] | None:
         return None if self._score is None else ({}, self._score)
 
 
 def _told(error: Any) -> str:
-    from hydra_plugins.ambergrade_sweeper._outcomes import told
-
     return told(error) if isinstance(error, BaseException) else str(error)
 
 

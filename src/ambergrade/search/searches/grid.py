@@ -67,6 +67,9 @@ class Grid:
         if self._waiting.pop(key_of(point), None):
             self.tell(point, score)
 
+    def retry(self, point: Mapping[str, Value]) -> None:
+        """A point of an earlier process that was not finished: it waits in its place already."""
+
     @property
     def best(self) -> tuple[Point, float] | None:
         """The best scored point and its score, the earlier one among equals; None before the first score."""

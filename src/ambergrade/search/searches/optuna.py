@@ -1,6 +1,8 @@
 """Searches that learn from what they hear: Optuna's samplers behind ask and tell (pip install optuna cmaes scipy).
 
-Optuna keeps its study in memory here; what a killed search knew comes back by `recall`, from the sweep's own record.
+Optuna keeps its study in memory here; what a killed search knew comes back by `recall`, from the sweep's own record:
+TPE, GP and QMC as if they had heard it themselves, CMA-ES as a warm start (Nomura et al. 2021), NSGA-II as generations
+in the order told.
 """
 
 from __future__ import annotations
@@ -27,14 +29,19 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 Space = Mapping[str, Sequence[Value] | Mapping[str, Any]]
 
-SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
+Past = list[optuna.trial.FrozenTrial]
+SAMPLERS: dict[str, Callable[[int, Past], optuna.samplers.BaseSampler]] = {
     # a point that is still being scored counts as a poor one, so that the points of one batch differ
-    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True),
-    "cmaes": lambda seed: optuna.samplers.CmaEsSampler(seed=seed),
-    "gp": lambda seed: optuna.samplers.GPSampler(seed=seed),
-    "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=10),
-    "qmc": lambda seed: _quasi_random(seed),
+    "tpe": lambda seed, past: optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True),
+    "cmaes": lambda seed, past: _evolution_strategy(seed, past),
+    "gp": lambda seed, past: optuna.samplers.GPSampler(seed=seed),
+    "nsga2": lambda seed, past: _genetic(seed, past),
+    "qmc": lambda seed, past: _quasi_random(seed),
 }
+TENTH = 10
+"""So many scored points have a best tenth."""
+POPULATION = 10
+"""NSGA-II's: the trials of one generation."""
 ATTEMPTS = 20
 """So often a sampler is asked for a point that is new; then one is drawn at random."""
 
@@ -74,7 +81,8 @@ class Optuna:
         self._open: dict[str, Trial] = {}
         self._seen: set[str] = set()
         self._made: optuna.Study | None = None
-        self._past: list[optuna.trial.FrozenTrial] = []
+        self._past: Past = []
+        self._again: dict[str, Point] = {}
 
     def __len__(self) -> int:
         return self.trials
@@ -100,29 +108,38 @@ class Optuna:
         """Hear of a point of an earlier process; one that lies outside the space is passed over."""
         if self._made is not None:
             raise BadSetting("Past points are recalled before the first is asked for.")
-        inside = set(point) == set(self.axes) and all(self.axes[name].holds(value) for name, value in point.items())
-        if not inside or key_of(point) in self._seen:
+        if not self._is_inside(point) or key_of(point) in self._seen:
             return
         self._seen.add(key_of(point))
         self._scores[key_of(point)] = (dict(point), float(score))
         self._past.append(self._frozen(point, score))
+
+    def retry(self, point: Mapping[str, Value]) -> None:
+        """Hear of a point that an earlier process asked for and did not finish: it is asked for first."""
+        if self._made is not None:
+            raise BadSetting("Past points are retried before the first is asked for.")
+        if self._is_inside(point) and key_of(point) not in self._seen:
+            self._again[key_of(point)] = dict(point)
 
     @property
     def best(self) -> tuple[Point, float] | None:
         """The best scored point so far, the earlier one among equals."""
         return best_of(self._scores.values(), higher_is_better=self.higher_is_better)
 
+    def _is_inside(self, point: Mapping[str, Value]) -> bool:
+        return set(point) == set(self.axes) and all(self.axes[name].holds(value) for name, value in point.items())
+
     @property
     def _study(self) -> optuna.Study:
         if self._made is None:
             seed = random_seed(self._seed, "search", self._sampler, len(self._past)) % 2**31
+            sampler = SAMPLERS[self._sampler](seed, self._past)
             self._made = optuna.create_study(
-                sampler=SAMPLERS[self._sampler](seed), direction="maximize" if self.higher_is_better else "minimize"
+                sampler=sampler, direction="maximize" if self.higher_is_better else "minimize"
             )
             self._made.add_trials(self._past)
-            if self._start is not None:
-                start = {name: self.axes[name].inward(value) for name, value in self._start.items()}
-                self._made.enqueue_trial(start)
+            for point in (*self._again.values(), *([self._start] if self._start is not None else [])):
+                self._made.enqueue_trial({name: self.axes[name].inward(value) for name, value in point.items()})
         return self._made
 
     def _fresh(self) -> tuple[Trial, Point]:
@@ -221,6 +238,24 @@ class Axis:
             return plain(value) in self.listed
         low, high = self.distribution.low, self.distribution.high  # type: ignore[attr-defined]
         return isinstance(plain(value), float) and low <= float(value) <= high
+
+
+def _evolution_strategy(seed: int, past: Past) -> optuna.samplers.BaseSampler:
+    """Its distribution lives in the trials it made itself; from others' it can start where the best tenth lies."""
+    scored = [trial for trial in past if trial.state == TrialState.COMPLETE]
+    axes = [axis for trial in past for axis in trial.distributions.values()]
+    warm = len(scored) >= TENTH and not any(isinstance(axis, CategoricalDistribution) for axis in axes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.CmaEsSampler(seed=seed, source_trials=scored if warm else None)
+
+
+def _genetic(seed: int, past: Past) -> optuna.samplers.BaseSampler:
+    """A trial says of which generation it is; without, it would be no parent."""
+    sampler = optuna.samplers.NSGAIISampler(seed=seed, population_size=POPULATION)
+    for number, trial in enumerate(trial for trial in past if trial.state == TrialState.COMPLETE):
+        trial.system_attrs[sampler._get_generation_key()] = number // POPULATION
+    return sampler
 
 
 def _quasi_random(seed: int) -> optuna.samplers.BaseSampler:

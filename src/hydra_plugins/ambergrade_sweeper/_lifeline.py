@@ -1,0 +1,43 @@
+"""A worker ends with the command that started it, whichever launcher put it on this machine.
+
+A launcher's workers outlive a killed parent (loky's by minutes, submitit's by design) and would go on drawing while the
+same command, given again, draws the same points.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Mapping
+
+from ambergrade.track import process
+
+GRACE_SECONDS = 10.0
+"""A worker that is asked to end by SIGTERM closes its runs in this time, or is killed."""
+LOOK_SECONDS = 0.3
+
+_followed: set[str] = set()
+
+
+def owner() -> dict[str, str]:
+    """This process, told so that another can see whether it still lives."""
+    return process.owner()
+
+
+def follow(owner: Mapping[str, str]) -> None:
+    """End this process soon after its owner; a process on another machine cannot be followed and is left alone."""
+    key = " ".join(owner.values())
+    if owner == process.owner() or key in _followed:
+        return
+    _followed.add(key)
+    threading.Thread(target=_leave_with, args=(dict(owner),), daemon=True).start()
+
+
+def _leave_with(owner: dict[str, str]) -> None:
+    while not process.is_dead(owner):
+        time.sleep(LOOK_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)  # open runs are closed, where there are some
+    time.sleep(GRACE_SECONDS)
+    os._exit(1)
