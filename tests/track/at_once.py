@@ -1,7 +1,7 @@
-"""Starts workers at the same instant, each opening the journal by itself: `python at_once.py WORKERS ROOT…`, a line a root.
+"""Starts workers at one instant, each opening the journal by itself: `python at_once.py WORKERS ROOT…`.
 
-Workers are forked from a process that has imported the journal and opened nothing: eight imports of MLflow take a minute
-on two cores, and what is tested comes after them.
+Workers are forked from a process that has imported the journal and opened nothing: eight imports of MLflow take a
+minute on two cores, and what is tested comes after them.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def started_at_once(roots: list[Path], workers: int, **environment: str) -> list
 
 
 def check(client: MlflowClient, said: dict, workers: int) -> None:
-    """No worker failed; one experiment, one parent, one shared run, and every point below the parent with its numbers."""
+    """No worker failed: one experiment, one parent, one shared run, and every point below the parent."""
     assert said["codes"] == [0] * workers
     assert [troubles for *_, troubles in said["said"] if troubles] == []
     experiment = client.get_experiment_by_name("gamma")

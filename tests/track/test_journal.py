@@ -174,19 +174,21 @@ PROGRAM = """
 def sleeper(root, request):
     """A process with an open chain and an open child; yields it and the child's run id."""
     command = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(root), request.node.name]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
         yield child, child.stdout.readline().strip()
         child.kill()
 
 
-def test_sigterm_ends_the_open_runs_as_killed_and_the_program_with_143(root, client, sleeper):
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)])
+def test_a_signal_ends_the_open_runs_as_killed_and_the_program_as_usual(root, client, sleeper, sent, code):
     child, run_id = sleeper
-    child.send_signal(signal.SIGTERM)
-    assert child.wait(60) == 143
+    child.send_signal(sent)
+    assert child.wait(60) == code
     run = client.get_run(run_id)
     parent = client.get_run(run.data.tags["mlflow.parentRunId"])
     assert [r.info.status for r in (run, parent)] == ["KILLED", "KILLED"]
-    assert run.data.tags["ag.reason"] == "SIGTERM"
+    assert run.data.tags["ag.reason"] == sent.name
+    assert run.data.metrics == {"loss": 1.0}
 
 
 def test_runs_of_a_process_that_was_killed_are_closed_and_continued_those_of_a_living_one_are_not(

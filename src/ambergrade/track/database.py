@@ -22,6 +22,7 @@ for _name, _value in {
     "MLFLOW_LOGGING_LEVEL": "WARNING",  # alembic's and the registry's chatter
     "MLFLOW_TRUNCATE_LONG_VALUES": "false",  # a value that is too long raises; it is never cut in silence
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # a server's client prints two lines at the end of every run
 }.items():
     os.environ.setdefault(_name, _value)
 

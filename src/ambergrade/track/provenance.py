@@ -70,7 +70,7 @@ def code(place: Path) -> tuple[dict[str, str], str]:
     diff = _git(place, "diff", "HEAD", "--binary", "--no-color", "--no-ext-diff")
     names = _git(place, "ls-files", "-z", "--others", "--exclude-standard", "--", *CODE_FOLDERS).decode().split("\0")
     for name in sorted(filter(None, names)):
-        diff += _added(name, (place / name).read_bytes())
+        diff += _added(name, place / name)
     tags = {"mlflow.source.git.commit": sha, "git.sha": sha, "git.dirty": str(bool(diff)).lower()}
     if not diff:
         return tags, ""
@@ -117,10 +117,12 @@ def _cards(proc: Path = Path("/proc/driver/nvidia")) -> tuple[list[str], str]:
     return [name for name, _, _ in rows], rows[0][2] if rows else ""
 
 
-def _added(name: str, data: bytes) -> bytes:
-    """An untracked file as a patch; a binary one is only named."""
+def _added(name: str, file: Path) -> bytes:
+    """An untracked file as a patch; a long or binary one is only named."""
+    size = file.stat().st_size
+    data = file.read_bytes() if size <= MOST_DIFF else b"\0"
     if b"\0" in data:
-        return f"# {name} is untracked and binary, sha256 {hashlib.sha256(data).hexdigest()}\n".encode()
+        return f"# {name} is untracked and not in this patch, {size} bytes\n".encode()
     head = f"diff --git a/{name} b/{name}\nnew file mode 100644\n".encode()
     if not data:
         return head

@@ -234,8 +234,8 @@ class _Rebuilding:
                     self.done.from_records += not run.done
                     run.metrics({"seconds": record["seconds"], **_numbers(record)})
                     run.datasets(record["inputs"])
-                    strip = record["files"].get("pictures", "")
-                    if store.holds(strip):
+                    strip = record["files"].get("pictures")
+                    if strip and store.holds(strip):
                         run.picture("pictures", store.path(strip))
         self._sound(journal)
 
