@@ -8,11 +8,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
-from stages import Chain, Merger, cut, write_merge
+from common import cut
 
 from ambergrade import config
 from ambergrade.errors import BadInput
@@ -26,8 +26,13 @@ from ambergrade.store import Finished, Ledger, find_file, written_aside
 from ambergrade.track import ui
 from ambergrade.track.journal import Journal, Run
 
+if TYPE_CHECKING:  # the networks' libraries take seconds to import
+    from stages import Chain, Merger
+
 ROWS = 24
 """Points on a contact sheet, the best ones."""
+LONGEST = 30
+"""Characters of a point's name before its numbers are rounded."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,8 @@ def closes(settings: dict[str, Any], sweep: Any, live: Callable[[dict[str, Any]]
     except BadInput as error:  # of points that cannot be paired
         print(f"\nNo winner set: {error}")
         return
+    if sweep.race is not None:  # its looks held all points at once; the finalists among themselves would be fewer
+        review = replace(review, found=replace(review.found, members=tuple(named)))
     (sweep.folder / "leaderboard.txt").write_text(review.table + "\n")
     print(f"\n{review.table}", flush=True)
     strips = {label: _first(ledger, trial, sweep).files["pictures"] for label, trial in named.items()}
@@ -176,6 +183,8 @@ def sheet_of(
 
 def write_winner(run: Run, journal: Journal, chain: Chain, merger: Merger, shown: Shown) -> Path:
     """Write the winner's merge as one file, once, and enter it as the sweep's model with what it was made of."""
+    from stages import write_merge
+
     review = shown.review
     chain = replace(chain, journal=journal, parent=run)
     point = dict(chain.settings["merge"]["coefficients"])
@@ -208,22 +217,21 @@ def links_of(journal: Journal, run: Run, view: str) -> dict[str, str]:
 
 def command() -> str:
     """The command line that this process was started by."""
-    script = Path(sys.argv[0])
-    try:
-        script = script.resolve().relative_to(config.REPOSITORY)
-    except ValueError:  # an installed command
-        script = Path(script.name)
-    return shlex.join(["python", str(script), *sys.argv[1:]])
+    given = sys.orig_argv[1:]  # sys.argv holds what was handed to Hydra
+    inside = f"{config.REPOSITORY}/"
+    return shlex.join(["python", *(word.removeprefix(inside) for word in given)])
 
 
 def _named(trials: Sequence[Any]) -> dict[str, Any]:
-    """Trials by a name to read, `a 0.723411`; by their exact one where rounding makes two alike."""
-    named = {", ".join(f"{name} {_read(value)}" for name, value in _values(t.point).items()): t for t in trials}
-    return named if len(named) == len(trials) else {trial.label: trial for trial in trials}
+    """Trials by their names; sampled numbers rounded to be read, unless that makes two alike."""
+    if all(len(trial.label) <= LONGEST for trial in trials):
+        return {trial.label: trial for trial in trials}
+    rounded = {", ".join(f"{name} {_read(value)}" for name, value in _values(t.point).items()): t for t in trials}
+    return rounded if len(rounded) == len(trials) else {trial.label: trial for trial in trials}
 
 
 def _read(value: Value) -> str:
-    return value if isinstance(value, str) else f"{value:g}"
+    return value if isinstance(value, str) else f"{value:.4g}"
 
 
 def _values(point: Mapping[str, Any]) -> dict[str, Value]:
@@ -271,7 +279,7 @@ def _left_behind(sweep: Any) -> dict[str, str]:
     for label, rung in sweep.race.out.items():
         mean = float(np.nanmean(sweep.race.rows(label)))
         told[label] = f"after {sweep.race.rungs[rung]} prompts, with a mean of {mean:.3f} on them"
-    return told
+    return told | dict.fromkeys(sweep.race.screened, "by cheap pictures, before the race")
 
 
 def _recipe(ledger: Ledger, trial: Any, sweep: Any) -> str:

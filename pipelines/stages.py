@@ -14,21 +14,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from common import cut as cut
+from common import draw_world as draw_world
+from common import label_of as label_of
 from PIL import Image
-from preparing import dataset as dataset  # gamma.py and train.py reach it here
-from preparing import encode
 
 from ambergrade import config
 from ambergrade.errors import BadSetting
 from ambergrade.family import sdxl
+from ambergrade.family.files import read_tensors
 from ambergrade.generate import stream
 from ambergrade.generate.contact_sheet import picture_grid, write_png
 from ambergrade.generate.texts import TextEncoder
-from ambergrade.identity import digest, random_seed
+from ambergrade.identity import digest, file_digest, random_seed
 from ambergrade.merge.engine import merge
 from ambergrade.merge.formula import Formula
 from ambergrade.merge.job import Job as MergeJob
@@ -40,14 +42,15 @@ from ambergrade.score.comparison import aggregates, remarks
 from ambergrade.score.scoring import load_metric, score
 from ambergrade.score.sheet import ScoreSheet
 from ambergrade.search.load import search
-from ambergrade.store import Finished, Ledger, Outputs, find_file, link_or_copy, write_json
+from ambergrade.store import Finished, Ledger, Outputs, find_file, link_or_copy
 from ambergrade.track.journal import Journal, Run
-from ambergrade.train.latent_store import LatentStore
-from ambergrade.train.settings import TrainSettings
-from ambergrade.train.trainer import HALF, TRAINED, LogRow, fine_tune
-from ambergrade.train.validation import ValidationLoss
-from ambergrade.train.verify import verify_gradients, verify_resume
-from ambergrade.train.worker import Job, launch
+
+if TYPE_CHECKING:  # what training needs takes seconds to import; a sweep needs none of it
+    from ambergrade.train.latent_store import LatentStore
+    from ambergrade.train.settings import TrainSettings
+    from ambergrade.train.trainer import LogRow
+    from ambergrade.train.validation import ValidationLoss
+    from ambergrade.train.worker import Job
 
 Point = Mapping[str, float]
 
@@ -125,23 +128,22 @@ class Chain:
         return done
 
 
-def draw_world(settings: dict[str, Any]) -> None:
-    """Draw the mini-booru that `data.draw` describes, unless its folder holds it already."""
-    from ambergrade.world.booru import write_booru
+def dataset(chain: Chain) -> tuple[CaptionSet, CaptionSet]:
+    """Captions to train on, and held out (preparing.py)."""
+    from preparing import dataset as prepared
 
-    wanted, folder = settings["data"]["draw"], Path(settings["data"]["folder"])
-    marker = folder / "drawn.json"
-    there = marker.exists() and json.loads(marker.read_text()) == wanted
-    start = time.monotonic()
-    if not there:
-        write_booru(folder, **wanted, workers=settings["compute"]["workers"])
-        write_json(marker, wanted)
-    how = "  finished before" if there else f"{time.monotonic() - start:8.1f} s"
-    print(f"  {'mini-booru':<34}{how:<18}{digest(wanted)[:12]}", flush=True)
+    return prepared(chain)
 
 
 def train(chain: Chain, base: Checkpoint, captions: CaptionSet, validation: CaptionSet) -> Checkpoint:
     """Fine-tune the base: cache latents, train, write the single file in the base's precision."""
+    from preparing import encode
+
+    from ambergrade.train.settings import TrainSettings
+    from ambergrade.train.trainer import HALF, TRAINED, LogRow, fine_tune
+    from ambergrade.train.validation import ValidationLoss
+    from ambergrade.train.worker import launch
+
     name = chain.settings["trained"]
     weights = sdxl.read_checkpoint(base.path)
     latents = encode(chain, base, weights, captions, validation)
@@ -228,6 +230,8 @@ def training_job(
     folder: Path,
 ) -> Job:
     """The training as a file that ranks read, with the sets beside it."""
+    from ambergrade.train.worker import Job
+
     folder.mkdir(parents=True, exist_ok=True)
     sets = {"train": captions, "heldout": validation}
     for split, chosen in sets.items():
@@ -248,6 +252,11 @@ def training_job(
 
 def prove(chain: Chain, base: Checkpoint, captions: CaptionSet, validation: CaptionSet) -> None:
     """Exact resume, or whole gradients, on this machine with these settings. Raises BadSetting where it fails."""
+    from preparing import encode
+
+    from ambergrade.train.settings import TrainSettings
+    from ambergrade.train.verify import verify_gradients, verify_resume
+
     settings, processes = chain.settings, chain.settings["processes"]
     trainer = TrainSettings.read(settings["trainer"])
     images = settings["steps"] * trainer.batch
@@ -281,7 +290,9 @@ class Merger:
     def __init__(self, chain: Chain, models: Mapping[str, Checkpoint], formula: str = "") -> None:
         self.chain = chain
         self.formula = Formula.parse(formula or chain.settings["merge"]["formula"], models)
+        self.loras = {alias: find_file(path) for alias, path in self.formula.lora_paths.items()}
         self.inputs = {alias: models[alias].digest for alias in self.formula.models}
+        self.inputs |= {alias: file_digest(path) for alias, path in self.loras.items()}
         self._models = models
 
     def handed_to(self, chain: Chain) -> Merger:
@@ -292,6 +303,7 @@ class Merger:
     @cached_property
     def resident(self) -> ResidentMerge:
         inputs = {alias: sdxl.read_checkpoint(self._models[alias].path) for alias in self.formula.models}
+        inputs |= {alias: read_tensors(path) for alias, path in self.loras.items()}
         chosen = self.chain.settings["merge"]
         return ResidentMerge(self.formula, inputs, dtype=chosen["dtype"], policies=chosen["policies"])
 
@@ -301,7 +313,7 @@ class Merger:
 
     def job(self, point: Point) -> MergeJob:
         chosen = self.chain.settings["merge"]
-        paths = {alias: self._models[alias].path for alias in self.formula.models}
+        paths = {alias: self._models[alias].path for alias in self.formula.models} | self.loras
         return open_job(self.formula, paths, coefficients=point, dtype=chosen["dtype"], policies=chosen["policies"])
 
     def live(self, point: Point) -> sdxl.Networks:
@@ -447,19 +459,9 @@ def open_checkpoint(path: Path, family: str) -> Checkpoint:
     return Checkpoint(path, family, sdxl.weights_digest(sdxl.read_checkpoint(path)))
 
 
-def label_of(point: Point) -> str:
-    """`a 0.8, b 0.5`."""
-    return ", ".join(f"{name} {value:g}" for name, value in point.items())
-
-
 def use_threads(compute: Mapping[str, Any]) -> None:
     if compute["threads"]:
         torch.set_num_threads(compute["threads"])
-
-
-def cut(strip: Path, width: int) -> list[np.ndarray]:
-    pixels = np.asarray(Image.open(strip).convert("RGB"))
-    return [pixels[:, start : start + width] for start in range(0, pixels.shape[1], width)]
 
 
 def parameters(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ The same command again continues: finished points are kept, failed ones tried an
 Examples:
     python pipelines/sweep.py --multirun coefficients.a=0.6,0.8,1.0 coefficients.b=0.25,0.5 models.base7=FILE
     python pipelines/sweep.py --multirun search=tpe search.trials=40 'coefficients.a=interval(0,1.6)' models.base7=FILE
-    python pipelines/sweep.py --multirun coefficients.a=0.6,0.8,1.0 race=[8,16,40] models.base7=FILE
+    python pipelines/sweep.py --multirun coefficients.a=0.6,0.8,1.0 race=[12,24,40] models.base7=FILE
     python pipelines/sweep.py --multirun coefficients.a=0.6,0.8 dry=true models.base7=FILE     what it would cost
     python pipelines/sweep.py --multirun coefficients.a=0.6,0.8 'why="a 0.8"' models.base7=FILE
     python pipelines/sweep.py --multirun coefficients.a=0.6,0.8 hydra/launcher=joblib hydra.launcher.n_jobs=2

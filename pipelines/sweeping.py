@@ -7,15 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import common
 import numpy as np
 import reviewing
-import stages
 from hydra.core.hydra_config import HydraConfig
 from PIL import Image
 from recording import record
-from stages import Chain, Merger
 
 from ambergrade import config
 from ambergrade.errors import BadSetting
@@ -30,7 +29,10 @@ from ambergrade.search.explain import why_new
 from ambergrade.store import Ledger, find_file, write_json
 from ambergrade.track.journal import Journal, Run
 
-FREE = ("block", "dry", "why", "race", "search", "leaderboard", "write_winner")
+if TYPE_CHECKING:  # the networks' libraries take seconds to import: only the process that draws does
+    from stages import Chain, Merger
+
+FREE = ("block", "dry", "why", "race", "screen", "search", "leaderboard", "write_winner")
 """Settings that may differ between two points of one loaded merge; so may the coefficients."""
 
 LOADED = ("models", "family", "compute", "root")
@@ -45,6 +47,8 @@ def point(settings: dict[str, Any]) -> dict[str, Any]:
     The point is a run below the sweep's, named by its folder, and its stage a run below that: what fails or is killed
     is taken up again in the same runs.
     """
+    import stages
+
     journal = Journal.open(Path(settings["root"]), settings["name"])
     sweep, place = _parent(journal), Path(HydraConfig.get().runtime.output_dir).name
     label, key = label_of(settings), f"{sweep.key[:16]}-{place}{_rung(settings)}"
@@ -64,7 +68,7 @@ def _show(run: Run, chain: Chain, done: Any, prompts: PromptSet) -> None:
         return
     run.tags({"ag.cache": "miss" if done.fresh else "hit", "ag.sheet": done.digests["scores"]})
     run.metrics(aggregates(ScoreSheet.read(done.files["scores"])))
-    for prompt, pixels in zip(prompts.prompts, stages.cut(done.files["pictures"], chain.sampler.width), strict=False):
+    for prompt, pixels in zip(prompts.prompts, common.cut(done.files["pictures"], chain.sampler.width), strict=False):
         run.picture(f"sweep/{prompt.id}", Image.fromarray(pixels))
 
 
@@ -88,12 +92,14 @@ def _told(settings: Mapping[str, Any], done: Any) -> dict[str, Any]:
 
 def live(settings: dict[str, Any]) -> tuple[Chain, Merger]:
     """The chain and the merge with its models in memory: loaded once a process, whatever the coefficients."""
+    import stages
+
     free = {**settings["merge"], "coefficients": None}
     key = digest({**{name: value for name, value in settings.items() if name not in FREE}, "merge": free})
     if key not in _live:
         stages.use_threads(settings["compute"])
         journal = Journal(None, "", "", Path(settings["root"]))  # a point brings its own
-        chain = Chain(settings, journal, Run(journal, "", "", "", done=False, resumed=False))
+        chain = stages.Chain(settings, journal, Run(journal, "", "", "", done=False, resumed=False))
         models = settings["models"]
         named = Formula.parse(settings["merge"]["formula"], models).models
         missing = [alias for alias in named if not models[alias]]
@@ -111,7 +117,7 @@ def live(settings: dict[str, Any]) -> tuple[Chain, Merger]:
                 chain.metrics = before[0].metrics
         else:
             opened = {alias: stages.open_checkpoint(find_file(models[alias]), family) for alias in named}
-            merger = Merger(chain, opened)
+            merger = stages.Merger(chain, opened)
         _live[key] = (chain, merger)
     return _live[key]
 
@@ -136,6 +142,8 @@ def coefficients(settings: Mapping[str, Any]) -> dict[str, float]:
 
 def prompts_of(chain: Chain, settings: Mapping[str, Any]) -> PromptSet:
     """The sweep's prompts, or the part of them that a rung adds."""
+    import stages
+
     prompts = stages.read_prompts(chain, "sweep")
     if settings["block"] is None:
         return prompts
@@ -149,7 +157,8 @@ def prompts_of(chain: Chain, settings: Mapping[str, Any]) -> PromptSet:
 
 
 def label_of(settings: Mapping[str, Any]) -> str:
-    block, label = settings["block"], _about().get("label") or stages.label_of(coefficients(settings))
+    block = settings["block"]
+    label = _about()["label"] if _swept() else common.label_of(coefficients(settings))
     return label + (f", prompts {block[0]}–{block[1]}" if block else "")
 
 
@@ -173,10 +182,18 @@ def _parent(journal: Journal) -> Run:
 
 
 def inputs(cfg: Any) -> dict[str, str]:
-    """Digest of every model's file that is there."""
-    known = Digests(default_cache())
-    files = {alias: Path(find_file(source)) for alias, source in config.plain(cfg.models).items() if source}
-    found = {alias: known.of_file(file) if file.is_file() else str(file) for alias, file in files.items()}
+    """Digest of every file of a model or LoRA that is there."""
+    known, models = Digests(default_cache()), {name: source for name, source in cfg.models.items() if source}
+    named = Formula.parse(cfg.merge.formula, cfg.models).lora_paths
+    files = {alias: Path(find_file(source)) for alias, source in {**models, **named}.items()}
+    found = {
+        alias: digest(
+            {str(part.relative_to(file)): known.of_file(part) for part in sorted(file.rglob("*.safetensors"))}
+        )
+        if file.is_dir()
+        else known.of_file(file)
+        for alias, file in files.items()
+    }
     known.save()
     return found
 
@@ -193,7 +210,7 @@ def opens(cfg: Any, sweep: Any) -> Iterator[tuple[Run, Journal]]:
     root = Path(settings["root"])
     print(f"sweep {sweep.key[:12]}, {len(sweep.search)} points, {sweep.folder}", flush=True)
     if settings["data"]["draw"]:
-        stages.draw_world(settings)
+        common.draw_world(settings)
     journal = Journal.open(root, settings["name"])
     swept = ", ".join(key.rpartition(".")[2] for key in sweep.plan.axes)
     params = {"formula": settings["merge"]["formula"], "objective": settings["search"]["objective"], "swept": swept}
@@ -221,11 +238,13 @@ def previews(cfg: Any) -> bool:
 
 def preview(sweep: Any, points: Sequence[tuple[Any, Any]]) -> None:
     """Hit or miss and cost of every point; with `why` what told a point from the finished one most like it."""
+    import stages
+
     total, rate = 0, None
     for trial, cfg in points:
         settings = config.plain(cfg)
         if settings["data"]["draw"] and trial is points[0][0]:
-            stages.draw_world(settings)
+            common.draw_world(settings)
         chain, merger = live(settings)
         prompts = prompts_of(chain, settings)
         kind, about, inputs = stages.filed_under(chain, merger, coefficients(settings), prompts)
@@ -235,7 +254,7 @@ def preview(sweep: Any, points: Sequence[tuple[Any, Any]]) -> None:
         total += 0 if known else len(prompts.prompts)
         told = "hit " if known else f"miss   {len(prompts.prompts)} pictures"
         print(f"  {trial.label:<34}{told}")
-        if settings["why"] and settings["why"] in (trial.label, stages.label_of(coefficients(settings))):
+        if settings["why"] and settings["why"] in (trial.label, common.label_of(coefficients(settings))):
             wanted = {"settings": about, "inputs": inputs}
             for key, now, then in why_new(wanted, ({name: row[name] for name in wanted} for row in past)):
                 print(f"    {key}: {_short(now)} (nearest finished point: {_short(then)})")

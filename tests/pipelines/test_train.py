@@ -1,5 +1,6 @@
 """The training pipeline as a user runs it: help, plans and mistakes at once; proofs on the embedded world."""
 
+import sqlite3
 import subprocess
 import sys
 import time
@@ -105,6 +106,7 @@ def test_the_card_s_line_and_budget_come_out_of_one_command() -> None:
         (["trainer.images=33"], "the nearest is 32"),
         (["base=beta8"], "beta7"),
         (["verify=resum"], "resume"),
+        (["trainer.images=32", "memory=16gb", "processes=2"], "in_backward steps within one pass"),
         (["experiment=base7", "plan=true", "gpu=h10"], "h100"),
         (["plan=true"], "SDXL"),
         (["experiment=base7"], "checkpoints/kohaku-xl-beta7.safetensors"),
@@ -138,10 +140,38 @@ TINY = ["data.draw.count=80", "data.draw.prompts=4", "data.draw.references=8", "
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("proof", ["resume", "gradients", "latents"])
-def test_all_proofs_hold_on_the_embedded_world(proof: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("proof", ["resume", "gradients"])
+def test_both_proofs_hold_on_the_embedded_world(proof: str, tmp_path: Path) -> None:
     done = command(
         "experiment=base7_tiny", f"verify={proof}", f"root={tmp_path}", "processes=2", *TINY, "trainer.images=80"
     )
     assert done.returncode == 0, done.stderr
     assert f"verify={proof} holds" in done.stdout
+
+
+@pytest.mark.slow
+def test_stored_latents_are_proven_and_damage_is_told(tmp_path: Path) -> None:
+    run = ["experiment=base7_tiny", f"root={tmp_path}", *TINY, "trainer.images=16", "trainer.log_every=8"]
+    run += ["+trainer.validate_every=8", "processes=2"]
+    none_yet = command(*run, "verify=latents")
+    assert none_yet.returncode == 0, none_yet.stderr
+    assert "without a latent yet; 0 encoded again" in none_yet.stdout
+    done = command(*run)
+    assert done.returncode == 0, done.stderr
+    with sqlite3.connect(tmp_path / "mlruns" / "mlflow.db") as journal:  # which two ranks wrote through their parent
+        rows = set(journal.execute("SELECT DISTINCT key, step FROM metrics"))
+    journal.close()
+    assert {("loss", 8), ("loss", 16), ("val_loss", 8), ("val_loss_100", 8), ("val_loss_900", 8)} <= rows
+    assert ("val_loss", 16) not in rows  # that is the loss after
+    whole = command(*run, "verify=latents", "compared=3")
+    assert whole.returncode == 0, whole.stderr
+    assert "3 encoded again" in whole.stdout
+    assert "without a latent" not in whole.stdout
+    shard = next((tmp_path / "mlruns" / "latents").glob("*/*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    damaged = command(*run, "verify=latents")
+    assert damaged.returncode == 1
+    assert shard.name in damaged.stderr
+    assert "Traceback" not in damaged.stderr

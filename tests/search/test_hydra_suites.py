@@ -29,6 +29,7 @@ def test_hydra_finds_the_plugin():
     [
         ("basic", ["hydra/sweeper=ambergrade"]),
         pytest.param("joblib", ["hydra/sweeper=ambergrade"], marks=pytest.mark.slow),
+        pytest.param("submitit_local", ["hydra/sweeper=ambergrade"], marks=pytest.mark.slow),
     ],
 )
 class TestLaunchers(LauncherTestSuite):

@@ -112,3 +112,11 @@ def test_a_search_counts_its_trials_in_all_and_never_repeats_a_point(tmp_path):
     assert len(set(calls(tmp_path))) == 7
     scores = result(tmp_path)["scores"].values()
     assert result(tmp_path)["best"][1] == max(scores)
+
+
+@pytest.mark.parametrize(("slots", "prepared"), [("null", "1 2 3 4 5"), ("2", "2 2 4 4 5")])
+def test_a_search_that_learns_hands_out_as_many_points_as_there_are_slots(tmp_path, slots, prepared):
+    search = ["hydra.sweeper.search.name=optuna", "+hydra.sweeper.search.sampler=qmc", "+hydra.sweeper.search.trials=5"]
+    assert toy(tmp_path, "x=interval(0,1)", *search, f"hydra.sweeper.max_batch_size={slots}").returncode == 0
+    assert (tmp_path / "prepared").read_text().split() == prepared.split()
+    assert len(set((tmp_path / "processes").read_text().split())) == 1  # what it loads is loaded once

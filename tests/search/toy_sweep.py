@@ -17,6 +17,10 @@ def point(cfg):
     root, place = Path(cfg.root), Path(HydraConfig.get().runtime.output_dir)
     with (root / "calls").open("a") as calls:
         calls.write(f"{cfg.x}\n")
+    with (root / "processes").open("a") as processes:
+        processes.write(f"{os.getpid()}\n")
+    with (root / "prepared").open("a") as prepared:  # so many points were handed out by now
+        prepared.write(f"{len(list(place.parent.glob('*/point.json')))}\n")
     if not cfg.journal:
         return work(cfg, root)
     from ambergrade.track.journal import Journal

@@ -3,9 +3,9 @@
 Maron & Moore's Hoeffding races (1994) and Birattari's F-Race (2002), with simultaneous paired intervals as the test.
 A rung adds prompts to those drawn before: nothing is drawn twice, and a finalist ends with the full evaluation's rows.
 
-Every rung is a look at the same question, and the looks share one error of 5 %: half of it is the last look's, whose
-verdict is compared with a full evaluation's; the earlier looks divide the other half. So by the union bound no point is
-left behind for one that is no better in more than 5 % of races, however many rungs there are.
+Every rung is a look at the same question, and the looks share one error of 5 %, as in a group-sequential trial: the
+last look keeps nine tenths of it, so that its verdict is a full evaluation's, and the earlier ones divide the rest. By
+the union bound no more than 5 % of races leave a point behind for one that is no better, however many rungs there are.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ class Race:
         self.out: dict[str, int] = {}
         """Point to the number of the rung (from 0) that it was left behind at."""
         self.failed: set[str] = set()
+        self.screened: tuple[str, ...] = ()
+        """Points that a screening left out; nothing of theirs is in the race."""
         self.errors = look_errors(len(rungs), error)
         """What each look may spend."""
         self._points = tuple(points)
@@ -91,6 +93,11 @@ class Race:
         self.failed.add(point)
         self.alive = tuple(one for one in self.alive if one != point)
 
+    def screen(self, found: Screened) -> None:
+        """Before the first rung: leave out what a screening has left behind."""
+        self.screened = tuple(point for point in self.alive if point not in found.kept)
+        self.alive = tuple(point for point in self.alive if point in found.kept)
+
     def rows(self, point: str) -> tuple[float, ...]:
         """All scores that a point has so far."""
         return tuple(self._rows[point])
@@ -109,7 +116,8 @@ class Race:
     def text(self) -> str:
         """`7 of 25 points left; 412 pictures drawn, a full evaluation takes 1200: 34 %`."""
         left = f"{len(self.alive)} of {len(self._points)} points left"
-        failed = f", {len(self.failed)} failed" if self.failed else ""
+        failed = f", {len(self.screened)} screened out" if self.screened else ""
+        failed += f", {len(self.failed)} failed" if self.failed else ""
         share = self.spent / self.full
         return f"{left}{failed}; {self.spent} pictures drawn, a full evaluation takes {self.full}: {share:.0%}"
 
@@ -154,13 +162,20 @@ class Screening:
     """
 
     def __init__(
-        self, points: Iterable[str], judge: Judge, *, controls: int = 8, least: float = 0.8, error: float = 0.05
+        self,
+        points: Iterable[str],
+        judge: Judge,
+        *,
+        controls: int = 8,
+        least: float = 0.8,
+        error: float = 0.05,
+        higher_is_better: bool = True,
     ) -> None:
         """`controls`: points that are drawn whole to check the cheap order, 3 or more."""
         if controls < 3:
             raise BadSetting(f"A rank correlation of {controls} points says nothing; give controls=3 or more.")
         self._points, self._judge, self._count = tuple(points), judge, controls
-        self._least, self._error = least, error
+        self._least, self._error, self._sign = least, error, 1 if higher_is_better else -1
         self._cheap: dict[str, Floats] = {}
         self._whole: dict[str, Floats] = {}
 
@@ -169,8 +184,9 @@ class Screening:
         self._cheap[point] = np.asarray(scores, dtype=np.float64)
 
     def controls(self) -> tuple[str, ...]:
-        """Points to draw whole on the same prompts: evenly spread over the cheap order, both its ends among them."""
-        ranked = sorted(self._cheap, key=lambda point: float(np.nanmean(self._cheap[point])))
+        """Points to draw whole on the same prompts, from the worst to the best: evenly spread over the cheap order."""
+        scored = [point for point, scores in self._cheap.items() if not np.isnan(scores).all()]
+        ranked = sorted(scored, key=lambda point: self._sign * float(np.nanmean(self._cheap[point])))
         places = np.linspace(0, len(ranked) - 1, min(self._count, len(ranked))).round().astype(int)
         return tuple(ranked[place] for place in dict.fromkeys(places.tolist()))
 
@@ -179,12 +195,12 @@ class Screening:
         self._whole[point] = np.asarray(scores, dtype=np.float64)
 
     def decide(self) -> Screened:
-        """Which points race. Raises BadSetting before every point was told and 3 controls were checked."""
+        """Which points race: all of them where fewer than 3 controls were drawn. Raises BadSetting if asked early."""
         missing = [point for point in self._points if point not in self._cheap]
-        if missing or len(self._whole) < 3:
-            raise BadSetting(
-                f"{len(missing)} points without cheap scores, {len(self._whole)} of 3 or more controls checked."
-            )
+        if missing:
+            raise BadSetting(f"{len(missing)} points have no cheap scores: {', '.join(missing[:3])}.")
+        if len(self._whole) < 3:  # they failed
+            return Screened(self._points, float("nan"), float("nan"), float("nan"), abandoned=True)
         both = list(self._whole)
         rho, low, high = rank_correlation(
             np.stack([self._cheap[point] for point in both]), np.stack([self._whole[point] for point in both])
@@ -207,6 +223,12 @@ class Screened:
     low: float
     high: float
     abandoned: bool
+
+    @property
+    def text(self) -> str:
+        """`rank correlation with whole pictures 0.95 [0.88, 0.99]; 9 points race`, or that it is abandoned."""
+        told = f"rank correlation with whole pictures {self.rho:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        return f"{told}: too poor, all points race" if self.abandoned else f"{told}; {len(self.kept)} points race"
 
 
 def rank_correlation(one: Floats, other: Floats, *, seed: int = 0, draws: int = 1000) -> tuple[float, float, float]:
@@ -242,9 +264,9 @@ def _ranks(values: Floats) -> Floats:
 
 
 def look_errors(looks: int, error: float = 0.05) -> tuple[float, ...]:
-    """The error of every look: half of it for the last, the rest in equal parts for those before.
+    """The error of every look: nine tenths of it for the last, the rest in equal parts for those before.
 
-    >>> look_errors(3, 0.05)
-    (0.0125, 0.0125, 0.025)
+    >>> look_errors(2, 0.5)
+    (0.05, 0.45)
     """
-    return (*[error / 2 / (looks - 1)] * (looks - 1), error / 2) if looks > 1 else (error,)
+    return (*[0.1 * error / (looks - 1)] * (looks - 1), 0.9 * error) if looks > 1 else (error,)

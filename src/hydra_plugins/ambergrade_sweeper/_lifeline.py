@@ -35,6 +35,13 @@ def follow(owner: Mapping[str, str]) -> None:
     threading.Thread(target=_leave_with, args=(dict(owner),), daemon=True).start()
 
 
+def hand_to(launcher: object, owner: Mapping[str, str]) -> None:
+    """Let joblib's workers follow from their first moment: one that never got a job would wait for five minutes."""
+    settings = getattr(launcher, "joblib", None)
+    if isinstance(settings, dict):
+        settings |= {"initializer": follow, "initargs": (dict(owner),)}
+
+
 def _leave_with(owner: dict[str, str]) -> None:
     while not process.is_dead(owner):
         time.sleep(LOOK_SECONDS)

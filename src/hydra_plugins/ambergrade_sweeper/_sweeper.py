@@ -32,10 +32,11 @@ from omegaconf import DictConfig, OmegaConf
 from ambergrade.errors import AmbergradeError, BadSetting
 from ambergrade.identity import digest
 from ambergrade.search.load import Search, search
-from ambergrade.search.racing import Race
+from ambergrade.search.racing import Race, Screening
 from hydra_plugins.ambergrade_sweeper import _apart, _lifeline
 from hydra_plugins.ambergrade_sweeper._outcomes import Outcome, Recorded, Trial, failure_table, told
 from hydra_plugins.ambergrade_sweeper._plan import Plan, point_key, read_plan
+from hydra_plugins.ambergrade_sweeper._single import Single
 
 
 @dataclass
@@ -47,6 +48,8 @@ class AmbergradeSweeperConf:
     """Where the names of `values` live in the configuration."""
     rungs: list[int] | None = None
     """Prompts after each rung of a race; null draws every point whole."""
+    screen: list[str] | None = None
+    """Overrides that make pictures cheap, for a screening before a race: [sampler.steps=4]."""
     max_batch_size: int | None = None
     """Jobs handed to the launcher at once: its slots. null: all of a grid, one of a search that learns."""
     keyed: bool = False
@@ -113,6 +116,7 @@ class AmbergradeSweeper(Sweeper):
         search: dict[str, Any],
         space: str = "",
         rungs: list[int] | None = None,
+        screen: list[str] | None = None,
         max_batch_size: int | None = None,
         keyed: bool = False,
         apart: bool = True,
@@ -122,15 +126,19 @@ class AmbergradeSweeper(Sweeper):
         super().__init__()
         self.settings, self.space, self.rungs = dict(search), space, list(rungs or [])
         self.max_batch_size, self.keyed, self.where, self.params = max_batch_size, keyed, tuple(where), params or {}
-        self.apart = apart
+        self.apart, self.screen = apart, list(screen or [])
         self.config: DictConfig | None = None
         self.launcher: Launcher | None = None
         self._returns: list[Sequence[JobReturn]] = []
         self._launched = 0
+        self._worker: _apart.Worker | None = None
         if self.rungs and self.settings.get("sampler", "qmc") != "qmc":
             raise BadSetting(
                 "A race compares points that are known beforehand.\nUse search=grid or search=qmc with it."
             )
+
+        if self.screen and not self.rungs:
+            raise BadSetting("A screening goes before a race.\nGive race=[12,24,40] as well, or leave screen out.")
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config, self.hydra_context = config, hydra_context
@@ -139,6 +147,8 @@ class AmbergradeSweeper(Sweeper):
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=self.task, config=config
         )
+        if isinstance(self.task, Recorded) and self.task.owner:
+            _lifeline.hand_to(self.launcher, self.task.owner)
 
     def _recorded(self, task: TaskFunction) -> Recorded:
         assert self.config is not None
@@ -163,10 +173,14 @@ class AmbergradeSweeper(Sweeper):
         return self._returns
 
     def _draw_all(self, task: DictConfig, sweep: Sweep) -> None:
-        if self.rungs:
-            self._race(sweep)
-        else:
-            self._search(sweep)
+        try:
+            if self.rungs:
+                self._race(sweep)
+            else:
+                self._search(sweep)
+        finally:
+            if self._worker is not None:
+                self._worker.close()
         if self.hooks:
             self.hooks.closes(task, sweep)
         table = failure_table(sweep.trials)
@@ -208,23 +222,37 @@ class AmbergradeSweeper(Sweeper):
         if grid:  # nothing is swept: one job, as Hydra does it
             plan = plan if plan.axes else Plan(plan.fixed, {}, plan.order)
         values = {key: plan.spec(key) for key in plan.axes}
-        made = search(**settings, values=values, start=self._start(plan)) if values else _Single()
+        made = search(**settings, values=values, start=self._start(plan)) if values else Single()
         what = {
-            "config": {str(k): v for k, v in self._task_settings().items() if k not in self.where},
+            "config": self._what(self.config),
             "axes": values,
             "search": {key: value for key, value in settings.items() if key != "trials"},
             "rungs": self.rungs,
+            **({"screen": self.screen} if self.screen else {}),
         }
         if self.hooks and self.keyed:
             what["inputs"] = self.hooks.inputs(self._task_config())
+        if self.keyed and (options := self._options(plan)):
+            what["options"] = options
         key = digest(what)
         folder = Path(self.config.hydra.sweep.dir).absolute()
         return Sweep(key, folder / key[:16] if self.keyed else folder, made, plan, composed=self._composed)
 
-    def _task_settings(self) -> dict[Any, Any]:
-        whole = OmegaConf.to_container(self.config, resolve=False)
+    def _what(self, config: DictConfig) -> dict[str, Any]:
+        """The settings that decide results, as they are written."""
+        whole = OmegaConf.to_container(config, resolve=False)
         assert isinstance(whole, dict)
-        return {key: value for key, value in whole.items() if key not in ("hydra", "search")}
+        return {str(key): value for key, value in whole.items() if key not in ("hydra", "search", *self.where)}
+
+    def _options(self, plan: Plan) -> dict[str, Any]:
+        """What the swept options of config groups hold: a file that was edited since makes other points."""
+        loader, found = self.hydra_context.config_loader, {}
+        for key in (key for key in plan.axes if loader.get_group_options(key)):
+            for text in plan.texts.get(key, {}).values():
+                config = loader.load_sweep_config(self.config, [f"{key}={text}"])
+                files = self.hooks.inputs(config) if self.hooks else {}
+                found[f"{key}={text}"] = {"config": self._what(config), "inputs": files}
+        return found
 
     def _task_config(self) -> DictConfig:
         assert self.config is not None
@@ -239,10 +267,12 @@ class AmbergradeSweeper(Sweeper):
     def _asked(self, made: Search) -> list[dict[str, Any]]:
         return list(iter(made.ask, None))
 
-    def _trial(self, sweep: Sweep, point: dict[str, Any], block: tuple[int, int] | None = None) -> Trial:
-        overrides = sweep.plan.overrides(point)
-        label = sweep.plan.label(point) or "the point"
-        return Trial(label, dict(point), overrides, sweep.folder / point_key(sweep.plan.swept(point)), block)
+    def _trial(
+        self, sweep: Sweep, point: dict[str, Any], block: tuple[int, int] | None = None, cheaper: Sequence[str] = ()
+    ) -> Trial:
+        overrides, label = sweep.plan.overrides(point), sweep.plan.label(point) or "the point"
+        folder = sweep.folder / point_key([*sweep.plan.swept(point), *cheaper])
+        return Trial(label, dict(point), [*overrides, *cheaper], folder, block)
 
     def _composed(self, trial: Trial) -> DictConfig:
         assert self.config is not None
@@ -305,12 +335,10 @@ class AmbergradeSweeper(Sweeper):
         points = {sweep.plan.label(point): point for point in self._asked(sweep.search)}
         higher, hooks = sweep.search.higher_is_better, self.hooks
         race = sweep.race = Race(list(points), self.rungs, lambda *look: hooks.judge(*look, higher))
-        last: dict[str, Trial] = {}
+        last: dict[str, Trial] = self._screened(sweep, points, race) if self.screen else {}
         while rung := race.ask():
             trials = [self._trial(sweep, points[label], (rung.start, rung.stop)) for label in rung.points]
-            for trial in trials:
-                trial.before = self._recalled(trial)
-            self._draw([trial for trial in trials if not trial.before], self.max_batch_size)
+            self._draw_new(trials)
             for trial in trials:
                 last[trial.label] = trial
                 assert trial.outcome is not None, trial.label
@@ -323,6 +351,38 @@ class AmbergradeSweeper(Sweeper):
             rows = race.rows(label)
             sweep.search.tell(point, float(np.nanmean(rows)) if label in race.alive and rows else float("nan"))
         sweep.trials += last.values()
+
+    def _screened(self, sweep: Sweep, points: Mapping[str, dict[str, Any]], race: Race) -> dict[str, Trial]:
+        """Leave the points out of the race that cheap pictures tell from the best, if their order can be trusted.
+
+        Gives the points whose cheap pictures failed.
+        """
+        assert self.hooks is not None
+        hooks, higher, block = self.hooks, sweep.search.higher_is_better, (0, self.rungs[0])
+        screening = Screening(points, lambda *look: hooks.judge(*look, higher), higher_is_better=higher)
+        cheap = [self._trial(sweep, point, block, self.screen) for point in points.values()]
+        self._draw_new(cheap)
+        failed = {trial.label: trial for trial in cheap if trial.outcome and trial.outcome.status != "done"}
+        for trial in cheap:
+            done = trial.label not in failed and trial.outcome is not None
+            screening.tell(trial.label, trial.outcome.value["rows"] if done else [float("nan")] * block[1])
+        for label in failed:
+            race.fail(label)
+        whole = [self._trial(sweep, points[label], block) for label in screening.controls()]
+        self._draw_new(whole)
+        for trial in whole:
+            if trial.outcome is not None and trial.outcome.status == "done":
+                screening.check(trial.label, trial.outcome.value["rows"])
+        found = screening.decide()
+        race.screen(found)
+        print(f"  screening by {', '.join(self.screen)}, {block[1]} prompts: {found.text}", flush=True)
+        return failed
+
+    def _draw_new(self, trials: Sequence[Trial]) -> None:
+        """Draw those of a race's trials that no earlier command finished."""
+        for trial in trials:
+            trial.before = self._recalled(trial)
+        self._draw([trial for trial in trials if not trial.before], self.max_batch_size)
 
     def _draw(self, trials: Sequence[Trial], most: int | None = None) -> None:
         for start in range(0, len(trials), most or max(len(trials), 1)):
@@ -365,10 +425,12 @@ class AmbergradeSweeper(Sweeper):
             trials[0].fail(error)
             return
         print(f"  the launcher ended by {type(error).__name__}; {len(left)} points are drawn anew", flush=True)
-        begun = [trial for trial in left if trial.was_begun] or left
+        begun = [trial for trial in left if trial.was_begun]
         others = [trial for trial in left if trial not in begun]
-        for batch in [others] * bool(others) + [[trial] for trial in begun]:
-            self._launch(batch)
+        half = 0 if begun else len(others) // 2  # a worker died before any point began: no telling which it would be
+        for batch in [others[:half], others[half:], *([trial] for trial in begun)]:
+            if batch:
+                self._launch(batch)
 
     def _launch_apart(self, trials: list[Trial], task: Recorded) -> None:
         """A point whose process ends under it has failed; those after it get a new process."""
@@ -376,14 +438,17 @@ class AmbergradeSweeper(Sweeper):
         task.apart = True
         left = trials
         while left:
-            jobs = [self._job(trial) for trial in left]
-            code = _apart.run(self.hydra_context, task, self.config, jobs, self._launched)
+            if self._worker is None:
+                self._worker = _apart.Worker(self.hydra_context, task, self.config)
+            code = self._worker.run([self._job(trial) for trial in left], self._launched)
             for trial in left:
                 trial.recall()
             self._launched += sum(1 for trial in left if trial.outcome)
             left = [trial for trial in left if trial.outcome is None]
+            if code is not None:
+                self._worker = None
             if left:
-                ended = _apart.Ended(code)
+                ended = _apart.Ended(code or 0)
                 print(f"  {left[0].label}: {ended}; {len(left) - 1} points go on", flush=True)
                 left.pop(0).fail(ended)
                 self._launched += 1
@@ -407,38 +472,6 @@ class AmbergradeSweeper(Sweeper):
             return trial.lines
         place = {"hydra.sweep.dir": str(trial.folder.parent), "hydra.sweep.subdir": trial.folder.name}
         return trial.lines + [f"{key}={_quoted(value)}" for key, value in place.items()]
-
-
-class _Single:
-    """A sweep over nothing: the configuration as it is, once."""
-
-    objective = ""
-    higher_is_better = True
-
-    def __init__(self) -> None:
-        self._left = True
-        self._score: float | None = None
-
-    def __len__(self) -> int:
-        return 1
-
-    def ask(self) -> dict[str, Any] | None:
-        left, self._left = self._left, False
-        return {} if left else None
-
-    def tell(self, point: Any, score: float) -> None:
-        self._score = score
-
-    def recall(self, point: Any, score: float) -> None:
-        self._left = False
-        self.tell(point, score)
-
-    def retry(self, point: Any) -> None:
-        pass
-
-    @property
-    def best(self) -> tuple[dict[str, Any], float] | None:
-        return None if self._score is None else ({}, self._score)
 
 
 def _told(error: Any) -> str:
