@@ -1,16 +1,17 @@
 """Racing against the full evaluation on real pictures of the embedded world: the same winners, for fewer pictures?
 
-    python bench/racing.py [--world planted|demo] [--prompts 240] [--block 96] [--repetitions 20] [--pool DIR]
+    python bench/racing.py [--world planted|demo] [--prompts 240] [--block 48 96 144] [--repetitions 20] [--pool DIR]
     python bench/racing.py --root ROOT        the 25 points that `make demo` has drawn below ROOT
 
 Every point of a 5 × 5 grid is drawn on every prompt of a pool, once, and its tag_prob is kept. A repetition takes a
 block of the pool's prompts without replacement, in an order of its own, races on them with the product's class and
-judge, and evaluates all points on all of them. The repetitions share pictures where the pool is smaller than all blocks
-together, so they vary a little less than fresh ones would; the share of the pool is told.
+judge, and evaluates all points on all of them. Where the blocks together are more than the pool, repetitions share
+pictures, and so they vary a little less than fresh ones would.
 
 `planted`: beta7 + a·n1 + b·n2, two directions of random weights (UNet only), so that nothing is better than (0, 0),
 which does not lie in the grid's middle. `demo`: the sweep of the Gamma story (--base7 FILE). An interrupted command
-goes on where it was; --minutes 5 stops after so long.
+goes on where it was; --minutes 5 stops after so long. --screen 4 draws the first rung with 4 sampler steps as well, and
+tells what a screening makes of it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +35,11 @@ from ambergrade.generate.texts import TextEncoder
 from ambergrade.identity import random_seed
 from ambergrade.merge.formula import Formula
 from ambergrade.merge.resident import ResidentMerge
-from ambergrade.nouns import PromptSet, SamplerSettings
+from ambergrade.nouns import Prompt, PromptSet, SamplerSettings
 from ambergrade.score.scoring import load_metric, score
 from ambergrade.score.sheet import ScoreSheet
 from ambergrade.score.statistics import prompt_means, winner_set
-from ambergrade.search.racing import Race
+from ambergrade.search.racing import Race, Screening, rank_correlation
 from ambergrade.store import Ledger, find_file
 from ambergrade.world.booru import write_prompts
 
@@ -59,12 +61,13 @@ def main() -> None:
     parser.add_argument("--base7", type=Path, default=None)
     parser.add_argument("--root", type=Path, default=None)
     parser.add_argument("--prompts", type=int, default=240)
-    parser.add_argument("--block", type=int, default=96)
+    parser.add_argument("--block", type=int, nargs="+", default=[48, 96, 144])
     parser.add_argument(
-        "--rungs", type=int, nargs="+", default=None, help="by default 1/8, 1/4, 1/2 and all of a block"
+        "--first", type=int, default=12, help="prompts of the first rung; each further one doubles them"
     )
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--pool", type=Path, default=Path("mlruns/bench/racing"))
+    parser.add_argument("--screen", type=int, default=None)
     parser.add_argument("--minutes", type=float, default=float("inf"))
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -72,13 +75,22 @@ def main() -> None:
         names, scores = finished(asked.root)
     else:
         points = grid(asked.world)
-        if not drawn(asked, points):
+        prompts = pool(asked)
+        chunks = [PromptSet("chunk", prompts[start : start + CHUNK]) for start in range(0, len(prompts), CHUNK)]
+        if not drawn(asked, points, chunks):
             return
         names = [label(point) for point in points]
-        scores = np.stack([read(asked, point) for point in points])
-    block = min(asked.block, scores.shape[1])
-    rungs = asked.rungs or [round(block * share) for share in (1 / 8, 1 / 4, 1 / 2, 1)]
-    report(names, scores, rungs, asked.repetitions)
+        scores = np.stack([read(asked, point, chunks) for point in points])
+        if asked.screen:
+            first = [PromptSet("chunk", prompts[: asked.first])]
+            if not drawn(asked, points, first, asked.screen):
+                return
+            cheap = np.stack([read(asked, point, first, asked.screen) for point in points])
+            screened(names, cheap, scores[:, : asked.first], asked.screen)
+    for block in sorted({min(block, scores.shape[1]) for block in asked.block}):
+        doubled = (asked.first * 2**k for k in itertools.count())
+        rungs = [*itertools.takewhile(lambda prompts, block=block: prompts < block, doubled), block]
+        report(names, scores, rungs, asked.repetitions)
 
 
 def grid(world: str) -> list[Point]:
@@ -96,34 +108,38 @@ def label(point: Mapping[str, float]) -> str:
 # --- the pool ---------------------------------------------------------------------------------------------------
 
 
-def drawn(asked: argparse.Namespace, points: Sequence[Point]) -> bool:
-    """Draw and score what the pool lacks; False where the time was over first."""
+def pool(asked: argparse.Namespace) -> Sequence[Prompt]:
     folder = asked.pool / asked.world
     folder.mkdir(parents=True, exist_ok=True)
     write_prompts(folder / "prompts.jsonl", seed=random_seed(0, "racing"), count=asked.prompts)
-    prompts = PromptSet.read(folder / "prompts.jsonl")
-    chunks = [
-        PromptSet("chunk", prompts.prompts[start : start + CHUNK]) for start in range(0, len(prompts.prompts), CHUNK)
-    ]
-    left = [(chunk, point) for chunk in chunks for point in points if not file_of(asked, point, chunk).exists()]
+    return PromptSet.read(folder / "prompts.jsonl").prompts
+
+
+def drawn(
+    asked: argparse.Namespace, points: Sequence[Point], chunks: Sequence[PromptSet], steps: int | None = None
+) -> bool:
+    """Draw and score what the pool lacks; False where the time was over first."""
+    left = [(chunk, point) for chunk in chunks for point in points if not file_of(asked, point, chunk, steps).exists()]
     if not left:
         return True
     merge, networks = live(asked)
     settings = config.plain(config.compose("sweep"))["sampler"]
     sampler = config.settings(SamplerSettings, settings, where="sampler")
+    sampler = replace(sampler, steps=steps or sampler.steps)
     tagger, encoder = load_metric("tag_adherence", tagger="builtin://tagger"), None
-    start = time.monotonic()
+    start, count = time.monotonic(), 0
     for done, (chunk, point) in enumerate(left):
         if time.monotonic() - start > 60 * asked.minutes:
-            print(f"{done * CHUNK} pictures, {done * CHUNK / (time.monotonic() - start):.2f} a second;", end=" ")
+            print(f"{count} pictures, {count / (time.monotonic() - start):.2f} a second;", end=" ")
             print(f"{len(left) - done} of {len(left)} parts are left: the same command goes on.")
             return False
         merge.assign(networks.modules(), point)
         if encoder is None or asked.world != "planted":  # the planted directions leave the text encoders alone
             encoder = TextEncoder(networks)
         stream = pictures(networks, chunk, sampler, progress=None, texts=encoder)
-        score(stream, chunk, [tagger], sampler=sampler).write(file_of(asked, point, chunk))
-    print(f"{len(left) * CHUNK} pictures, {len(left) * CHUNK / (time.monotonic() - start):.2f} a second")
+        score(stream, chunk, [tagger], sampler=sampler).write(file_of(asked, point, chunk, steps))
+        count += len(chunk.prompts)
+    print(f"{count} pictures, {count / (time.monotonic() - start):.2f} a second")
     return True
 
 
@@ -153,16 +169,16 @@ def elsewhere(model: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.T
     return {key: moved(key, value) for key, value in model.items()}
 
 
-def file_of(asked: argparse.Namespace, point: Mapping[str, float], chunk: PromptSet) -> Path:
-    name = f"{label(point).replace(', ', '_').replace(' ', '')}-{chunk.digest[:12]}.parquet"
-    return Path(asked.pool / asked.world / name)
+def file_of(asked: argparse.Namespace, point: Mapping[str, float], chunk: PromptSet, steps: int | None = None) -> Path:
+    name = f"{label(point).replace(', ', '_').replace(' ', '')}-{chunk.digest[:12]}"
+    return Path(asked.pool / asked.world / f"{name}{f'-{steps}steps' if steps else ''}.parquet")
 
 
-def read(asked: argparse.Namespace, point: Mapping[str, float]) -> Any:
-    """(P,): the point's score on every prompt of the pool."""
-    prompts = PromptSet.read(asked.pool / asked.world / "prompts.jsonl").prompts
-    chunks = [PromptSet("chunk", prompts[start : start + CHUNK]) for start in range(0, len(prompts), CHUNK)]
-    sheets = [ScoreSheet.read(file_of(asked, point, chunk)) for chunk in chunks]
+def read(
+    asked: argparse.Namespace, point: Mapping[str, float], chunks: Sequence[PromptSet], steps: int | None = None
+) -> Any:
+    """(P,): the point's score on every prompt of the chunks."""
+    sheets = [ScoreSheet.read(file_of(asked, point, chunk, steps)) for chunk in chunks]
     return np.concatenate([prompt_means(sheet.columns[OBJECTIVE], sheet.prompt_ids) for sheet in sheets])
 
 
@@ -194,6 +210,18 @@ def raced(names: Sequence[str], scores: Any, rungs: Sequence[int]) -> Race:
     return race
 
 
+def screened(names: Sequence[str], cheap: Any, whole: Any, steps: int) -> None:
+    """What a screening by fewer steps decides on the first rung's prompts."""
+    screening = Screening(names, judge)
+    for name, scores in zip(names, cheap, strict=True):
+        screening.tell(name, scores)
+    for name in screening.controls():
+        screening.check(name, whole[names.index(name)])
+    print(f"screening by {steps} steps on {cheap.shape[1]} prompts: {screening.decide().text}")
+    rho, low, high = rank_correlation(cheap, whole)
+    print(f"  all {len(names)} points: {rho:.2f} [{low:.2f}, {high:.2f}]")
+
+
 def blocks(prompts: int, block: int, repetitions: int) -> Iterator[Any]:
     for number in range(repetitions):
         rng = np.random.Generator(np.random.Philox(key=random_seed(0, "repetition", number)))
@@ -203,7 +231,7 @@ def blocks(prompts: int, block: int, repetitions: int) -> Iterator[Any]:
 def report(names: list[str], scores: Any, rungs: Sequence[int], repetitions: int) -> None:
     """Race and evaluate on every block, and print how they compare."""
     mean = scores.mean(1)
-    print(f"{len(names)} points, {scores.shape[1]} prompts in the pool, blocks of {rungs[-1]}, rungs {list(rungs)}")
+    print(f"\n{len(names)} points, {scores.shape[1]} prompts in the pool, blocks of {rungs[-1]}, rungs {list(rungs)}")
     print(f"{OBJECTIVE} of the pool: best {names[int(mean.argmax())]} {mean.max():.3f}, worst {mean.min():.3f}")
     kept = ("picked", "best", "same", "shared", "full", "raced", "drawn")
     found: dict[str, list[float]] = {name: [] for name in kept}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -237,3 +239,10 @@ def test_prompt_ids_keep_the_prompt_sets_order_not_the_alphabets(metrics: list[M
     prompts = PromptSet("o", (Prompt("z", "moon", 1), Prompt("a", "hat", 2)))
     shown = [Picture(i, 1, np.zeros((32, 32, 3), dtype=np.uint8)) for i in ("a", "z")]
     assert score(shown, prompts, metrics[:1]).prompt_ids == ("z", "a")
+
+
+def test_reading_and_comparing_sheets_needs_no_networks_libraries() -> None:
+    """They take seconds to import, which every report and every sweep's parent process would wait for."""
+    code = "import ambergrade.score.comparison, ambergrade.score.sheet, sys; print({'torch', 'timm'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

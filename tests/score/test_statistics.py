@@ -156,6 +156,13 @@ def test_winner_set_compares_on_the_prompts_that_every_point_has() -> None:
         ours.winner_set(scores[:, :1])
 
 
+@pytest.mark.parametrize(("n", "other"), [(6, 10), (12, 96), (48, 96), (96, 12)])
+def test_a_t_of_another_number_of_prompts_is_as_unlikely(n: int, other: int) -> None:
+    t = np.array([0.5, 2.0, 4.0])
+    expected = stats.t.isf(stats.t.sf(t, n - 1), other - 1)
+    np.testing.assert_allclose(ours._t_of_other_size(t, n, other), expected, rtol=0.03)
+
+
 def test_points_of_a_race_that_were_left_behind_stay_in_the_family() -> None:
     """Every pattern of signs of 10 prompts by hand; the third point has 6 of them, the fourth 4."""
     rng = np.random.default_rng(10)
@@ -166,15 +173,16 @@ def test_points_of_a_race_that_were_left_behind_stay_in_the_family() -> None:
     for one, other in itertools.combinations(range(4), 2):
         both = ~np.isnan(scores[one] + scores[other])
         flipped = signs[:, both] * (scores[one] - scores[other])[both]
-        largest = np.maximum(largest, np.abs(flipped.mean(1)) / stats.sem(flipped, axis=1))
-    for error in (0.05, 0.2):
-        expected = np.quantile(largest, 1 - error, method="inverted_cdf")
+        t = np.abs(flipped.mean(1)) / stats.sem(flipped, axis=1)
+        largest = np.maximum(largest, stats.norm.isf(stats.t.sf(t, both.sum() - 1)))  # on one scale
+    for error in (0.1, 0.3):
+        expected = stats.t.isf(stats.norm.sf(np.quantile(largest, 1 - error, method="inverted_cdf")), 9)
         found = ours.winner_set(scores, alive=[0, 1], error=error, draws=20_000)
         width = (found.high[1 - found.best] - found.low[1 - found.best]) / 2
-        assert width == pytest.approx(expected * stats.sem(scores[0] - scores[1]), rel=0.05)
+        assert width == pytest.approx(expected * stats.sem(scores[0] - scores[1]), rel=0.06)
         assert np.isnan(found.behind[2:]).all()
         assert set(found.members) <= {0, 1}
-    alone = ours.winner_set(scores[:2], draws=20_000)
+    alone = ours.winner_set(scores[:2], draws=20_000, error=0.3)
     assert alone.high[1 - alone.best] - alone.low[1 - alone.best] < 2 * width  # a smaller family, a smaller interval
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +22,10 @@ from tqdm import tqdm
 
 from ambergrade.errors import BadInput, MissingObject
 from ambergrade.identity import canonical_json, digest, file_digest
-from ambergrade.score.features import FeatureSource
 from ambergrade.store import find_file, written_aside
+
+if TYPE_CHECKING:  # whoever reads a sheet needs no networks' libraries, which take seconds to import
+    from ambergrade.score.features import FeatureSource
 
 Floats = npt.NDArray[np.float64]
 

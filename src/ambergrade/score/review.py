@@ -207,8 +207,7 @@ def _leaderboard(review: Review) -> str:
     head = "<tr><th class=n>#</th><th>point</th>"
     head += "".join(f"<th class=n>{escape(name)}</th>" for name in axes)
     head += f"<th class=n data-way={'down' if first.higher_is_better else 'up'}>"
-    head += f"{escape(review.objective)} {arrow(first.higher_is_better)}</th><th></th><th class=n>behind the best</th>"
-    head += "<th></th>"
+    head += f"{escape(review.objective)} {arrow(first.higher_is_better)}</th><th class=n>behind the best</th>"
     for name in review.columns[1:]:
         better = next((scores[name].higher_is_better for scores in review.scores.values() if name in scores), True)
         head += f"<th class=n>{escape(name)} {arrow(better)}</th>"
@@ -220,11 +219,10 @@ def _leaderboard(review: Review) -> str:
         cells = [f'<td class=n>{rank}</td><td title="{escape(label, quote=True)}">{mark}{escape(_short(label))}</td>']
         cells += [f'<td class=n data-v="{_sortable(place[name])}">{_written(place[name])}</td>' for name in axes]
         score, gap = scores[review.objective], review.found.behind[label]
-        cells.append(_measured(score))
-        cells.append(f"<td>{bar(score.value, score.low, score.high, ends=own)}</td>")
-        cells.append(_measured(gap) if not best else '<td class=n data-v="0">–</td>')
         verdict = "undecided" if member else "worse"
-        cells.append(f"<td>{bar(gap.value, gap.low, gap.high, verdict, ends=behind) if not best else ''}</td>")
+        cells.append(_measured(score, bar(score.value, score.low, score.high, ends=own)))
+        drawn = _measured(gap, bar(gap.value, gap.low, gap.high, verdict, ends=behind))
+        cells.append(drawn if not best else '<td class=n data-v="0">–</td>')
         cells += [_measured(scores[name]) if name in scores else "<td></td>" for name in review.columns[1:]]
         rows.append(f"<tr{' class=winner' if best else ' class=member' if member else ''}>{''.join(cells)}</tr>")
     note = (
@@ -235,9 +233,10 @@ def _leaderboard(review: Review) -> str:
     return table("Leaderboard", note, head + "</tr>", rows).replace("<table>", "<table class=sorts>", 1)
 
 
-def _measured(found: Measurement) -> str:
-    shown = f"{number(found.value)}<br><span class='soft small'>{interval(found.low, found.high)}</span>"
-    return f'<td class=n data-v="{found.value!r}">{shown}</td>'
+def _measured(found: Measurement, drawn: str = "") -> str:
+    """A cell: value, interval, and the interval drawn below."""
+    limits = f"<span class='soft small'>{interval(found.low, found.high)}</span>"
+    return f'<td class=n data-v="{found.value!r}">{number(found.value)} {limits}{"<br>" if drawn else ""}{drawn}</td>'
 
 
 def _ends(measured: Iterable[Measurement]) -> tuple[float, float]:

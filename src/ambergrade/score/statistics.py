@@ -176,7 +176,7 @@ def winner_set(
     best = int(np.nanargmax(mean))
     spread = np.zeros(len(scores))
     spread[rows] = np.sqrt(np.maximum(_pairwise_variance(scores[rows])[rows.index(best)], 0.0) / n)
-    critical = _max_t(scores, seed, draws, error)
+    critical = _max_t(scores, seed, max(draws, math.ceil(10 / error)), error)  # 10 draws or more lie beyond it
     behind = mean[best] - mean
     half = np.multiply(critical, spread, out=np.zeros(len(scores)), where=spread > 0)
     low, high = behind - half, behind + half
@@ -272,9 +272,11 @@ def _pairwise_variance(scores: Floats) -> Floats:
 
 
 def _max_t(scores: Floats, seed: int, draws: int, error: float) -> float:
-    """1 - `error` quantile over draws of the largest studentised |d̄*| among all pairs of rows (K, P).
+    """1 - `error` quantile over draws of the largest studentised |d̄*| among all pairs of rows (K, P), for P prompts.
 
-    A pair that lacks prompts (NaN) is judged on those that both have, by the same draws. 0 where all points are equal.
+    A pair that lacks prompts (NaN) is judged on those that both have, by the same draws, and its t is taken to the
+    scale of P prompts: the few prompts of points left behind have heavy tails, which are not the finalists'.
+    0 where all points are equal.
     """
     drawn = ~np.isnan(scores)
     first, second = np.triu_indices(len(scores), 1)
@@ -290,8 +292,17 @@ def _max_t(scores: Floats, seed: int, draws: int, error: float) -> float:
         apart = one - other
         live = apart.var(1) > 1e-12 * (one.var(1) + other.var(1))  # equal rows leave rounding
         if live.any():
-            largest = np.maximum(largest, _largest_t(apart[live].T, signs[:, mask]))
+            found = _largest_t(apart[live].T, signs[:, mask])
+            largest = np.maximum(largest, found if mask.all() else _t_of_other_size(found, int(mask.sum()), mask.size))
     return _upper_quantile(largest, error)
+
+
+def _t_of_other_size(t: Floats, n: int, other: int) -> Floats:
+    """The t of `other` prompts that is as unlikely as `t` of n, by Wallace's (1959) normal approximation and back."""
+    degrees, wanted = n - 1, other - 1
+    z = (8 * degrees + 1) / (8 * degrees + 3) * np.sqrt(degrees * np.log1p(t**2 / degrees))
+    u = z * (8 * wanted + 3) / (8 * wanted + 1)
+    return np.asarray(np.sqrt(wanted * np.expm1(u**2 / wanted)))
 
 
 def _signs(n: int, seed: int, draws: int) -> Floats:
