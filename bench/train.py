@@ -1,22 +1,27 @@
 """Training throughput: `fine_tune` against a plain loop as diffusers' SDXL example writes it, at equal settings.
 
-python bench/train.py [--steps 12] [--rounds 3] [--batch 16]
+python bench/train.py [--steps 12] [--rounds 3] [--batch 16] [--compile]
 
 Both train the tiny family's UNet and both text encoders from the same weights on the same cached latents and captions,
-fp32, AdamW of torch's default form, clipping at 1, no average, no states; the two take turns. The plain loop samples
-its noise batchwise and steps the optimizer through accelerate, as the example does; ours draws image by image.
+fp32, AdamW of torch's default form, clipping at 1, no average, no states; they take turns, and each one's first step is
+not counted. The plain loop samples its noise batchwise and steps the optimizer through accelerate, as the example does;
+ours draws image by image. Nothing is compiled unless `--compile` adds `fine_tune` with `compile=true`, whose first step
+then is told apart.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler
 from torch.nn.functional import mse_loss
 
@@ -36,19 +41,26 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--compile", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     captions, latents = data(64, (128, 128))
-    ours = plain = 0.0
-    for number in range(asked.rounds + 1):  # in turn, so that both meet the same weather; the first round warms up
-        a = train_ours(networks(), captions, latents, asked.steps, asked.batch)
-        b = train_plainly(networks(), captions, latents, asked.steps, asked.batch)
-        if number:
-            ours, plain = ours + a, plain + b
-    images = asked.rounds * asked.steps * asked.batch
-    print(f"fine_tune      {images / ours:8.2f} images/s")
-    print(f"plain loop     {images / plain:8.2f} images/s")
-    print(f"ratio          {plain / ours:8.2f}")
+    loops: dict[str, Callable[..., list[float]]] = {"fine_tune": train_ours, "plain loop": train_plainly}
+    if asked.compile:
+        loops["compiled"] = functools.partial(train_ours, compiled=True)
+    taken: dict[str, list[float]] = {name: [] for name in loops}
+    for _ in range(asked.rounds):  # in turn, so that all meet the same weather
+        for name, loop in loops.items():
+            first, *steps = loop(networks(), captions, latents, asked.steps + 1, asked.batch)
+            taken[name].append(sum(steps))
+            if name == "compiled":
+                print(f"compiling took about {first:.0f} s of a first step")
+    for name, seconds in taken.items():
+        print(f"{name:<12}{asked.rounds * asked.steps * asked.batch / sum(seconds):8.2f} images/s")
+    for name in taken.keys() - {"plain loop"}:
+        pairs = [plain / ours for ours, plain in zip(taken[name], taken["plain loop"], strict=True)]
+        whole = sum(taken["plain loop"]) / sum(taken[name])
+        print(f"ratio {name:<12}{whole:6.2f}   by round: {', '.join(f'{ratio:.2f}' for ratio in pairs)}")
 
 
 def data(count: int, bucket: tuple[int, int]) -> tuple[CaptionSet, Latents]:
@@ -67,8 +79,10 @@ def networks() -> sdxl.Networks:
     return sdxl.load(find_file("builtin://beta7.safetensors"), find_file("builtin://sdxl_tiny"))
 
 
-def train_ours(live: sdxl.Networks, captions: CaptionSet, latents: Latents, steps: int, batch: int) -> float:
-    """Seconds, from loaded weights to the last step."""
+def train_ours(
+    live: sdxl.Networks, captions: CaptionSet, latents: Latents, steps: int, batch: int, *, compiled: bool = False
+) -> list[float]:
+    """Seconds of each step; set-up counts to the first."""
     settings = TrainSettings(
         images=steps * batch,
         batch=batch,
@@ -77,11 +91,13 @@ def train_ours(live: sdxl.Networks, captions: CaptionSet, latents: Latents, step
         schedule={"name": "constant"},
         loss={"name": "eps"},
         optimizer={"name": "adamw"},
+        compile=compiled,
     )
+    times = [time.perf_counter()]
     with tempfile.TemporaryDirectory() as scratch:
-        start = time.perf_counter()
-        fine_tune(live, captions, latents, settings, scratch=Path(scratch))
-        return time.perf_counter() - start
+        path, ended = Path(scratch), lambda row: times.append(time.perf_counter())
+        fine_tune(live, captions, latents, settings, scratch=path, on_log=ended)
+    return differences(times)
 
 
 def train_plainly(
@@ -93,10 +109,10 @@ def train_plainly(
     *,
     accumulation: int = 1,
     precision: str = "no",
-    on_step: Callable[[], object] = lambda: None,
-) -> float:
-    """Seconds, likewise; `batch` images a pass, `accumulation` passes a step, of which `on_step` hears the end."""
-    start = time.perf_counter()
+) -> list[float]:
+    """Seconds, likewise; `batch` images a pass, `accumulation` passes a step."""
+    AcceleratorState._reset_state(True)  # the precision of an earlier loop would hold for the process
+    times = [time.perf_counter()]
     accelerator = Accelerator(gradient_accumulation_steps=accumulation, mixed_precision=precision)
     modules = torch.nn.ModuleList([live.unet, live.text_encoder, live.text_encoder_2]).train()
     optimizer = torch.optim.AdamW(modules.parameters(), lr=RATE)
@@ -127,8 +143,13 @@ def train_plainly(
             optimizer.step()
             optimizer.zero_grad()
         if accelerator.sync_gradients:
-            on_step()
-    return time.perf_counter() - start
+            loss.item()  # what is told of a step; on a GPU it waits for it
+            times.append(time.perf_counter())
+    return differences(times)
+
+
+def differences(times: list[float]) -> list[float]:
+    return [after - before for before, after in pairwise(times)]
 
 
 if __name__ == "__main__":

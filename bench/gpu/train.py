@@ -106,22 +106,14 @@ def plain(asked: argparse.Namespace, settings: TrainSettings) -> tuple[float, fl
         networks.unet.enable_gradient_checkpointing()
     captions, latents = PLAIN["data"](4 * settings.batch, (asked.side, asked.side))
     flop = StepFlop(networks, settings.lr, settings.tokens).of_image((asked.side, asked.side))
-    times: list[float] = []
-
-    def ended() -> None:
-        if asked.device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter())
-
-    steps, chosen = asked.steps + WARM, {"precision": "bf16", "accumulation": asked.accumulation}
-    PLAIN["train_plainly"](networks, captions, latents, steps, settings.micro, on_step=ended, **chosen)
-    taken = [after - before for before, after in zip(times[WARM - 1 :], times[WARM:], strict=False)]
+    chosen = {"precision": "bf16", "accumulation": asked.accumulation}
+    taken = PLAIN["train_plainly"](networks, captions, latents, asked.steps + WARM, settings.micro, **chosen)[WARM:]
     return settings.batch / statistics.median(taken), flop
 
 
 def told(name: str, rate: float, flop: float, asked: argparse.Namespace) -> None:
     used = rate * flop
-    print(f"{name:<8}{rate:9.3f} images/s   {flop / 1e12:.2f} TFLOP an image   {used / 1e12:.2f} TFLOP/s", end="")
+    print(f"{name:<8}{rate:9.3f} images/s   {flop / 1e12:.3g} TFLOP an image   {used / 1e12:.3g} TFLOP/s", end="")
     if asked.device == "cuda":
         peak, measured = peak_flops(torch.device("cuda")), matrix_rate()
         share = f"{used / peak:.1%} of the datasheet's {peak / 1e12:.0f} TFLOP/s" if peak else "datasheet not known"
@@ -158,7 +150,7 @@ def full_size(device: str, dtype: torch.dtype) -> sdxl.Networks:
         two = CLIPTextModelWithProjection(CLIPTextConfig(**{**parts["text_encoder_2"].config, **text}))
     draw = torch.Generator(device).manual_seed(0)
     for module in (unet, vae, one, two):
-        module.to_empty(device=device).to(dtype).eval()
+        module.to(dtype).to_empty(device=device).eval()
         with torch.no_grad():
             for name, value in module.named_parameters():
                 if value.ndim > 1:

@@ -13,7 +13,7 @@ from ambergrade.train.in_backward import StepsInBackward
 from ambergrade.train.plan import memory
 from ambergrade.train.settings import TrainSettings
 from ambergrade.train.state import read_state
-from ambergrade.train.trainer import STATES, Denoiser, choose_precision, fine_tune
+from ambergrade.train.trainer import STATES, TRAINED, Denoiser, choose_precision, fine_tune
 
 SETTINGS = TrainSettings(
     images=12,
@@ -191,3 +191,14 @@ def test_the_average_of_bf16_weights_and_their_moments_are_fp32(tiny_config, cap
     moved = [not torch.equal(value, states[1][name]) for name, value in states[0].items() if name.startswith("ema.")]
     assert sum(moved) > 0.9 * len(moved)
     assert first.name < last.name
+
+
+def test_parts_are_loaded_in_their_own_precision(beginning, tiny_config, tmp_path):
+    """bf16 weights never lie in memory as fp32, and a VAE may be all that is loaded."""
+    sdxl.write_checkpoint(tmp_path / "begin.safetensors", beginning, {})
+    half = dict.fromkeys(TRAINED, torch.bfloat16)
+    networks = sdxl.load(tmp_path / "begin.safetensors", tiny_config, dtype=half)
+    assert {name: module.dtype for name, module in networks.modules().items()} == {**half, "vae": torch.float32}
+    one = sdxl.load(tmp_path / "begin.safetensors", tiny_config, only=["vae"])
+    assert all(torch.equal(a, b) for a, b in zip(one.vae.parameters(), networks.vae.parameters(), strict=True))
+    assert one.unet.device.type == "meta"

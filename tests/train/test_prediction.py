@@ -38,6 +38,8 @@ def test_a_v_prediction_model_stays_one(tiny_config, captions, latents, tmp_path
     sampler = euler.scheduler(again.scheduler_config)
     assert sampler.config.prediction_type == "v_prediction"
     assert bool(sampler.config.rescale_betas_zero_snr) is terminal
+    sampler.set_timesteps(10)
+    assert int(sampler.timesteps[0]) == (999 if terminal else 901)  # all noise, or SDXL's own beginning
     live = sdxl.from_config(tiny_config, seed=8)
     sdxl.assign(live, sdxl.tensors(again))
     assert live.scheduler_config == again.scheduler_config

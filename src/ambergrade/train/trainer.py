@@ -72,19 +72,23 @@ class TrainReport:
 class Denoiser(nn.Module):
     """The three trained networks as one, so that accumulation and gradient reduction cover them all."""
 
-    def __init__(self, networks: Networks) -> None:
+    def __init__(self, networks: Networks, *, autocast: bool = False) -> None:
+        """`autocast` computes fp32 weights' matrix products in bf16."""
         super().__init__()
+        self.autocast = autocast
         self.unet = networks.unet
         self.te1 = networks.text_encoder
         self.te2 = networks.text_encoder_2
 
     def forward(self, noisy: Tensor, timesteps: Tensor, ids_1: Tensor, ids_2: Tensor, time_ids: Tensor) -> Tensor:
         """The predicted noise, (B, C, H, W)."""
-        states, pooled = encode(self.te1, self.te2, ids_1, ids_2)
-        added = {"text_embeds": pooled, "time_ids": time_ids}
-        predicted: Tensor = self.unet(
-            noisy.to(self.unet.dtype), timesteps, states, added_cond_kwargs=added, return_dict=False
-        )[0]
+        # Not accelerate's mixed precision, which would hold for every later run of the process.
+        with torch.autocast(noisy.device.type, torch.bfloat16, enabled=self.autocast):
+            states, pooled = encode(self.te1, self.te2, ids_1, ids_2)
+            added = {"text_embeds": pooled, "time_ids": time_ids}
+            predicted: Tensor = self.unet(
+                noisy.to(self.unet.dtype), timesteps, states, added_cond_kwargs=added, return_dict=False
+            )[0]
         return predicted
 
 
@@ -111,9 +115,7 @@ def fine_tune(
     processes, each takes a slice of the same batches. Raises BadSetting when the batch cannot be divided, plain bf16
     could not learn, or `scratch` holds another run.
     """
-    accelerator = Accelerator(
-        gradient_accumulation_steps=1, mixed_precision="bf16" if settings.precision == "bf16" else "no"
-    )
+    accelerator = Accelerator(gradient_accumulation_steps=1, mixed_precision="no")
     accumulation = settings.accumulation(accelerator.num_processes)
     size = settings.per_pass(accelerator.num_processes)
     accelerator.gradient_accumulation_steps = accumulation
@@ -122,7 +124,7 @@ def fine_tune(
     set_prediction(networks, settings)
     alphas = alpha_bars(networks.scheduler_config)
 
-    denoiser = Denoiser(networks)
+    denoiser = Denoiser(networks, autocast=settings.precision == "bf16")
     adapters = lora.Adapters(denoiser, settings.lr, settings.seed, **settings.lora) if settings.lora else None
     if adapters is None:
         freeze(denoiser, settings.lr)
@@ -323,7 +325,7 @@ def set_prediction(networks: Networks, settings: TrainSettings) -> None:
     if trained != found:
         networks.scheduler_config = {**networks.scheduler_config, "prediction_type": trained}
     if settings.zero_terminal_snr:
-        networks.scheduler_config = {**networks.scheduler_config, "rescale_betas_zero_snr": True}
+        networks.scheduler_config = sdxl.from_noise({**networks.scheduler_config, "rescale_betas_zero_snr": True})
     networks.passive |= sdxl.marks(networks.scheduler_config)
 
 
@@ -361,7 +363,9 @@ def save_memory(networks: Networks, settings: TrainSettings) -> None:
         unet.enable_gradient_checkpointing()
         if settings.checkpointing == "selective":
             for block in [*unet.down_blocks[:-1], *unet.up_blocks[1:]]:
-                block.gradient_checkpointing = False
+                for module in block.modules():  # the transformers in it decide for themselves
+                    if hasattr(module, "gradient_checkpointing"):
+                        module.gradient_checkpointing = False
         else:
             for encoder in (networks.text_encoder, networks.text_encoder_2):
                 encoder.gradient_checkpointing_enable({"use_reentrant": False})
