@@ -68,6 +68,12 @@ def test_mlflow_holds_the_chain(first: tuple[Path, str]) -> None:
     assert {"tag_balance", "tag_balance_lo", "tag_balance_hi", "clip_score", "fid"} <= point.data.metrics.keys()
     version = client.get_model_version_by_alias("kohaku-xl-gamma-smoke", "candidate")
     assert str(version.version) == "1"
+    gates = {tag.removeprefix("gate."): said for tag, said in version.tags.items() if tag.startswith("gate.")}
+    assert gates.keys() == {"no_tiny_scorers", "better_than_base", "not_worse_than_champion", "veto"}
+    aliases = client.get_registered_model("kohaku-xl-gamma-smoke").aliases
+    assert ("champion" in aliases) == all(said.startswith("pass: ") for said in gates.values())
+    chain = next(run for run in runs if run.data.tags["ag.kind"] == "chain")
+    assert {"config.yaml", "overrides.yaml"} <= {file.path for file in client.list_artifacts(chain.info.run_id)}
 
 
 def test_released_file_is_the_live_merge_and_loads_in_stock_diffusers(first: tuple[Path, str]) -> None:

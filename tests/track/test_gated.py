@@ -10,7 +10,7 @@ SHA = {number: f"{number:064x}" for number in range(1, 4)}
 
 
 @pytest.fixture(scope="module")
-def journal(tmp_path_factory: pytest.TempPathFactory) -> Journal:
+def journal(tmp_path_factory: pytest.TempPathFactory, quick_database: None) -> Journal:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         return Journal.open(tmp_path_factory.mktemp("gated"), "gamma")

@@ -13,6 +13,8 @@ from ambergrade.track import provenance as room
 from ambergrade.track.database import MlflowClient
 from ambergrade.track.journal import Journal
 
+pytestmark = pytest.mark.usefixtures("quick_database")
+
 
 def git(place: Path, *arguments: str) -> str:
     who = ["-c", "user.name=t", "-c", "user.email=t@t"]
@@ -72,7 +74,8 @@ def test_a_clean_checkout_has_no_patch_and_no_checkout_is_said(checkout: Path, t
 
 
 def test_a_patch_that_is_too_long_is_cut_where_it_says_so(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (checkout / "src" / "long.py").write_text("x = 1\n" * 1000)
+    for name in ("a.py", "b.py", "c.py"):
+        (checkout / "src" / name).write_text("x = 1\n" * 50)
     _, whole = room.code(checkout)
     monkeypatch.setattr(room, "MOST_DIFF", 500)
     tags, diff = room.code(checkout)
@@ -80,6 +83,11 @@ def test_a_patch_that_is_too_long_is_cut_where_it_says_so(checkout: Path, monkey
     assert tags["git.diff"] == f"{len(whole)} bytes, cut to 500"
     assert diff.startswith(f"This patch is cut after 500 of {len(whole)} bytes")
     assert whole.startswith(diff.partition("\n")[2])
+    (checkout / "src" / "long.py").write_text("x = 1\n" * 1000)
+    assert (
+        "# src/long.py is untracked and not in this patch, 6000 bytes\n"
+        in room._added("src/long.py", checkout / "src" / "long.py").decode()
+    )
 
 
 def test_hardware_is_what_the_kernel_says() -> None:

@@ -21,6 +21,9 @@ SHA = {name: f"{number:064x}" for number, name in enumerate(["beta7", "base7", "
 PASSED, FAILED = {"floor": (True, "0.9")}, {"floor": (False, "0.1")}
 
 
+pytestmark = pytest.mark.usefixtures("quick_database")
+
+
 @pytest.fixture(autouse=True)
 def _local(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # what a test sets is undone
@@ -259,10 +262,15 @@ def test_stages_that_mlflow_never_heard_of_come_from_their_records(tmp_path: Pat
 
     settings = {"recipe": {"coefficients": {"a": 0.8, "b": 0.5}}}
     done = ledger.once("point", 1, settings, {"prompts": SHA["beta7"]}, work)
+    heard = ledger.once("merge", 1, {}, {}, lambda scratch: Outputs())
+    with Journal.open(tmp_path, "gamma").run("merge", key=heard.identity, kind="merge"):
+        pass
+    shutil.rmtree(told.folder(tmp_path))  # the record of a version that kept no lines
     for expected in (1, 0):
         assert rebuild(tmp_path).from_records == expected
-    runs = client(tmp_path).search_runs(["1"])
+    runs = client(tmp_path).search_runs(["1", "2"])
     (run,) = [run for run in runs if run.data.tags["ag.kind"] == "point"]
+    assert sorted(run.data.tags["ag.kind"] for run in runs) == ["merge", "point", "records"]
     assert (run.info.run_name, run.data.tags["ag.key"]) == ("a 0.8, b 0.5", done.identity)
     assert run.data.params == {"a": "0.8", "b": "0.5"}
     found = run.data.metrics

@@ -33,7 +33,7 @@ from ambergrade.track.database import (
     open_client,
     tracking_uri,
 )
-from ambergrade.track.provenance import Provenance, provenance
+from ambergrade.track.provenance import provenance
 from ambergrade.track.registry import Version
 from ambergrade.track.run import Run, first_line, verdict
 
@@ -69,7 +69,6 @@ class Journal:
         self._notes = notes
         self.troubles: list[str] = []
         """What could not be journaled, for the closing lines of a pipeline."""
-        self._made_by: Provenance | None = None
         self._depth = 0
 
     @classmethod
@@ -138,13 +137,6 @@ class Journal:
         except (OSError, SQLAlchemyError) as error:
             self._close(what, error)
         return None
-
-    @property
-    def made_by(self) -> Provenance:
-        """What this process runs with, looked at once."""
-        if self._made_by is None:
-            self._made_by = provenance(self.root)
-        return self._made_by
 
     def version(self, name: str, digest: str) -> Version | None:
         """The version of a registered model with these weights."""
@@ -243,7 +235,7 @@ class Journal:
         with locked(self.uri, self.root):  # two commands at once must not make two of a run
             found = self.search(condition)
             if not found:
-                every = {"ag.cache": "miss", **self.made_by.tags, **process.owner(), **wanted, **given}
+                every = {"ag.cache": "miss", **provenance(self.root).tags, **process.owner(), **wanted, **given}
                 start = time.time_ns() // 1_000_000
                 made = client.create_run(self.experiment_id, start_time=start, tags=every, run_name=name)
                 id, files = made.info.run_id, made.info.artifact_uri

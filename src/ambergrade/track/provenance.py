@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import getpass
 import hashlib
 import importlib.metadata
@@ -33,8 +34,9 @@ class Provenance:
     """Name to text."""
 
 
+@functools.cache
 def provenance(root: Path) -> Provenance:
-    """Look at this process's code and machine: three calls of git and some files of /proc, about 0.1 s.
+    """Look, once a process, at its code and machine: three calls of git and some files of /proc, about 0.1 s.
 
     Code that lies in no checkout of its own is looked for at `root`.
     """

@@ -20,7 +20,15 @@ from ambergrade.errors import BadInput, BadSetting
 from ambergrade.nouns import Measurement
 from ambergrade.store import Store, link_or_copy
 from ambergrade.track import process, registry, told
-from ambergrade.track.database import MlflowClient, MlflowException, database_file, download_artifacts, entities
+from ambergrade.track.database import (
+    MlflowClient,
+    MlflowException,
+    database_file,
+    download_artifacts,
+    entities,
+    open_client,
+    tracking_uri,
+)
 from ambergrade.track.journal import Journal
 from ambergrade.track.run import METRICS_PER_CALL, PARAMS_PER_CALL, Run
 
@@ -221,7 +229,14 @@ class _Rebuilding:
         """Stages that MLflow was never told of (it was down, or the lines are gone), by their records alone."""
         store = Store(self.root / "mlruns" / "store")
         files = sorted((self.root / "mlruns" / "records").glob("*/*.json"), key=lambda file: file.stat().st_mtime)
-        untold = [file for file in files if file.stem not in known]
+        client = open_client(tracking_uri(self.root))
+        places = [found.experiment_id for found in client.search_experiments()]
+        untold = []
+        for file in files:
+            if file.stem not in known:
+                found = client.search_runs(places, f"tags.\"ag.key\" = '{file.stem}'", max_results=1)
+                self.done.there += bool(found)
+                untold += [] if found else [file]
         if not untold:
             return
         journal = self.journal("records")
@@ -231,7 +246,7 @@ class _Rebuilding:
                 with journal.run(
                     _title(record), key=record["identity"], kind=record["stage"], parent=parent, params=_point(record)
                 ) as run:
-                    self.done.from_records += not run.done
+                    self.done.from_records += 1
                     run.metrics({"seconds": record["seconds"], **_numbers(record)})
                     run.datasets(record["inputs"])
                     strip = record["files"].get("pictures")

@@ -18,6 +18,7 @@ from ambergrade.errors import AmbergradeError, BadSetting
 from ambergrade.nouns import Measurement
 from ambergrade.track import models, process, told
 from ambergrade.track.database import MlflowClient, entities, locked
+from ambergrade.track.provenance import provenance
 from ambergrade.track.ui import VIEW_TAG, view_state
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ class Run:
             return
         self.text(yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True), "config.yaml")
         self.text(yaml.safe_dump(list(overrides), allow_unicode=True), "overrides.yaml")
-        for file, text in self._journal.made_by.files.items():
+        for file, text in provenance(self._journal.root).files.items():
             self.text(text, file)
 
     def hit(self) -> None:
