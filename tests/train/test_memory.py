@@ -136,6 +136,53 @@ def test_computing_again_gives_the_same_gradient(networks, beginning, captions, 
     assert times == {part: 2 if checkpointing == "full" or part in deep else 1 for part in calls}
 
 
+def test_channels_innermost_give_the_same_gradient_and_resume(
+    tiny_config, networks, beginning, captions, latents, tmp_path
+):
+    plain = gradient_of(networks, beginning, captions, latents, tmp_path / "plain")
+    found = {}
+    settings = replace(SETTINGS, channels_last=True, ema=0.9, save_every=4)
+
+    class KilledError(Exception):
+        pass
+
+    def kill(row):
+        if row.seen == 12:
+            raise KilledError
+
+    ends = []
+    for folder, on_log in (("whole", None), ("killed", kill), ("killed", None)):
+        fresh = sdxl.from_config(tiny_config, seed=7)
+        keep = lambda gradients: found.update(gradients) if not found else None  # noqa: E731
+        try:
+            fine_tune(
+                fresh, captions, latents, settings, scratch=tmp_path / folder, on_log=on_log, on_gradient=clones(keep)
+            )
+            ends.append(sdxl.weights_digest(sdxl.tensors(fresh)))
+        except KilledError:
+            assert on_log
+        weight = fresh.unet.mid_block.resnets[0].conv1.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert len(ends) == 2
+    assert len(set(ends)) == 1
+    scale = max(float(value.abs().max()) for value in plain.values())
+    for name, value in plain.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5 * scale)
+
+
+def clones(keep):
+    return lambda gradients: keep({name: value.clone() for name, value in gradients.items()})
+
+
+def test_embeddings_may_be_left_as_they_are(networks, beginning, captions, latents, tmp_path):
+    fine_tune(networks, captions, latents, replace(SETTINGS, images=4, train_embeddings=False), scratch=tmp_path)
+    tables = {key for key in beginning if "_embedding.weight" in key or key.endswith("positional_embedding")}
+    moved = {key for key, value in sdxl.tensors(networks).items() if not torch.equal(value, beginning[key])}
+    assert len(tables) == 4  # tokens and positions of both encoders
+    assert not moved & tables
+    assert any(key.startswith("conditioner.embedders.1.") for key in moved)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 def test_compiled_blocks_give_the_same_gradient(tiny_config, beginning, captions, latents, tmp_path):

@@ -8,6 +8,7 @@ from diffusers import DDPMScheduler
 from transformers import CLIPTokenizer
 
 from ambergrade.family import sdxl
+from ambergrade.generate.texts import TextEncoder
 from ambergrade.train.diffusion import alpha_bars
 from ambergrade.train.settings import TrainSettings
 from ambergrade.train.tokens import encode, tokenize_captions
@@ -132,3 +133,14 @@ def test_a_dropped_caption_is_what_guidance_is_contrasted_with(networks, caption
             torch.testing.assert_close(states, uncond)
             torch.testing.assert_close(pooled, uncond_pooled)
     assert uncond.abs().max() > 0
+
+
+def test_a_long_caption_is_read_alike_in_training_and_in_sampling(padded):
+    tags = ["hair"] * 100  # 199 tokens
+    encoder = TextEncoder(padded)
+    with torch.no_grad():
+        ids = tokenize_captions(padded, [tags], 225)
+        states, pooled = encode(padded.text_encoder, padded.text_encoder_2, *ids)
+        ((drawn, drawn_pooled),) = encoder([", ".join(tags)])
+    torch.testing.assert_close(drawn, states[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(drawn_pooled, pooled[0], rtol=1e-4, atol=1e-5)

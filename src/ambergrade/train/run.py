@@ -164,7 +164,10 @@ class Run:
         for key, value in tensors.items():
             name, field_name = key.removeprefix("optimizer.").split("/")
             parameter = self.names[name]
-            self.optimizer.state[parameter][field_name] = value.clone().to(parameter.device)
+            value = value.clone().to(parameter.device)
+            if value.shape == parameter.shape:  # laid out as the weight is, which fused steps rely on
+                value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            self.optimizer.state[parameter][field_name] = value
 
 
 def _validation(values: Mapping[str, Any]) -> ValidationLoss:

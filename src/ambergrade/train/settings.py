@@ -19,6 +19,9 @@ ADAPTERS = ("lora", "locon", "loha", "lokr")
 CHECKPOINTING = ("none", "selective", "full")
 WHERE = ("save_every", "log_every", "sample_every", "validate_every", "checkpointing", "in_backward")
 """Settings that change no result, so no identity either."""
+ADDED = {"channels_last": False, "train_embeddings": True}
+"""Settings that came later, with the value that changes nothing: at it they are in no identity, so that results found
+before stay found."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,10 @@ class TrainSettings:
     the weights for gradients. Needs one pass per step (`micro` = `batch`), one process, and no clipping."""
     compile: bool = False
     """Compile the UNet's repeated blocks."""
+    channels_last: bool = False
+    """Keep the UNet's pictures with channels innermost, as a GPU's convolutions want them; sums in another order."""
+    train_embeddings: bool = True
+    """False leaves the text encoders' tables of tokens and positions as they are, whose rarely read rows drift."""
     lora: Mapping[str, Any] | None = None
     """Null: full fine-tuning. Else adapters of the parts with a learning rate: `rank`, `alpha`, `kind`: `lora` (peft;
     the default), `locon`, `loha` or `lokr` (LyCORIS; `factor` splits LoKr's product, a huge rank leaves it whole)."""
@@ -136,7 +143,8 @@ class TrainSettings:
     @property
     def what(self) -> dict[str, Any]:
         """The settings that decide the result, without those that say where and how often."""
-        return {key: value for key, value in asdict(self).items() if key not in WHERE}
+        said = {key: value for key, value in asdict(self).items() if key not in WHERE}
+        return {key: value for key, value in said.items() if key not in ADDED or value != ADDED[key]}
 
     def per_pass(self, processes: int) -> int:
         """Images of one forward and backward pass on each of `processes`: `micro`, or a smaller share of the batch.

@@ -127,7 +127,7 @@ def fine_tune(
     denoiser = Denoiser(networks, autocast=settings.precision == "bf16")
     adapters = lora.Adapters(denoiser, settings.lr, settings.seed, **settings.lora) if settings.lora else None
     if adapters is None:
-        freeze(denoiser, settings.lr)
+        freeze(denoiser, settings.lr, embeddings=not settings.train_embeddings)
     choose_precision(denoiser, settings)
     save_memory(networks, settings)
     groups = parameter_groups(denoiser, settings.lr)
@@ -357,7 +357,7 @@ def choose_precision(denoiser: Denoiser, settings: TrainSettings) -> None:
 
 
 def save_memory(networks: Networks, settings: TrainSettings) -> None:
-    """Compute blocks again instead of keeping their activations, and compile, as the settings ask."""
+    """Compute blocks again instead of keeping their activations, lay memory out, and compile, as the settings ask."""
     unet = networks.unet
     if settings.checkpointing != "none":
         unet.enable_gradient_checkpointing()
@@ -371,12 +371,14 @@ def save_memory(networks: Networks, settings: TrainSettings) -> None:
                 encoder.gradient_checkpointing_enable({"use_reentrant": False})
     else:
         unet.disable_gradient_checkpointing()
+    if settings.channels_last:
+        unet.to(memory_format=torch.channels_last)
     if settings.compile:
         unet.compile_repeated_blocks()
 
 
-def freeze(denoiser: Denoiser, lr: Mapping[str, float]) -> None:
-    """Leave gradients on for parts with a learning rate, but for what no loss reaches.
+def freeze(denoiser: Denoiser, lr: Mapping[str, float], *, embeddings: bool = False) -> None:
+    """Leave gradients on for parts with a learning rate, but for what no loss reaches and, if asked, embeddings.
 
     SDXL reads the first text encoder's penultimate states: its last layer and final norm would stay without
     gradient, and distributed training would wait for it.
@@ -385,6 +387,10 @@ def freeze(denoiser: Denoiser, lr: Mapping[str, float]) -> None:
         getattr(denoiser, part).requires_grad_(rate > 0)
     denoiser.te1.encoder.layers[-1].requires_grad_(False)
     denoiser.te1.final_layer_norm.requires_grad_(False)
+    if embeddings:
+        for module in denoiser.modules():
+            if isinstance(module, nn.Embedding):
+                module.requires_grad_(False)
 
 
 def parameter_groups(denoiser: Denoiser, lr: Mapping[str, float]) -> list[dict[str, Any]]:
