@@ -326,4 +326,6 @@ def joined(sheets: Sequence[ScoreSheet]) -> ScoreSheet:
         columns={name: np.concatenate([sheet.columns[name] for sheet in sheets]) for name in first.columns},
         features={name: np.concatenate([sheet.features[name] for sheet in sheets]) for name in first.features},
         prompts_digest=digest([sheet.prompts_digest for sheet in sheets]),
+        faults={key: reason for sheet in sheets for key, reason in sheet.faults.items()},
+        blank=tuple(key for sheet in sheets for key in sheet.blank),
     )

@@ -361,7 +361,7 @@ def evaluate(
         networks = merger.live(point)
         texts = merger.texts(point, prompts)
         drawn = stream.pictures(networks, prompts, chain.sampler, progress=None, texts=texts)
-        sheet = score(kept(drawn), prompts, chain.metrics, sampler=chain.sampler, progress=title)
+        sheet = score(kept(drawn), _among(chain, prompts), chain.metrics, sampler=chain.sampler, progress=title)
         sheet.write(scratch / "scores.parquet")
         strip = np.concatenate([picture.pixels for picture in shown[: chain.settings["sheet"]]], axis=1)
         write_png(scratch / "pictures.png", strip)
@@ -389,7 +389,14 @@ def filed_under(
     """Stage, settings and inputs of a point's scores: its identity in the ledger."""
     about = {"recipe": merger.recipe(point).document, "sampler": asdict(chain.sampler)}
     inputs = {"prompts": prompts.digest, "scorers": chain.scorers}
+    if prompts.name == "rung":
+        inputs["among"] = _among(chain, prompts).digest
     return {"sweep": "point", "rung": "rung"}.get(prompts.name, "evaluation"), about, inputs
+
+
+def _among(chain: Chain, prompts: PromptSet) -> PromptSet:
+    """The prompts that a score is to be seen among: a rung's sheet must know every tag that the others ask for."""
+    return read_prompts(chain, "sweep") if prompts.name == "rung" else prompts
 
 
 def sweep(

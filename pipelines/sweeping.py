@@ -240,7 +240,7 @@ def preview(sweep: Any, points: Sequence[tuple[Any, Any]]) -> None:
     """Hit or miss and cost of every point; with `why` what told a point from the finished one most like it."""
     import stages
 
-    total, rate = 0, None
+    total, rate, known_as = 0, None, set()
     for trial, cfg in points:
         settings = config.plain(cfg)
         if settings["data"]["draw"] and trial is points[0][0]:
@@ -254,7 +254,9 @@ def preview(sweep: Any, points: Sequence[tuple[Any, Any]]) -> None:
         total += 0 if known else len(prompts.prompts)
         told = "hit " if known else f"miss   {len(prompts.prompts)} pictures"
         print(f"  {trial.label:<34}{told}")
-        if settings["why"] and settings["why"] in (trial.label, common.label_of(coefficients(settings))):
+        names = {trial.label, common.label_of(coefficients(settings))}
+        known_as |= names
+        if settings["why"] in names:
             wanted = {"settings": about, "inputs": inputs}
             for key, now, then in why_new(wanted, ({name: row[name] for name in wanted} for row in past)):
                 print(f"    {key}: {_short(now)} (nearest finished point: {_short(then)})")
@@ -262,7 +264,7 @@ def preview(sweep: Any, points: Sequence[tuple[Any, Any]]) -> None:
         "unknown time: nothing was drawn so far" if not rate else f"about {total * rate / 3600:.2f} h on this device"
     )
     print(f"{total} pictures, {hours}, 0 GB of checkpoints (points are merged live)")
-    if settings["why"] and not any(settings["why"] == trial.label for trial, _ in points):
+    if settings["why"] and settings["why"] not in known_as:
         raise BadSetting(
             f"why={settings['why']} is no point of this sweep: {', '.join(t.label for t, _ in points[:6])}."
         )

@@ -110,6 +110,13 @@ def outcomes(told: str) -> dict[str, dict[str, Any]]:
     return found
 
 
+def table(told: str) -> dict[str, list[float]]:
+    """Label to the leaderboard's values and their intervals."""
+    lines = (folder_of(told) / "leaderboard.txt").read_text().splitlines()
+    found = [re.match(r"[*=]? *(a \S+) +(.*)", line) for line in lines]
+    return {line[1]: [float(x) for x in re.findall(r"-?\d+\.\d+", line[2])] for line in found if line}
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often checkpoints were read and texts encoded."""
@@ -212,13 +219,17 @@ def test_a_search_counts_in_all_and_the_same_command_draws_nothing(sweep: Sweep)
 
 @pytest.mark.slow
 def test_a_race_draws_the_rungs_and_continues(sweep: Sweep) -> None:
-    race = ["merge=unet_only", "coefficients.a=0.0,0.8,1.6", "race=[2,4]"]
+    race = ["merge=unet_only", "coefficients.a=0.0,0.8,1.6", "race=[2,4]", "sampler.batch=2"]
     told = sweep(*race)
     pictures = re.search(r"(\d+) pictures drawn, a full evaluation takes 12", told)
     assert pictures
     assert 6 <= int(pictures[1]) <= 12
     blocks = [json.loads(file.read_text()) for file in folder_of(told).glob("*/outcome-*.json")]
     assert sum(len(row["value"]["rows"]) for row in blocks) == int(pictures[1])
+    # Rungs are joined to what a full evaluation gives; in other batches only last bits differ.
+    whole = table(sweep("merge=unet_only", "coefficients.a=0.0,0.8,1.6", "sampler.batch=2"))
+    assert table(told)
+    assert all(row == pytest.approx(whole[label], abs=2e-3) for label, row in table(told).items())
     before = {file: file.stat().st_mtime_ns for file in folder_of(told).glob("*/outcome-*.json")}
     assert "pictures drawn" in sweep(*race)
     assert {file: file.stat().st_mtime_ns for file in folder_of(told).glob("*/outcome-*.json")} == before
@@ -235,7 +246,7 @@ def test_dry_tells_hits_and_cost_and_why_what_made_a_point_new(sweep: Sweep) -> 
     assert "coefficients.a: 0.7 (nearest finished point:" in told
     told = sweep("merge=unet_only", "coefficients.a=0.3", "sampler.guidance=3.5", "why='a 0.3'")
     assert "sampler.guidance: 3.5 (nearest finished point: 4.0)" in told
-    assert "is no point of this sweep" in sweep("merge=unet_only", "coefficients.a=0.3", "why='a 9'", fails=True)
+    assert "is no point of this sweep" in sweep("merge=unet_only", "coefficients.a=0.3,0.6", "why='a 9'", fails=True)
 
 
 @pytest.mark.slow
