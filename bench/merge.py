@@ -102,7 +102,7 @@ def measure(folder: Path, options: Any) -> None:
     print(f"ours         {wall['ours']:7.1f} s wall {ours.cpu:7.1f} s CPU   {wall['ours'] / wall['plain']:.2f} x plain")
     again = best["again"]
     print(f"ours, again  {wall['again']:7.1f} s wall {again.cpu:7.1f} s CPU   sha256 of the inputs remembered")
-    print(f"memory       {ours.rss / 1e6:.0f} MB at the peak, {planned * 1024 / 1e6:.0f} MB once torch was imported")
+    print(f"memory       {ours.rss / 1e6:.0f} MB at the peak, {planned * 1024 / 1e6:.0f} MB before the first byte was read")
     assert imported <= planned
     if "mecha" in best:
         theirs = best["mecha"]

@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from merge_live import live_modules
 
 from ambergrade.family import sdxl
-from ambergrade.merge.arithmetic import Combiner, Weights
+from ambergrade.merge.arithmetic import Combiner
 from ambergrade.merge.fused import combine
+from ambergrade.merge.weights import Weights
 
 # The card's point: beta7, base7, anxl2, anxl3.
 CARD = Weights((Fraction(1, 2), Fraction(1, 2), Fraction(-4, 5), Fraction(4, 5)))

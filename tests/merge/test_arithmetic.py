@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ambergrade.merge.arithmetic import Combiner, Weights
+from ambergrade.merge.arithmetic import Combiner
+from ambergrade.merge.weights import Weights
 
 
 def nearest(exact: Fraction) -> float:

@@ -51,8 +51,7 @@ def own_block(name: str) -> int:
     return {"time_embed": 1, "label_emb": 1, "middle_block": 10, "out": 19}[words[0]]
 
 
-@pytest.mark.parametrize("blocks", [False, True])
-@pytest.mark.parametrize("line", [REV1, REV2])
+@pytest.mark.parametrize(("line", "blocks"), [(REV1, False), (REV2, True)])
 def test_the_cards_lines_run_verbatim(paths: dict[str, Path], tmp_path: Path, line: str, blocks: bool) -> None:
     name = line.partition(" =")[0]
     text = f'{line}\nout = mbw({name}, anxl3, "{MBW}", dialect="supermerger")' if blocks else line
@@ -61,7 +60,7 @@ def test_the_cards_lines_run_verbatim(paths: dict[str, Path], tmp_path: Path, li
     x = {alias: load_file(path) for alias, path in paths.items()}
     a, b, tuned = (0.8, 0.5, "base7") if line == REV1 else (1.0, 0.25, "base8")
     shares = [float(value) if blocks else 0.0 for value in MBW.split(",")]
-    seen = set()
+    seen: set[int] = set()
     for key, found in load_file(out).items():
         if key.startswith("first_stage_model") or "position_ids" in key or "logit_scale" in key:
             assert torch.equal(found, x["beta7"][key]), key
@@ -89,6 +88,7 @@ def test_the_shipped_formulas_are_the_cards(name: str) -> None:
     assert Formula.parse(text, aliases) == Formula.parse(printed, aliases)
 
 
+@pytest.mark.slow
 def test_a_merged_file_draws_the_same_picture_in_stock_diffusers_and_here(
     paths: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -128,7 +128,7 @@ def test_the_blocks_of_a_recipe_file(paths: dict[str, Path], tmp_path: Path) -> 
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump({"formula": formula, "models": {alias: str(path) for alias, path in paths.items()}}))
     told = read_recipe(file).job().told()
-    plain = next(line for line in told.splitlines() if "te1" in line)
-    assert "unet input_blocks.2 " in plain  # 0 in the list
-    assert "unet middle_block" in plain
-    assert "unet input_blocks.0 " not in plain
+    plain = next(line for line in told.splitlines() if "unet middle_block" in line)
+    assert all(f"unet {block} " in plain for block in ("input_blocks.2", "input_blocks.5", "output_blocks.2"))  # 0
+    assert "te2 (" in plain
+    assert not any(f"unet {block} " in plain for block in ("input_blocks.0", "time_embed", "output_blocks.3", "out"))

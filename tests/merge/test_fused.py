@@ -9,11 +9,18 @@ import pytest
 import torch
 
 from ambergrade.errors import BadSetting
-from ambergrade.merge.arithmetic import Combiner, Weights
+from ambergrade.merge.arithmetic import Combiner
+from ambergrade.merge.weights import Weights
 
 pytest.importorskip("triton")
 HALF, FIFTHS = Fraction(1, 2), Fraction(4, 5)
-CHOICES = ((HALF, HALF, -FIFTHS, FIFTHS), (Fraction(1, 3), Fraction(2, 3)), (Fraction(1),), (Fraction(3), Fraction(-2)))
+CHOICES = (
+    (HALF, HALF, -FIFTHS, FIFTHS),
+    (Fraction(1, 3), Fraction(2, 3)),
+    (Fraction(1),),
+    (Fraction(3), Fraction(-2)),
+    (Fraction(-2), Fraction(3)),
+)
 
 
 def compare() -> int:
@@ -26,6 +33,8 @@ def compare() -> int:
             base = torch.randn(3000, generator=generator) * scale
             xs = [(base + 0.03 * scale * torch.randn(3000, generator=generator)).half() for _ in exact]
             xs[0][:99] = -0.0
+            xs[0][99:150] = 0.0
+            xs[-1][60:120] = -0.0
             ours, bad = torch.empty(3000, dtype=torch.float16), torch.zeros(1, dtype=torch.int32)
             truth = torch.empty_like(ours)
             finite = Combiner().combine(Weights(exact), xs, truth, xs[0])

@@ -7,14 +7,18 @@ tensor lies in a checkpoint of either layout; it is made from names and shapes a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from ambergrade.errors import BadInput
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
     from torch import Tensor
 
 Shape = tuple[int, ...]
@@ -222,21 +226,21 @@ def listed(complaints: Collection[str], most: int = 6) -> str:
     return "\n".join(list(complaints)[:most]) + more
 
 
-def looks_transposed(tensor: Tensor, reference: Tensor) -> bool:
+def looks_transposed(tensor: ArrayLike, reference: ArrayLike) -> bool:
     """Whether a square matrix is nearer to the transpose of a relative's than to the relative's own.
 
     CLIP-G's `text_projection` is square, so a tool that forgets to transpose it between the layouts makes no error,
     only worse pictures. Relatives are those trained from one ancestor: their correlation is close to 1 one way and to
     0 the other; between strangers both are close to 0 and the answer is no.
     """
-    if tensor.ndim != 2 or tensor.shape[0] != tensor.shape[1] or tensor.shape != reference.shape:
+    ours, theirs = np.asarray(tensor, np.float64), np.asarray(reference, np.float64)
+    if ours.ndim != 2 or ours.shape[0] != ours.shape[1] or ours.shape != theirs.shape:
         return False
-    ours, theirs = tensor.double(), reference.double()
     straight, crossed = _correlation(ours, theirs), _correlation(ours, theirs.T)
     return crossed > 0.5 and crossed > straight + 0.25
 
 
-def _correlation(x: Tensor, y: Tensor) -> float:
+def _correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     x, y = x - x.mean(), y - y.mean()
-    length = float(x.norm() * y.norm())
+    length = math.sqrt(float((x * x).sum()) * float((y * y).sum()))
     return float((x * y).sum()) / length if length else 0.0

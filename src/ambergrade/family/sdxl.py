@@ -31,6 +31,7 @@ __all__ = [
     "encode_text",
     "encode_tokens",
     "from_config",
+    "from_noise",
     "load",
     "marks",
     "pipeline",
@@ -308,11 +309,17 @@ def marks(scheduler_config: Mapping[str, Any]) -> dict[str, Tensor]:
     return {mark: torch.empty(0) for mark in found}
 
 
+def from_noise(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with sampling from the schedule's last step where that is all noise (Lin et al. 2023, section 3.3)."""
+    spacing = {"timestep_spacing": "trailing"} if scheduler_config.get("rescale_betas_zero_snr") else {}
+    return {**scheduler_config, **spacing}
+
+
 def _take_passive(networks: Networks, tensors: Mapping[str, Tensor]) -> None:
     """Keep what no network holds, and let a file's marks decide what its weights predict."""
     networks.passive = _passive(tensors)
     says = dict(MARKS[mark] for mark in MARKS.keys() & networks.passive.keys())
-    networks.scheduler_config = {**networks.scheduler_config, **says}
+    networks.scheduler_config = from_noise({**networks.scheduler_config, **says})
 
 
 def _passive(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,27 +1,26 @@
-"""Weighted sums of weights, equal to exact arithmetic rounded once.
+"""Weighted sums of weights of any dtypes, equal to exact arithmetic rounded once.
 
-A linear formula comes to one rational weight per model, `sum(P[i] * x[i]) / Q` with whole P and Q. fp16 values are
-whole multiples of 2**-24 below 2**16, so with weights of a few digits that sum is exact in float64, in any order and
-fused or not; one division and one rounding follow. Where exactness is not certain beforehand (many digits, bf16, fp32)
-the elements whose rounding an error bound leaves open are decided by exact comparison with the midpoint, at last by
-fractions. A correctly rounded result is unique, so threads, chunks, SIMD width and device cannot change a bit.
+A linear formula comes to one rational weight per model, `sum(P[i] * x[i]) / Q` with whole P and Q. Weights of a few
+digits over fp16 go to `halves`. Where exactness is not certain beforehand (many digits, bf16, fp32) the elements whose
+rounding an error bound leaves open are decided by exact comparison with the midpoint, at last by fractions. A correctly
+rounded result is unique, so threads, chunks, SIMD width and device cannot change a bit.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 16
-"""Elements worked on at a time: the float64 temporaries stay near the cache."""
+from ambergrade.merge.halves import CHUNK, Halves
+from ambergrade.merge.weights import Weights
+
 _DIGITS = {
     torch.float64: 52,
     torch.float32: 23,
@@ -33,35 +32,6 @@ _DIGITS = {
 """Stored bits of the significand."""
 _SMALL = {torch.float16, torch.float8_e4m3fn, torch.float8_e5m2}
 """Whole multiples of 2**-24 below 2**17."""
-_MOST_P, _MOST_Q = 1 << 12, 1 << 11
-"""With sum(|P|) and Q up to these, small inputs give an exact sum, and no quotient but a midpoint rounds to one."""
-
-
-@dataclass(frozen=True)
-class Weights:
-    """One rational weight per tensor, none of them zero."""
-
-    exact: tuple[Fraction, ...]
-
-    @cached_property
-    def q(self) -> int:
-        return math.lcm(*(weight.denominator for weight in self.exact))
-
-    @cached_property
-    def p(self) -> tuple[int, ...]:
-        return tuple(int(weight * self.q) for weight in self.exact)
-
-    @cached_property
-    def short(self) -> bool:
-        """Few enough digits for an exact sum of small inputs."""
-        return sum(map(abs, self.p)) <= _MOST_P and self.q <= _MOST_Q
-
-    @cached_property
-    def scaled(self) -> tuple[tuple[float, ...], float, bool]:
-        """Factors and divisor as floats, and whether they are exact."""
-        if self.q < 2**53 and max(map(abs, self.p)) < 2**53:
-            return tuple(map(float, self.p)), float(self.q), True
-        return tuple(map(float, self.exact)), 1.0, False
 
 
 class Combiner:
@@ -74,6 +44,7 @@ class Combiner:
         self._single = torch.empty(CHUNK, dtype=torch.float32, device=self.device)
         self._magnitude, self._flag = np.empty(CHUNK, np.int16), np.empty(CHUNK, np.bool_)
         self._spare = np.empty(CHUNK, np.int32)
+        self._halves = Halves()
 
     def combine(self, weights: Weights, tensors: Sequence[Tensor], out: Tensor, base: Tensor | None = None) -> bool:
         """`out` becomes the weighted sum of flat tensors of any float dtypes, correctly rounded to its dtype.
@@ -81,12 +52,24 @@ class Combiner:
         Where the result is zero and `base` is -0.0, it is -0.0, so that merging a model with itself changes no bit.
         Returns whether all of `out` is finite. float64 results may be an ulp off; all others are exact.
         """
+        halves = self.device.type == "cpu" and all(x.dtype == torch.float16 for x in (*tensors, out))
+        if halves and (weights.light or weights.affine):
+            old = None if base is None else _zeros_of(base)
+            settle = None if weights.light else functools.partial(self._settled, weights)
+            return self._halves.combine(weights, [_bits(x) for x in tensors], _bits(out), old, settle)
         finite = True
         pieces = [x.split(CHUNK) for x in (*tensors, out, *(() if base is None else (base,)))] if len(out) else []
         for piece in zip(*pieces, strict=True):
             xs, rest = list(piece[: len(tensors)]), piece[len(tensors) :]
             finite &= self._chunk(weights, xs, rest[0], rest[1] if base is not None else None)
         return finite
+
+    def _settled(self, weights: Weights, xs: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+        """The elements that `halves` leaves open, weights of any digits."""
+        tensors = [torch.from_numpy(x).view(torch.float16) for x in xs]
+        out = torch.empty_like(tensors[0])
+        self._chunk(weights, tensors, out, None)
+        return _bits(out)
 
     def finite(self, x: Tensor) -> bool:
         """Whether all of a flat float tensor is finite."""
@@ -103,11 +86,11 @@ class Combiner:
         small = all(x.dtype in _SMALL for x in xs)
         halves = self.device.type == "cpu" and all(x.dtype == torch.float16 for x in (*xs, out))
         if halves:
-            error = 0.0 if weights.short else self._error(weights, xs)
+            error = self._error(weights, xs)
             if error <= 2.0**-46 * weights.scaled[1]:
                 return self._half(weights, xs, out, base, error)
         total = self._weighted(weights.scaled[0], xs)
-        quotient = total / weights.scaled[1]
+        quotient = (total / weights.scaled[1]).add_(0.0)  # a sum of nothing but zeros is +0.0
         if out.dtype == torch.float64 or (small and weights.short):
             out.copy_(_rounded(quotient, out.dtype))
         else:
@@ -171,20 +154,13 @@ class Combiner:
         if len(out) == 0:
             return True
         smallest, largest = int(sizes.min()), int(sizes.max())
-        # Above 1/Q a quotient may lie closer to a midpoint than fp32 tells; below it none does.
-        bound = int(np.array(0.9 / divisor, np.float16).view(np.int16))
-        bits = single.view(torch.int32).numpy()
-        if not weights.short:
-            open_ones = self._decided(bits, total, divisor, out, error)
-            self._settle(weights, xs, total, out, open_ones)
-        elif largest >= bound:
-            open_ones = np.flatnonzero(np.greater_equal(sizes, bound, out=self._flag[: len(out)]))
-            open_ones = open_ones[_near_midpoint(bits[open_ones], window=0)]
-            self._leave_midpoints(total, single, divisor, out, open_ones)
-        if smallest == 0 and base is not None:
+        open_ones = self._decided(single.view(torch.int32).numpy(), total, divisor, out, error)
+        self._settle(weights, xs, total, out, open_ones)
+        if smallest == 0:
             zeros = np.flatnonzero(np.equal(sizes, 0, out=self._flag[: len(out)]))
-            old = base[torch.from_numpy(zeros)].double().numpy()
-            out.view(torch.int16).numpy()[zeros[(old == 0) & np.signbit(old)]] = np.int16(-32768)
+            _bits(out)[zeros[total.numpy()[zeros] == 0]] = 0  # a sum of nothing but zeros is +0.0
+            if base is not None:
+                _bits(out)[zeros[_zeros_of(base)[zeros] == -0x8000]] = -0x8000
         return largest < 0x7C00
 
     def _decided(
@@ -211,17 +187,6 @@ class Combiner:
         out.view(torch.int16).numpy()[where[sure]] = torch.from_numpy(rounded[sure]).half().view(torch.int16).numpy()
         left: np.ndarray[Any, Any] = where[~sure]
         return left
-
-    def _leave_midpoints(
-        self, total: Tensor, single: Tensor, divisor: float, out: Tensor, where: np.ndarray[Any, Any]
-    ) -> None:
-        """Where fp32 fell on a midpoint of fp16 and the exact quotient did not, round to the side it lies on."""
-        middle = single.numpy()[where]
-        left_over = total.numpy()[where] - middle.astype(np.float64) * divisor  # 0: a tie, rounded to even already
-        where, middle, left_over = where[left_over != 0], middle[left_over != 0], left_over[left_over != 0]
-        if len(where):
-            aside = np.nextafter(middle, np.where(left_over > 0, np.inf, -np.inf).astype(np.float32))
-            out.view(torch.int16).numpy()[where] = torch.from_numpy(aside).half().view(torch.int16).numpy()
 
     # --- anything else
 
@@ -279,6 +244,19 @@ class Combiner:
         settled = torch.from_numpy(chosen).to(out.dtype)
         signs = torch.from_numpy(np.where(chosen == 0, n, chosen))  # a tiny negative sum rounds to -0.0
         out[index] = torch.copysign(settled.double(), signs).to(out.dtype).to(out.device)
+
+
+def _bits(x: Tensor) -> np.ndarray[Any, Any]:
+    """A flat fp16 tensor's own memory, as int16."""
+    bits: np.ndarray[Any, Any] = x.detach().view(torch.int16).numpy()
+    return bits
+
+
+def _zeros_of(base: Tensor) -> np.ndarray[Any, Any]:
+    """fp16 bits in which -0.0 stands where it stands in `base`."""
+    if base.dtype == torch.float16:
+        return _bits(base)
+    return ((base == 0) & torch.signbit(base.float())).numpy() * np.int16(-0x8000)
 
 
 def _near_midpoint(bits: np.ndarray[Any, Any], *, window: int) -> np.ndarray[Any, Any]:

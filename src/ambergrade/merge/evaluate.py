@@ -2,76 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from ambergrade.errors import BadInput
-from ambergrade.family.detect import Layout
 from ambergrade.family.files import TORCH
-from ambergrade.family.layouts import Source, looks_transposed
-from ambergrade.merge.arithmetic import Combiner, Weights
+from ambergrade.family.layouts import Source
+from ambergrade.merge.arithmetic import Combiner
 from ambergrade.merge.lora import difference
 from ambergrade.merge.method import Context, Method
 from ambergrade.merge.mixture import Applied, Mixture
+from ambergrade.merge.parts import Parts
 from ambergrade.merge.plan import Task
-
-Parts = Mapping[str, Sequence[tuple[str, Source]]]
-"""Single-file name to its canonical parts: canonical name, and how it is taken from the single file's tensor."""
-
-
-def canonical_parts(layout: Layout | None, shapes: Mapping[str, tuple[int, ...]]) -> Parts:
-    """The parts that methods see, named `component/diffusers key`; none for what is canonical as it is."""
-    if layout is None:
-        return {}
-    found: dict[str, list[tuple[str, Source]]] = {}
-    for part in layout.family.components:
-        for key, source in layout.family.to_diffusers(part, shapes).items():
-            found.setdefault(source.keys[0], []).append((f"{part}/{key}", source))
-    return {name: sorted(parts, key=lambda item: item[1].part) for name, parts in found.items()}
-
-
-def check_operands(task: Task, tensors: Mapping[str, Tensor], base: str, *, cosmetic: str) -> None:
-    """Refuse what only values tell: ids that are none, temperatures or markers that differ, a transposed matrix."""
-    first = tensors[task.mixture.models[0]] if task.mixture.models else tensors[base]
-    if task.name.endswith("position_ids") and len(first.reshape(-1)):
-        ids = first.reshape(-1).double()
-        if cosmetic == "refuse" and not torch.equal(ids, torch.arange(len(ids), dtype=torch.float64)):
-            raise BadInput(
-                f"'{task.name}' of {base} is not 0, 1, 2 …: another tool merged it like a weight.\n"
-                "Mend or replace that file, or keep its ids with policies.cosmetic: base."
-            )
-    for alias in task.compared if cosmetic == "refuse" else ():
-        near = first.shape == tensors[alias].shape and torch.allclose(
-            first.float(), tensors[alias].float(), rtol=2**-7, atol=0
-        )
-        if not near:
-            raise BadInput(
-                f"'{task.name}' differs: {_few(first)} in {base}, {_few(tensors[alias])} in {alias}.\n"
-                "Check that the models belong together, or take the base's with policies.cosmetic: base."
-            )
-    if task.kind == "merge" and task.name.endswith("text_projection"):
-        for alias in task.mixture.models:
-            if alias != base and base in tensors and looks_transposed(tensors[alias], tensors[base]):
-                raise BadInput(
-                    f"'{task.name}' of {alias} is transposed against {base}'s: a tool forgot that diffusers and the "
-                    "single file hold it differently.\nWrite one of the two files again with a tool that transposes it."
-                )
-
-
-def refuse_nonfinite(task: Task, tensors: Mapping[str, Tensor], what: str) -> None:
-    """Say whose fault it is that the result is not finite."""
-    for alias in task.models:
-        if alias in tensors and not bool(tensors[alias].double().isfinite().all()):
-            raise BadInput(f"'{task.name}' of {alias} holds NaN or infinity. Mend or replace that checkpoint.")
-    raise BadInput(
-        f"{what}\nThe merge leaves the range of {task.dtype} in '{task.name}'.\n"
-        "Use smaller coefficients, or an output dtype of greater range (bf16, fp32)."
-    )
+from ambergrade.merge.weights import weights_of
 
 
 class Kept:
@@ -123,7 +68,7 @@ class Evaluator:
         if task.mixture.only(task.mixture.models[0]) and xs[0].dtype == out.dtype:
             out.copy_(xs[0])
             return self.combiner.finite(out)
-        weights = _weights(task.mixture)
+        weights = weights_of(task.mixture)
         return self.combiner.combine(weights, xs, out, tensors.get(self.base))
 
     def whole(self, task: Task, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -151,7 +96,7 @@ class Evaluator:
         out = torch.zeros(shape, dtype=dtype, device=self.combiner.device)
         if atoms:
             base = self._atom(self.base, task, name, source, tensors) if self.base in tensors else None
-            weights = _weights(mixture)
+            weights = weights_of(mixture)
             flat_base = None if base is None else base.reshape(-1)
             self.combiner.combine(weights, [atom.reshape(-1) for atom in atoms], out.reshape(-1), flat_base)
         return out
@@ -177,19 +122,3 @@ class Evaluator:
         result = method.function(*arguments, **options, context=Context(name))
         assert result.shape == arguments[0].shape, (atom.function, name, result.shape)
         return result.float().contiguous()
-
-
-def operands(task: Task, base: str) -> tuple[str, ...]:
-    """The models whose tensor is read: those with a weight, those compared, and the base where a LoRA may need it."""
-    needs_base = not task.mixture.linear
-    return tuple(dict.fromkeys((*task.models, *((base,) if needs_base else ()))))
-
-
-@functools.lru_cache(maxsize=256)
-def _weights(mixture: Mixture) -> Weights:
-    return Weights(tuple(weight for _, weight in mixture.terms))
-
-
-def _few(x: Tensor) -> str:
-    values = x.reshape(-1)[:3].tolist()
-    return ", ".join(f"{value:g}" for value in values) + (" …" if math.prod(x.shape) > 3 else "") if values else "empty"

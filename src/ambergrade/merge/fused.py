@@ -1,7 +1,7 @@
 """Linear merges on a GPU in one pass over memory: every input read once, the result written straight where it lives.
 
-The sum is the CPU's: whole weights over one divisor in float64, exact for fp16 with weights of few digits (see
-`arithmetic`), one division, one rounding to odd on the way to fp16. So its bits are the CPU's.
+Whole weights over one divisor in float64, exact for fp16 with weights of few digits, one division, one rounding to odd
+on the way to fp16: the exact value rounded once, as on the CPU (`halves`). So its bits are the CPU's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ambergrade.errors import BadSetting
-from ambergrade.merge.arithmetic import Weights
+from ambergrade.merge.weights import Weights
 
 MOST_MODELS = 4
 BLOCK = 1024
@@ -32,7 +32,7 @@ def _kernel(x0, x1, x2, x3, out, bad, n, p0, p1, p2, p3, q, count: tl.constexpr,
         total += tl.load(x2 + place, mask=inside, other=0.0).to(tl.float64) * p2
     if count > 3:
         total += tl.load(x3 + place, mask=inside, other=0.0).to(tl.float64) * p3
-    exact = total / q
+    exact = (total + 0.0) / q  # a sum of nothing but zeros is +0.0
     single = exact.to(tl.float32)
     wide = single.to(tl.float64)
     bits = single.to(tl.int32, bitcast=True)

@@ -7,20 +7,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ambergrade.errors import UnknownName
-from ambergrade.family.files import TORCH
-from ambergrade.merge.evaluate import Parts, canonical_parts, operands
+from ambergrade.family.files import torch_dtypes
 from ambergrade.merge.formula import Formula
 from ambergrade.merge.header import header_bytes, read_exactly
 from ambergrade.merge.inputs import Input, Stored, open_input, parent_recipe
 from ambergrade.merge.lora import targets
-from ambergrade.merge.plan import Plan, Task, check_policies, make_plan
+from ambergrade.merge.parts import Parts, canonical_parts
+from ambergrade.merge.plan import Plan, Task, check_policies, make_plan, operands
 from ambergrade.merge.recipe import Recipe, metadata
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BATCH = 2 << 20
+"""Bytes of each input in a batch, unless one tensor that must be whole is larger."""
 UNKNOWN = "unknown"
 """ModelSpec's architecture for tensors of no known family."""
 
@@ -92,6 +95,8 @@ class Job:
 
     def lora_tensors(self, alias: str, name: str) -> Mapping[str, Tensor]:
         """The tensors of a LoRA that one weight needs, read from the file."""
+        import torch
+
         opened = self.inputs[alias]
         found = {}
         for key in self.lora_targets[alias][name]:
@@ -102,7 +107,7 @@ class Job:
                 read_exactly(descriptor, [data.numpy().data], stored.ranges[0].start)
             finally:
                 os.close(descriptor)
-            found[key] = data.view(TORCH[stored.dtype]).reshape(stored.shape)
+            found[key] = data.view(torch_dtypes()[stored.dtype]).reshape(stored.shape)
         return found
 
     def told(self) -> str:
@@ -125,7 +130,7 @@ class Job:
     @property
     def memory(self) -> int:
         """Bytes of buffers: slots of a batch, and the largest tensor that must be whole."""
-        batch = (4 << 20) * (len(set(self.owner.values())) + 1)
+        batch = BATCH * (len(set(self.owner.values())) + 1)
         whole = [task.size * 4 * (len(task.models) + 2) for task in self.plan.tasks.values() if not task.mixture.linear]
         return batch * 6 + max(whole, default=0)
 

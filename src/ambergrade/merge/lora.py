@@ -12,14 +12,14 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ambergrade.errors import BadInput, BadSetting, nearest
 from ambergrade.family.detect import detect
 from ambergrade.family.layouts import Component, Shape, Source, listed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LEAVES = {
     "lora_up.weight": "up",
@@ -95,6 +95,8 @@ def difference(name: str, tensors: Mapping[str, Tensor], base: Tensor) -> Tensor
     `tensors` are those that `targets` named. Raises BadInput where their shapes do not fit, BadSetting where
     lycoris-lora is not installed.
     """
+    import torch
+
     found = torch.zeros(base.shape, dtype=torch.float32)
     modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
@@ -137,6 +139,8 @@ def _product(leaves: Mapping[str, Tensor]) -> Tensor:
         down, up = leaves["down"], leaves["up"]
         return _lycoris("locon").diff_weight(down, up, get("mid"), gamma=scale(len(down)), backend="torch")  # type: ignore[no-any-return]
     if "hada_w1_a" in leaves:  # Hyeon-Woo et al. 2021, FedPara, arXiv:2108.06098
+        import torch
+
         parts = [get(f"hada_{part}") for part in ("w1_b", "w1_a", "w2_b", "w2_a", "t1", "t2")]
         gamma = torch.tensor(scale(len(leaves["hada_w1_b"])), dtype=torch.float64)
         return _lycoris("loha").diff_weight(*parts, gamma=gamma, backend="torch")  # type: ignore[no-any-return]

@@ -34,6 +34,7 @@ _NAME = re.compile(r"[^\W\d]\w*")
 _TEXT = re.compile(r"\"([^\"\n]*)\"|'([^'\n]*)'")
 MOST_CHARACTERS, MOST_LINES, MOST_NODES, MOST_DEPTH = 100_000, 200, 500, 50
 """Of a formula, a formula, a line, and parentheses: far beyond what people publish, far below what costs time."""
+MOST_NUMBER = Fraction(10) ** 300
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,10 @@ class _Parser:
             self.position = match.end()
             if len(match.group()) > 40:
                 raise self.error("A number has at most 40 characters.", start)
-            return Number(Fraction(match.group()), start)
+            number = Fraction(match.group())
+            if number and not 1 / MOST_NUMBER <= number <= MOST_NUMBER:
+                raise self.error("A number lies between 1e-300 and 1e300.", start)
+            return Number(number, start)
         if name:
             self.position = name.end()
             return Coefficient(name.group(), start)

@@ -85,6 +85,12 @@ class Plan:
         return found
 
 
+def operands(task: Task, base: str) -> tuple[str, ...]:
+    """The models whose tensor is read: those with a weight, those compared, and the base where a LoRA may need it."""
+    needs_base = not task.mixture.linear
+    return tuple(dict.fromkeys((*task.models, *((base,) if needs_base else ()))))
+
+
 def check_policies(policies: Mapping[str, str], models: tuple[str, ...]) -> dict[str, str]:
     """All policies, defaults filled in. Raises UnknownName for an unknown one, BadSetting for an unknown value."""
     for name, value in policies.items():

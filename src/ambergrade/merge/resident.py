@@ -21,11 +21,13 @@ from ambergrade.family.files import DTYPES as WORDS
 from ambergrade.family.files import TORCH
 from ambergrade.family.layouts import Source
 from ambergrade.merge.blocks import component
-from ambergrade.merge.evaluate import Evaluator, Kept, canonical_parts, check_operands, operands, refuse_nonfinite
+from ambergrade.merge.checks import check_operands, needs_values, refuse_nonfinite
+from ambergrade.merge.evaluate import Evaluator, Kept
 from ambergrade.merge.formula import Formula
 from ambergrade.merge.lora import targets
 from ambergrade.merge.mixture import Applied, Mixture
-from ambergrade.merge.plan import DTYPES, Plan, Task, check_policies, make_plan
+from ambergrade.merge.parts import canonical_parts
+from ambergrade.merge.plan import DTYPES, Plan, Task, check_policies, make_plan, operands
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,8 @@ class ResidentMerge:
             value = evaluator.whole(task, tensors)
             finite = evaluator.combiner.finite(value.view(-1))
         if not finite:
-            refuse_nonfinite(task, tensors, f"{self.formula.text} at {dict(plan.coefficients)}")
+            sound = {alias: bool(tensor.double().isfinite().all()) for alias, tensor in tensors.items()}
+            refuse_nonfinite(task, sound, f"{self.formula.text} at {dict(plan.coefficients)}")
         return value
 
     def _lora_tensors(self, alias: str, name: str) -> Mapping[str, Tensor]:
@@ -199,7 +202,9 @@ class ResidentMerge:
         probe = Evaluator(plan.base, {}, self._lora_tensors)
         for task in plan.tasks.values():
             tensors = {alias: self._inputs[alias][task.name] for alias in operands(task, plan.base)}
-            check_operands(task, tensors, plan.base, cosmetic=self._policies["cosmetic"])
+            if needs_values(task):
+                values = {alias: tensor.double().numpy() for alias, tensor in tensors.items()}
+                check_operands(task, values, plan.base, cosmetic=self._policies["cosmetic"])
             for alias, tensor in tensors.items():
                 if tensor.is_floating_point() and not probe.combiner.finite(tensor.reshape(-1)):
                     raise BadInput(f"'{task.name}' of {alias} holds NaN or infinity. Mend or replace that checkpoint.")
