@@ -4,7 +4,7 @@
 
 Both are a command of their own and are timed from its start to its end. The plain loop reads the models once, merges
 each point into live networks, draws and scores; it keeps no record, journal, picture or leaderboard. Both must give the
-same scores.
+same scores. Wall time, and CPU time, which says the same where another process is at work beside the bench.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -38,13 +39,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_prompts(folder / "prompts.jsonl", asked.prompts)
-        start = time.monotonic()
-        child("bench/sweep.py", f"--plain={folder}", f"--points={asked.points}")
-        middle = time.monotonic()
+        alone = child("bench/sweep.py", f"--plain={folder}", f"--points={asked.points}")
         swept = [f"coefficients.{key}={','.join(map(str, some))}" for key, some in zip("ab", values, strict=True)]
-        child("pipelines/sweep.py", "--multirun", f"root={folder}", *swept, *overrides(folder))
-        end = time.monotonic()
-        report(folder, len(A) * len(values[1]), middle - start, end - middle)
+        whole = child("pipelines/sweep.py", "--multirun", f"root={folder}", *swept, *overrides(folder))
+        report(folder, len(A) * len(values[1]), alone, whole)
 
 
 def overrides(folder: Path) -> list[str]:
@@ -59,16 +57,21 @@ def overrides(folder: Path) -> list[str]:
     ]
 
 
-def child(*command: str) -> None:
+def child(*command: str) -> tuple[float, float]:
+    """Run a command to its end: seconds of wall and of CPU, its own children's included."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    before, start = cpu(), time.monotonic()
     done = subprocess.run(
-        [sys.executable, *command],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
+        [sys.executable, *command], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return time.monotonic() - start, cpu() - before
+
+
+def cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def write_prompts(path: Path, count: int) -> None:
@@ -111,28 +114,37 @@ def plain(folder: Path, values: Any) -> None:
     (folder / "plain.json").write_text(json.dumps({"scores": found, "seconds": seconds}))
 
 
-def report(folder: Path, points: int, alone: float, swept: float) -> None:
+def report(folder: Path, points: int, alone: tuple[float, float], swept: tuple[float, float]) -> None:
     """Where the sweep's time went, from what its jobs noted."""
     loop = json.loads((folder / "plain.json").read_text())
     outcomes = {}
     for file in sorted(folder.rglob("outcome.json")):
         point = json.loads((file.parent / "point.json").read_text())["point"]
         label = ", ".join(f"{key.rpartition('.')[2]} {float(value)}" for key, value in point.items())
-        outcomes[label] = json.loads(file.read_text())
-    apart = max(abs(outcomes[label]["value"]["score"] - score) for label, score in loop["scores"].items())
-    if len(outcomes) != points or apart > 1e-6:
-        raise SystemExit(f"{len(outcomes)} of {points} points, scores {apart} apart: the two did not do the same.")
-    work = sum(row["value"]["seconds"] for row in outcomes.values())
-    jobs = sum(row["seconds"] for row in outcomes.values())
-    first = max(row["seconds"] - row["value"]["seconds"] for row in outcomes.values())
-    print(f"{points} points, equal scores")
-    print(f"plain loop    {alone:7.1f} s, {loop['seconds']:.1f} s of it merging, drawing and scoring")
-    print(f"--multirun    {swept:7.1f} s, {work:.1f} s of it merging, drawing and scoring")
-    print(f"beyond the plain loop               {100 * (swept - alone) / swept:5.1f} % of the total   (5 % wanted)")
-    print(f"beyond merging, drawing and scoring {100 * (swept - work) / swept:5.1f} %, of which")
-    print(f"  two processes, Hydra, leaderboard {swept - jobs:6.1f} s")
-    print(f"  reading the models (first point)  {first:6.1f} s")
-    print(f"  record and journal of a point     {1e3 * (jobs - work - first) / max(points - 1, 1):6.0f} ms")
+        outcomes[label] = (file.stat().st_mtime, json.loads(file.read_text()))
+    rows = [row for _, row in sorted(outcomes.values(), key=lambda one: one[0])]
+    apart = max(abs(outcomes[label][1]["value"]["score"] - score) for label, score in loop["scores"].items())
+    if len(rows) != points or apart > 1e-6:
+        raise SystemExit(f"{len(rows)} of {points} points, scores {apart} apart: the two did not do the same.")
+    work, jobs = (
+        sum(values) for values in zip(*((row["value"]["seconds"], row["seconds"]) for row in rows), strict=True)
+    )
+    times = sorted(when for when, _ in outcomes.values())
+    first = rows[0]["seconds"] - rows[0]["value"]["seconds"]
+    between = times[-1] - times[0] - sum(row["seconds"] for row in rows[1:])
+    print(f"{points} points, equal scores                 wall       CPU")
+    print(f"plain loop                           {alone[0]:7.1f} s {alone[1]:7.1f} s", end="")
+    print(f"   {loop['seconds']:.1f} s of it merging, drawing and scoring")
+    print(f"--multirun                           {swept[0]:7.1f} s {swept[1]:7.1f} s", end="")
+    print(f"   {work:.1f} s of it merging, drawing and scoring")
+    over = [100 * (ours - theirs) / ours for ours, theirs in zip(swept, alone, strict=True)]
+    print(f"beyond the plain loop, of the total  {over[0]:7.1f} % {over[1]:7.1f} %   (5 % wanted)")
+    rest = swept[0] - (times[-1] - times[0]) - rows[0]["seconds"]
+    print(f"two processes, Hydra, review, the winner's file {rest:6.1f} s; reading the models {first:.1f} s")
+    point = (jobs - work - first) / max(points - 1, 1)
+    print(
+        f"a point's record and journal {1e3 * point:.0f} ms, its Hydra job {1e3 * between / max(points - 1, 1):.0f} ms"
+    )
 
 
 if __name__ == "__main__":

@@ -71,10 +71,10 @@ def main() -> None:
         for picture in drawn_ahead(pictures(networks, prompts, sampler, progress=None), ahead=2 * asked.batch):
             waiting.append(torch.from_numpy(picture.pixels))
             if len(waiting) == asked.batch:
-                score(torch.stack(waiting).to(DEVICE).permute(0, 3, 1, 2).bfloat16() / 127.5 - 1)
+                score(torch.stack(waiting).to(DEVICE).permute(0, 3, 1, 2).float() / 127.5 - 1)
                 waiting.clear()
         if waiting:
-            score(torch.stack(waiting).to(DEVICE).permute(0, 3, 1, 2).bfloat16() / 127.5 - 1)
+            score(torch.stack(waiting).to(DEVICE).permute(0, 3, 1, 2).float() / 127.5 - 1)
 
     scored_s = seconds(scored)
     scale = (asked.side / 1024) ** 2

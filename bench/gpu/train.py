@@ -106,7 +106,7 @@ def plain(asked: argparse.Namespace, settings: TrainSettings) -> tuple[float, fl
         networks.unet.enable_gradient_checkpointing()
     captions, latents = PLAIN["data"](4 * settings.batch, (asked.side, asked.side))
     flop = StepFlop(networks, settings.lr, settings.tokens).of_image((asked.side, asked.side))
-    chosen = {"precision": "bf16", "accumulation": asked.accumulation}
+    chosen = {"precision": "bf16", "accumulation": asked.accumulation, "clock": time.perf_counter}
     taken = PLAIN["train_plainly"](networks, captions, latents, asked.steps + WARM, settings.micro, **chosen)[WARM:]
     return settings.batch / statistics.median(taken), flop
 

@@ -18,6 +18,7 @@ import timm
 
 from ambergrade.errors import BadInput, BadSetting, UnknownName
 from ambergrade.nouns import Picture, Prompt, PromptSet, SamplerSettings
+from ambergrade.score import comparison
 from ambergrade.score.comparison import aggregates, differences, remarks, winners
 from ambergrade.score.scoring import Metric, load_metric, score
 from ambergrade.score.sheet import ScoreSheet
@@ -243,6 +244,27 @@ def test_prompt_ids_keep_the_prompt_sets_order_not_the_alphabets(metrics: list[M
 
 def test_reading_and_comparing_sheets_needs_no_networks_libraries() -> None:
     """They take seconds to import, which every report and every sweep's parent process would wait for."""
-    code = "import ambergrade.score.comparison, ambergrade.score.sheet, sys; print({'torch', 'timm'} & {*sys.modules})"
+    code = """import pkgutil, sys
+from ambergrade.score import comparison, metrics
+from ambergrade.score.scoring import metric_class
+names = [module.name for module in pkgutil.iter_modules(metrics.__path__)]
+print(len([metric_class(name) for name in names]) > 9, {"torch", "timm", "open_clip"} & {*sys.modules})"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+    assert done.stdout.strip() == "True set()"
+
+
+def test_aggregates_are_worked_out_once_a_content_and_never_for_another(
+    sheet: ScoreSheet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = aggregates(sheet)
+    expected.pop("clip_score")  # the caller's copy
+    monkeypatch.setattr(comparison, "_aggregates", lambda sheet, seed: {"asked": seed})
+    sheet.write(tmp_path / "sheet.parquet")
+    assert "clip_score" in aggregates(ScoreSheet.read(tmp_path / "sheet.parquet"))
+    assert aggregates(sheet, seed=1) == {"asked": 1}
+    changed = dataclasses.replace(sheet, columns={**sheet.columns, "clip_score": sheet.columns["clip_score"] + 1})
+    assert aggregates(changed) == {"asked": 0}
+    for seed in range(2, 70):
+        aggregates(sheet, seed=seed)
+    assert len(comparison._known) <= 64
+    comparison._known.clear()

@@ -148,9 +148,9 @@ def test_points_left_behind_stay_in_the_table_as_far_as_they_were_drawn():
 
 @pytest.mark.slow
 def test_a_race_of_equal_points_leaves_none_behind_in_95_of_100_races():
-    """25 points of one model, four looks: the whole race's false eliminations, with a standard error of 1 %."""
+    """25 points of one model, four looks: the whole race's false eliminations, with a standard error of 1.5 %."""
     lost = 0
-    for seed in range(400):
+    for seed in range(200):
         rng = np.random.default_rng(1000 + seed)
         race = Race([str(k) for k in range(25)], [12, 24, 48, 96], judge)
         scores = rng.normal(0, 3, 96) + rng.normal(0, 1, (25, 96))
@@ -158,8 +158,8 @@ def test_a_race_of_equal_points_leaves_none_behind_in_95_of_100_races():
             for point in rung.points:
                 race.tell(point, scores[int(point), rung.start : rung.stop])
         lost += bool(race.out)
-    print(f"{lost} of 400 races of equal points lost one")
-    assert lost / 400 <= 0.05 + 2 * 0.011
+    print(f"{lost} of 200 races of equal points lost one")
+    assert lost / 200 <= 0.05 + 2 * 0.015
 
 
 @pytest.mark.parametrize("ties", [False, True])

@@ -44,8 +44,23 @@ class Winners:
     """Point to how far it lies behind the best, ≥ 0 is worse, with simultaneous 95 % limits."""
 
 
+_known: dict[tuple[str, int], dict[str, Measurement]] = {}
+_MOST_KNOWN = 64
+"""Sheets whose aggregates are remembered: record, journal and leaderboard each ask for them."""
+
+
 def aggregates(sheet: ScoreSheet, *, seed: int = 0) -> dict[str, Measurement]:
     """Every column's mean over prompts and every metric's set-level values, with 95 % intervals."""
+    key = (sheet.digest, seed)
+    if key not in _known:
+        found = _aggregates(sheet, seed)
+        while len(_known) >= _MOST_KNOWN:
+            _known.pop(next(iter(_known)), None)
+        _known[key] = found
+    return dict(_known[key])
+
+
+def _aggregates(sheet: ScoreSheet, seed: int) -> dict[str, Measurement]:
     sheet = sheet.rows(sheet.sound)
     found = {
         column: mean_interval(

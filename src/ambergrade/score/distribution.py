@@ -15,7 +15,6 @@ import numpy.typing as npt
 from ambergrade.errors import BadInput
 from ambergrade.nouns import Measurement, Picture, Prompt
 from ambergrade.score.distances import Floats, Grouped
-from ambergrade.score.features import feature_source
 from ambergrade.score.reference import Reference, find_reference
 from ambergrade.score.scoring import Metric
 from ambergrade.score.sheet import ScoreSheet
@@ -55,6 +54,8 @@ class SetDistance(Metric):
 
         `reference`: an .npz of reference statistics, or a list of picture files in the folder `pictures`.
         """
+        from ambergrade.score.features import feature_source  # a sheet is read without it
+
         self._source = feature_source(extractor, device=device)
         self._reference = find_reference(self._source, reference, pictures, batch=batch, trust=self._trust)
         if self.needs_features and self._reference.features is None:

@@ -42,10 +42,11 @@ pre{background:var(--card);border:1px solid var(--line);border-radius:8px;paddin
 font-size:12px;overflow-x:auto}
 figure{margin:14px 0}figure img{max-width:100%;border:1px solid var(--line);border-radius:8px;display:block}
 figcaption{color:var(--soft);font-size:13px;margin-top:4px}
-table.sorts th{cursor:pointer;user-select:none}table.sorts th[data-way=up]::after{content:" ▲"}
+table.sorts th{cursor:pointer;user-select:none;white-space:normal;vertical-align:bottom}
+table.sorts th[data-way=up]::after{content:" ▲"}
 table.sorts th[data-way=down]::after{content:" ▼"}tr.winner td{background:#fdeed2}
 tr.member td:first-child{font-weight:600}
-a{color:var(--good)}
+a{color:var(--good)}table.sorts svg{display:block;margin-left:auto}
 """
 SORTS = """
 for(const table of document.querySelectorAll("table.sorts"))table.rows[0].addEventListener("click",event=>{

@@ -205,12 +205,12 @@ def _leaderboard(review: Review) -> str:
     own = _ends(scores[review.objective] for scores in review.scores.values())
     behind = _ends(review.found.behind.values())
     head = "<tr><th class=n>#</th><th>point</th>"
-    head += "".join(f"<th class=n>{escape(name)}</th>" for name in axes)
+    head += "".join(f"<th class=n>{_breakable(name)}</th>" for name in axes)
     head += f"<th class=n data-way={'down' if first.higher_is_better else 'up'}>"
-    head += f"{escape(review.objective)} {arrow(first.higher_is_better)}</th><th class=n>behind the best</th>"
+    head += f"{_breakable(review.objective)} {arrow(first.higher_is_better)}</th><th class=n>behind the best</th>"
     for name in review.columns[1:]:
         better = next((scores[name].higher_is_better for scores in review.scores.values() if name in scores), True)
-        head += f"<th class=n>{escape(name)} {arrow(better)}</th>"
+        head += f"<th class=n>{_breakable(name)} {arrow(better)}</th>"
     rows = []
     for rank, label in enumerate(review.best_first, 1):
         scores, place = review.scores[label], review.points[label]
@@ -236,7 +236,8 @@ def _leaderboard(review: Review) -> str:
 def _measured(found: Measurement, drawn: str = "") -> str:
     """A cell: value, interval, and the interval drawn below."""
     limits = f"<span class='soft small'>{interval(found.low, found.high)}</span>"
-    return f'<td class=n data-v="{found.value!r}">{number(found.value)} {limits}{"<br>" if drawn else ""}{drawn}</td>'
+    shown = f"{limits}{drawn}" if drawn else f"<br>{limits}"
+    return f'<td class=n data-v="{found.value!r}">{number(found.value)} {shown}</td>'
 
 
 def _ends(measured: Iterable[Measurement]) -> tuple[float, float]:
@@ -251,6 +252,10 @@ def _sortable(value: Value) -> str:
 
 def _written(value: Value) -> str:
     return escape(value) if isinstance(value, str) else f"{value:g}".replace("-", "−")
+
+
+def _breakable(name: str) -> str:
+    return escape(name).replace("_", "_<wbr>")
 
 
 def _short(label: str) -> str:

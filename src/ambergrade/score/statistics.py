@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 from typing import Any
 
@@ -79,14 +80,17 @@ def prompt_means(values: Floats, prompt_ids: Sequence[Hashable]) -> Floats:
     return means
 
 
+@lru_cache(maxsize=4)  # one sheet's aggregates ask for the same two dozen times
 def resampling_weights(prompts: int, *, seed: int = 0, draws: int = DRAWS) -> Floats:
-    """How often each bootstrap draw holds each prompt: (B, P), every row sums to P.
+    """How often each bootstrap draw holds each prompt: (B, P), every row sums to P. Read-only.
 
     Keyed by (seed, P, B): points with the same prompts share one index draw, which is what pairs them.
     """
     rng = _generator(seed, "bootstrap", prompts, draws)
     picked = rng.integers(prompts, size=(draws, prompts)) + prompts * np.arange(draws)[:, None]
-    return np.bincount(picked.ravel(), minlength=draws * prompts).reshape(draws, prompts).astype(np.float64)
+    weights = np.bincount(picked.ravel(), minlength=draws * prompts).reshape(draws, prompts).astype(np.float64)
+    weights.setflags(write=False)
+    return weights
 
 
 def percentile_interval(replicates: Floats, prompts: int) -> tuple[float, float]:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor, nn
 
 from ambergrade.errors import BadInput, BadSetting
 from ambergrade.family.files import read_tensors
 from ambergrade.identity import file_digest
 from ambergrade.nouns import Picture, Prompt
-from ambergrade.score.clip import open_clip_folder
-from ambergrade.score.features import Extractor, by_shape
-from ambergrade.score.folders import load_timm, scorer_path
 from ambergrade.score.scoring import Metric
 from ambergrade.store import find_file
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 ACTIVATIONS = ("none", "relu")
 
@@ -63,6 +61,11 @@ class Aesthetic(Metric):
 
 
 def _graded(model: str, grades: Sequence[float] | None, device: str) -> tuple[Any, dict[str, Any]]:
+    import torch
+
+    from ambergrade.score.features import Extractor, by_shape
+    from ambergrade.score.folders import load_timm, scorer_path
+
     if (scorer_path(model) / "open_clip_config.json").is_file():
         raise BadSetting(f"{model} is a CLIP, which has no grades of its own.\nName its head: head=FILE.safetensors")
     folder = load_timm(model, device=device)
@@ -82,6 +85,10 @@ def _graded(model: str, grades: Sequence[float] | None, device: str) -> tuple[An
 
 
 def _headed(model: str, file: Path, activation: str, resize_mode: str, device: str) -> tuple[Any, dict[str, Any]]:
+    import torch
+
+    from ambergrade.score.clip import open_clip_folder
+
     clip = open_clip_folder(model, resize_mode, device=device)
     head = perceptron(file, activation).to(device)
     width = next(head.parameters()).shape[1]
@@ -100,6 +107,9 @@ def _headed(model: str, file: Path, activation: str, resize_mode: str, device: s
 
 def perceptron(file: Path, activation: str) -> nn.Sequential:
     """The layers of a state dict in the order of their numbers, in eval mode. Raises BadInput for other tensors."""
+    import torch
+    from torch import nn
+
     state = {key: value.float() for key, value in read_tensors(file).items()}
     if state.keys() <= {"weight", "bias"}:
         state = {f"layers.0.{key}": value for key, value in state.items()}

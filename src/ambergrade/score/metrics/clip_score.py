@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from ambergrade.errors import BadSetting
 from ambergrade.identity import random_seed
 from ambergrade.nouns import Picture, Prompt
-from ambergrade.score.clip import open_clip_folder
 from ambergrade.score.scoring import Metric
 from ambergrade.score.sheet import ScoreSheet
+
+if TYPE_CHECKING:
+    import torch
 
 LONG = ("chunk", "head")
 OTHERS = 8
@@ -48,6 +49,8 @@ class ClipScore(Metric):
 
         `resize_mode`: `longest` pads, `squash` stretches, `shortest` crops heads and feet of tall pictures.
         """
+        from ambergrade.score.clip import open_clip_folder  # a sheet is read without it
+
         if long not in LONG:
             raise BadSetting(f"long '{long}' is not known.\nKnown: {', '.join(LONG)}")
         self._clip = open_clip_folder(model, resize_mode, device=device)
@@ -58,6 +61,8 @@ class ClipScore(Metric):
 
     def rows(self, pictures: Sequence[Picture], prompts: Mapping[str, Prompt]) -> Mapping[str, npt.NDArray[Any]]:
         """Scores in points 0 to 100, shares as 0 or 1, tokens lost as a count: (n,) each."""
+        import torch
+
         images = self._clip.images([picture.pixels for picture in pictures])
         own = torch.stack([self._text(prompts[picture.prompt_id].text)[0] for picture in pictures])
         cosines = 100 * (images * own).sum(1).double().cpu().numpy()
@@ -96,8 +101,8 @@ class ClipScore(Metric):
                 words = [self._clip.length(part) - 2 for part in parts]
                 weights = [min(count, room - 2) for count in words]
                 total = sum(weights)
-                vector = sum(self._clip.text(part) * (w / total) for part, w in zip(parts, weights, strict=True))
-                assert isinstance(vector, torch.Tensor)
+                shares = [self._clip.text(part) * (w / total) for part, w in zip(parts, weights, strict=True)]
+                vector = sum(shares[1:], start=shares[0])
                 self._texts[text] = vector, sum(max(0, count - room + 2) for count in words)
         return self._texts[text]
 
@@ -114,6 +119,8 @@ class ClipScore(Metric):
 
     def _other_texts(self, prompt_id: str, prompts: Mapping[str, Prompt]) -> torch.Tensor:
         """(k, d): up to 99 other texts of the set in an order keyed by the prompt, k = 0 where there are none."""
+        import torch
+
         if self._others is None or self._others[0] is not prompts:
             self._others = prompts, {}
         kept = self._others[1]

@@ -11,7 +11,6 @@ import numpy.typing as npt
 from ambergrade.errors import BadSetting
 from ambergrade.nouns import Measurement, Picture, Prompt, PromptSet
 from ambergrade.score.contrast import contrasted, pairs
-from ambergrade.score.features import feature_source
 from ambergrade.score.metrics.mosaic import blockiness
 from ambergrade.score.scoring import Metric
 from ambergrade.score.sheet import ScoreSheet
@@ -52,6 +51,8 @@ class ControlResponse(Metric):
         wrong = [axis for axis, pair in poles.items() if len(pair) != 2 or axis not in axes]
         if wrong:
             raise BadSetting(f"Each of `poles` needs two words and its `axes` entry; look at {', '.join(wrong)}.")
+        from ambergrade.score.features import feature_source  # a sheet is read without it
+
         self._source = feature_source(extractor, device=device)
         self._axes, self._poles, self._prompts = axes, poles, prompts
         self.fingerprint: Mapping[str, Any] = {

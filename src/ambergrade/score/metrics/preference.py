@@ -7,11 +7,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from ambergrade.errors import BadSetting
 from ambergrade.nouns import Picture, Prompt
-from ambergrade.score.clip import open_clip_folder
 from ambergrade.score.scoring import Metric
 from ambergrade.score.sheet import ScoreSheet
 
@@ -33,6 +31,8 @@ class Preference(Metric):
         self, model: str, scale: str = "logit", resize_mode: str = "shortest", prefix: str = "", device: str = "cpu"
     ) -> None:
         """`model`: an open_clip folder. `prefix` stands before every text, where a scorer was tuned with one."""
+        from ambergrade.score.clip import open_clip_folder  # a sheet is read without it
+
         if scale not in SCALES:
             raise BadSetting(f"scale '{scale}' is not known.\nKnown: {', '.join(SCALES)}")
         self._clip = open_clip_folder(model, resize_mode, device=device)
@@ -42,6 +42,8 @@ class Preference(Metric):
 
     def rows(self, pictures: Sequence[Picture], prompts: Mapping[str, Prompt]) -> Mapping[str, npt.NDArray[Any]]:
         """(n,) scores, and 1 where the prompt did not fit the text encoder."""
+        import torch
+
         texts = [self._prefix + prompts[picture.prompt_id].text for picture in pictures]
         images = self._clip.images([picture.pixels for picture in pictures])
         cosines = (images * torch.stack([self._clip.text(text) for text in texts])).sum(1)

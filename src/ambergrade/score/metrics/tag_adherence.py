@@ -14,7 +14,6 @@ from ambergrade.score.adherence import SIDE, Tables, mask_of, mean_where, per_ta
 from ambergrade.score.scoring import Metric
 from ambergrade.score.sheet import ScoreSheet
 from ambergrade.score.statistics import Floats, PairedDifference, bootstrap_difference, percentile_interval
-from ambergrade.score.tagger import Tagger, read_rates
 from ambergrade.score.tags import canonical_tags, closed
 from ambergrade.store import find_file
 
@@ -57,6 +56,8 @@ class TagAdherence(Metric):
         of it has as well. Tags the tagger lacks are left out of both. `rates`: a rates.csv of the tagger's errors
         (evaluate.py action=calibrate), by default the folder's own.
         """
+        from ambergrade.score.tagger import Tagger, read_rates  # a sheet is read without them
+
         self._tagger = Tagger(tagger, thresholds, device)
         known = self._tagger.known
         self._groups = {name: list(tags) for name, tags in (groups or {}).items()}

@@ -20,7 +20,6 @@ from ambergrade.score.statistics import (
     percentile_interval,
     resampling_weights,
 )
-from ambergrade.score.tagger import Tagger
 
 VERDICTS = "tagger_agreement.verdicts"
 
@@ -40,6 +39,8 @@ class TaggerAgreement(Metric):
 
     def __init__(self, tagger: str, second: str, device: str = "cpu") -> None:
         """Two WD folders (score/tagger.py). Raises BadSetting where their weights are the same or no tag is shared."""
+        from ambergrade.score.tagger import Tagger  # a sheet is read without it
+
         self._taggers = Tagger(tagger, device=device), Tagger(second, device=device)
         one, other = (found.fingerprint for found in self._taggers)
         if one["weights"] == other["weights"]:
