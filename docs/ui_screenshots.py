@@ -39,6 +39,12 @@ FLAGS = (
 STATE = """JSON.stringify([document.readyState, document.body?.innerText, document.querySelectorAll("*").length,
 [...document.images].filter(image => image.complete && image.naturalWidth).length])"""
 """What of a page must stand still before it counts as drawn."""
+CLOSE = """(() => {
+  const button = document.querySelector('[data-component-id="mlflow.assistant.chat_panel.close"]');
+  button?.click();
+  return !!button;
+})()"""
+"""Closes the panel of MLflow's assistant, which takes a quarter of the window."""
 
 
 class Browser:
@@ -85,6 +91,7 @@ class Browser:
         self._call("Emulation.setDeviceMetricsOverride", **size)
         self._call("Page.enable")
         self._call("Page.navigate", url=url)
+        self.wait("document.body !== null && location.href !== 'about:blank'")
         if old:
             self._call("Target.closeTarget", targetId=old)
 
@@ -263,6 +270,8 @@ def main() -> None:
             for name in asked.page or pages:
                 browser.open(pages[name])
                 browser.settle()
+                if browser.ask(CLOSE):
+                    browser.settle(1.0)
                 browser.shoot(asked.out / f"{name}.png")
                 print(f"{asked.out / name}.png  {pages[name]}", flush=True)
 

@@ -22,4 +22,5 @@ def overrides() -> list[str]:
     if HydraConfig.initialized():
         return [str(line) for line in HydraConfig.get().overrides.task]
     # the parent of a sweep, before its first job
-    return [given for given in sys.argv[1:] if "=" in given and not given.lstrip("+~").startswith(("-", "hydra"))]
+    given = [word for word in sys.argv[1:] if ("=" in word or word.startswith("~")) and not word.startswith("-")]
+    return [word for word in given if not word.lstrip("+~").startswith("hydra")]

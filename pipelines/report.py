@@ -8,7 +8,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import yaml
 from gating import gate
 from reviewing import Shown, command, draw, links_of, sheet_of
 from stages import Chain, Merger, Point, evaluate, filed_under, label_of, read_prompts, write_merge
@@ -187,7 +186,6 @@ def close(chain: Chain, verdict: Verdict, final: Finalists, made: Release) -> tu
     columns = {"params": list(verdict.names), "metrics": settings["leaderboard"]}
     higher = review.scores[review.found.best][objective].higher_is_better
     view = run.view("sweep", "point", order_by=objective, ascending=not higher, **columns)
-    recipe = yaml.safe_load((made.path / "recipe.yaml").read_text())
     about = settings["release"]
     page = verdict.shown.page(
         facts={
@@ -201,7 +199,7 @@ def close(chain: Chain, verdict: Verdict, final: Finalists, made: Release) -> tu
             "dashboard": f"{ui.ui_command(Path(settings['root']))} (the links need it)",
         },
         links=links_of(chain.journal, run, view),
-        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
+        recipe=(made.path / "recipe.yaml").read_text(),
         command=command(),
         more=[
             f"<h2>On prompts it was not chosen on</h2><pre>{escape(final.text)}</pre>",

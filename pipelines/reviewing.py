@@ -29,7 +29,7 @@ from ambergrade.track.journal import Journal, Run
 if TYPE_CHECKING:  # the networks' libraries take seconds to import
     from stages import Chain, Merger
 
-ROWS = 24
+ROWS = 30
 """Points on a contact sheet, the best ones."""
 LONGEST = 30
 """Characters of a point's name before its numbers are rounded."""

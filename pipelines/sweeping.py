@@ -219,6 +219,9 @@ def opens(cfg: Any, sweep: Any) -> Iterator[tuple[Run, Journal]]:
         with journal.run(f"sweep {sweep.key[:8]}: {swept}", key=sweep.key, kind="sweep", params=params) as run:
             write_json(sweep.folder / "sweep.json", {"id": run.id, "name": run.name, "key": run.key})
             record(run, settings)
+            chosen = settings["prompts"]
+            drawn = PromptSet.read(find_file(chosen["sweep"]), "sweep").first(chosen["sweep_count"])
+            run.datasets({"prompts": drawn.digest})
             yield run, journal
     except BaseException:
         Journal.open(root, settings["name"])  # closes the runs of workers that were killed
@@ -240,44 +243,65 @@ def preview(sweep: Any, points: Sequence[tuple[Any, Any]]) -> None:
     """Hit or miss and cost of every point; with `why` what told a point from the finished one most like it."""
     import stages
 
-    total, rate, known_as = 0, None, set()
+    total, hours, known_as, settings = 0, 0.0, set(), config.plain(points[0][1])
+    if settings["data"]["draw"]:
+        common.draw_world(settings)
     for trial, cfg in points:
         settings = config.plain(cfg)
-        if settings["data"]["draw"] and trial is points[0][0]:
-            common.draw_world(settings)
         chain, merger = live(settings)
-        prompts = prompts_of(chain, settings)
-        kind, about, inputs = stages.filed_under(chain, merger, coefficients(settings), prompts)
-        known = chain.ledger.find(kind, Ledger.identity(kind, 1, about, inputs))
-        past = _records(chain.ledger.root / "records" / kind) if rate is None or settings["why"] else []
-        rate = rate if rate is not None else _seconds_a_picture(past, inputs, len(prompts.prompts))
-        total += 0 if known else len(prompts.prompts)
-        told = "hit " if known else f"miss   {len(prompts.prompts)} pictures"
-        print(f"  {trial.label:<34}{told}")
+        sets = [prompts_of(chain, {**settings, "block": block}) for block in _blocks(settings["race"])]
+        filed = [(stages.filed_under(chain, merger, coefficients(settings), prompts), prompts) for prompts in sets]
+        new = [one for one in filed if not chain.ledger.find(one[0][0], Ledger.identity(one[0][0], 1, *one[0][1:]))]
+        pictures = sum(len(prompts.prompts) for _, prompts in new)
+        total += pictures
+        hours += pictures * _seconds_a_picture(chain, *filed[0][0]) / 3600
+        print(f"  {trial.label:<34}{f'miss   {pictures} pictures' if new else 'hit'}", flush=True)
         names = {trial.label, common.label_of(coefficients(settings))}
         known_as |= names
         if settings["why"] in names:
-            wanted = {"settings": about, "inputs": inputs}
-            for key, now, then in why_new(wanted, ({name: row[name] for name in wanted} for row in past)):
-                print(f"    {key}: {_short(now)} (nearest finished point: {_short(then)})")
-    hours = (
-        "unknown time: nothing was drawn so far" if not rate else f"about {total * rate / 3600:.2f} h on this device"
-    )
-    print(f"{total} pictures, {hours}, 0 GB of checkpoints (points are merged live)")
+            _explain(chain, *filed[0][0])
     if settings["why"] and settings["why"] not in known_as:
         raise BadSetting(
             f"why={settings['why']} is no point of this sweep: {', '.join(t.label for t, _ in points[:6])}."
         )
+    time = (
+        f"about {hours:.2f} h on this device" if hours or not total else "unknown time: nothing like it was drawn yet"
+    )
+    base = Path(find_file(settings["models"][merger.formula.models[0]]))
+    size = sum(file.stat().st_size for file in ([base] if base.is_file() else base.rglob("*.safetensors")))
+    written = f"{size / 1e9:.2f} GB for the winner" if settings["write_winner"] else "no checkpoint"
+    print(f"{'at most ' if settings['race'] else ''}{total} pictures, {time}, {written}")
 
 
-def _records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+def _blocks(rungs: Sequence[int] | None) -> list[list[int] | None]:
+    """The prompts of every rung; None for all of them at once."""
+    return [list(pair) for pair in zip((0, *rungs), rungs, strict=False)] if rungs else [None]
 
 
-def _seconds_a_picture(records: Sequence[Mapping[str, Any]], inputs: Mapping[str, str], pictures: int) -> float:
-    """Median over points that were scored by the same suite on the same prompts; 0 where there is none."""
-    like = [row["seconds"] / pictures for row in records if row["inputs"] == dict(inputs)]
-    return float(np.median(like)) if like else 0.0
+def _explain(chain: Chain, kind: str, about: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
+    wanted = {"settings": about, "inputs": inputs}
+    for key, now, then in why_new(wanted, ({name: row[name] for name in wanted} for row in _records(chain, kind))):
+        print(f"    {key}: {_short(now)} (nearest finished point: {_short(then)})")
+
+
+def _records(chain: Chain, kind: str) -> Iterator[dict[str, Any]]:
+    return (json.loads(file.read_text()) for file in sorted((chain.ledger.root / "records" / kind).glob("*.json")))
+
+
+_rates: dict[str, float] = {}
+
+
+def _seconds_a_picture(chain: Chain, kind: str, about: Mapping[str, Any], inputs: Mapping[str, str]) -> float:
+    """Median over what was drawn by this sampler and scored by this suite; 0 where there is none."""
+    key = digest([str(chain.ledger.root), kind, about["sampler"], inputs["scorers"]])
+    if key not in _rates:
+        like = [
+            row["seconds"] / max(value["n"] for value in row["values"]["aggregates"].values())
+            for row in _records(chain, kind)
+            if row["settings"]["sampler"] == about["sampler"] and row["inputs"]["scorers"] == inputs["scorers"]
+        ]
+        _rates[key] = float(np.median(like)) if like else 0.0
+    return _rates[key]
 
 
 def _short(value: Any) -> str:

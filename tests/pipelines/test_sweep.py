@@ -232,6 +232,7 @@ def test_a_race_draws_the_rungs_and_continues(sweep: Sweep) -> None:
     assert all(row == pytest.approx(whole[label], abs=2e-3) for label, row in table(told).items())
     before = {file: file.stat().st_mtime_ns for file in folder_of(told).glob("*/outcome-*.json")}
     assert "pictures drawn" in sweep(*race)
+    assert f"at most {12 - int(pictures[1])} pictures" in sweep(*race, "dry=true")
     assert {file: file.stat().st_mtime_ns for file in folder_of(told).glob("*/outcome-*.json")} == before
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import subprocess
-import time
+import timeit
 from pathlib import Path
 
 import pytest
@@ -117,13 +117,12 @@ def test_a_parent_keeps_files_a_child_only_tags_and_it_costs_less_than_a_second(
     (checkout / "pyproject.toml").write_text("")
     (checkout / "requirements.lock").write_text("torch==2\n")
     journal = Journal.open(tmp_path, "gamma")
-    start = time.perf_counter()
+    looks = timeit.repeat(lambda: room.provenance.__wrapped__(tmp_path), number=1, repeat=3)
+    assert min(looks) < 1  # 0.05 on a quiet machine
     with journal.run("chain", key="c", kind="chain") as parent:
         parent.provenance({"a": 0.8, "name": "é"}, ["a=0.8"])
-        seconds = time.perf_counter() - start
         with journal.run("point", key="p", kind="point", parent=parent) as child:
             pass
-    assert seconds < 1  # 0.1 on a quiet machine
     client = MlflowClient(journal.uri)
     files = {file.path for file in client.list_artifacts(parent.id)}
     assert files == {"config.yaml", "overrides.yaml", "diff.patch", "requirements.lock", "hardware.json"}

@@ -6,6 +6,7 @@ from diffusers import UNet2DConditionModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ambergrade.family import sdxl
 from ambergrade.train.flops import StepFlop, peak_flops
 from ambergrade.train.plan import DEVICES, FORWARD_TFLOP
 
@@ -49,6 +50,14 @@ def test_a_step_is_counted_on_the_networks(networks):
     three = StepFlop(networks, {"unet": 1, "te1": 1, "te2": 1}, 225)
     assert three.of_image((pixels, pixels)) > 3 * forward + 9 * sum(text)
     assert three.of_image((2 * pixels, pixels)) > three.of_image((pixels, pixels))
+
+
+def test_bf16_weights_take_as_many(networks, tiny_config):
+    half = sdxl.from_config(tiny_config, seed=7)
+    for module in half.modules().values():
+        module.to(torch.bfloat16)
+    lr = {"unet": 1, "te1": 1, "te2": 1}
+    assert StepFlop(half, lr, 75).of_image((64, 64)) == StepFlop(networks, lr, 75).of_image((64, 64)) > 0
 
 
 @pytest.mark.slow

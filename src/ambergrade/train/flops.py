@@ -35,9 +35,8 @@ class StepFlop:
         """FLOP (a multiply-add is two) for one image of a bucket (width, height in pixels)."""
         if bucket not in self._found:
             states, pooled = self._encoded()
-            noisy = torch.empty(
-                1, self._unet.config.in_channels, *(side // self._shrink for side in bucket[::-1]), device="meta"
-            )
+            height, width = (side // self._shrink for side in bucket[::-1])
+            noisy = torch.empty(1, self._unet.config.in_channels, height, width, device="meta", dtype=self._unet.dtype)
             added = {"text_embeds": pooled, "time_ids": torch.empty(1, 6, device="meta")}
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 self._unet(noisy, torch.zeros(1, device="meta"), states, added_cond_kwargs=added, return_dict=False)
