@@ -1,8 +1,8 @@
 """What a sweep's point costs when models stay in memory, against a merge by sd-mecha: CPU-seconds.
 
-python bench/merge_live.py --mecha PYTHON [--points 4] [--folder DIR]
+python bench/merge_live.py --mecha PYTHON [--size quarter] [--points 4] [--folder DIR]
 
-The inputs are bench/merge.py's at quarter size, kept as fp16; a point is written into live fp16 UNet and text encoders.
+The inputs are bench/merge.py's, kept as fp16; a point is written into live fp16 UNet and text encoders.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from merge import MECHA, MODELS, child, widths, write_inputs
+from merge import MECHA, MODELS, NARROWER, child, widths, write_inputs
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -30,17 +30,18 @@ FORMULA = "gamma rev1 = beta7 + a * (anxl3 - anxl2) + b * (base7 - beta7)"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mecha", default=None, help="python of an environment with sd-mecha")
+    parser.add_argument("--size", choices=list(NARROWER), default="quarter")
     parser.add_argument("--points", type=int, default=4)
     parser.add_argument("--folder", type=Path, default=None)
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="ambergrade-bench-") as folder:
-        paths = write_inputs(Path(folder), "quarter")
+        paths = write_inputs(Path(folder), options.size)
         theirs = child(MECHA, Path(folder), 0, options.mecha) if options.mecha else None
         merge = ResidentMerge(
             Formula.parse(FORMULA, MODELS), {alias: sdxl.read_checkpoint(path) for alias, path in paths.items()}
         )
-        live = live_modules(widths("quarter"))
+        live = live_modules(widths(options.size))
         costs, walls = [], []
         for number in range(options.points):
             # Tenths, as people sweep, then numbers of many digits, as an optimiser proposes.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from ambergrade import command
 from ambergrade.errors import AmbergradeError, BadInput, BadSetting, MissingObject, UnknownName
 from ambergrade.family import sdxl
+from ambergrade.merge import reading
 from ambergrade.merge.engine import merge
 from ambergrade.merge.files import read_recipe, verify
 from ambergrade.merge.formula import Formula
@@ -62,6 +64,34 @@ def once(plain: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.mark.parametrize("how", [{"threads": 8}, {"batch": 1000}, {"batch": 77_777, "threads": 3}])
 def test_threads_and_batches_change_no_byte(plain: dict[str, Path], once: Path, tmp_path: Path, how: dict) -> None:
     assert merged(plain, tmp_path / "out.safetensors", **how).read_bytes() == once.read_bytes()
+
+
+@pytest.mark.parametrize("digests", [False, True])
+def test_reading_past_the_page_cache_changes_no_byte(
+    plain: dict[str, Path], once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digests: bool
+) -> None:
+    """As with inputs that memory cannot hold; stretches begin and end anywhere in a page, and at the file's end."""
+    for path in plain.values():  # nothing of them in the cache
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    filled = []
+    past_cache = reading._FileReader.past_cache
+
+    def counted(self: reading._FileReader, *where: Any) -> int:
+        filled.append(past_cache(self, *where))
+        return filled[-1]
+
+    monkeypatch.setattr(reading._FileReader, "past_cache", counted)
+    monkeypatch.setattr(reading, "DIRECT_LEAST", 1)
+    monkeypatch.setattr(reading, "_memory", lambda: 0)
+    cache = Digests(tmp_path / "sha256.json")
+    if digests:
+        for path in plain.values():
+            cache.of_file(path)
+    out = merged(plain, tmp_path / "out.safetensors", batch=50_000, threads=2, digests=cache)
+    assert out.read_bytes() == once.read_bytes()
+    assert sum(filled) > 0 or not hasattr(os, "O_DIRECT")
 
 
 def test_the_order_in_which_inputs_are_given_changes_no_byte(

@@ -57,6 +57,12 @@ def detect(shapes: Mapping[str, Shape]) -> Layout:
     `shapes` maps its keys to shapes; those of a folder's component begin with its name and a slash, such as
     `unet/conv_in.weight`. Raises BadInput where no family fits, saying what the nearest lacks.
     """
+    return _detected(tuple((key, tuple(shape)) for key, shape in shapes.items()))
+
+
+@functools.lru_cache(maxsize=4)  # the models of a merge have the same keys and shapes
+def _detected(keys: tuple[tuple[str, Shape], ...]) -> Layout:
+    shapes = dict(keys)
     fits = sorted((_fit(family, shapes) for family in families()), key=lambda fit: -fit.matched)
     best = fits[0]
     if best.expected and best.matched >= ENOUGH * best.expected:

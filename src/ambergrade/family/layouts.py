@@ -123,8 +123,10 @@ class Family:
         """Which component a single-file key belongs to; None for what no network holds."""
         if name in self.passive:
             return None
-        found = [part for part, component in self.components.items() if name.startswith(component.prefix)]
-        return found[0] if found else None
+        for part, component in self.components.items():
+            if name.startswith(component.prefix):
+                return part
+        return None
 
     def table(self, configs: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Shape]:
         """Every single-file key that a network holds, with its shape; of the published widths or those of `configs`.
