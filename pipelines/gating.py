@@ -28,17 +28,18 @@ def gate(
 ) -> str:
     """Ask every gate about a registered candidate, and return what became of the alias `champion`.
 
-    The champion of this root, if it has other weights, is scored on the same held-out prompts, so that what a gate
-    sees of it is paired like everything else. The verdict is a record (`records/gate`), a run, and tags of the version;
-    it is no part of the release folder, which is the same on every machine, where champions and vetoes are not.
+    The champion of this root, or the one before it if the candidate is champion already, is scored on the same held-out
+    prompts, so that what a gate sees of it is paired like everything else. The verdict is a record (`records/gate`), a
+    run, and tags of the version; it is no part of the release folder, which is the same on every machine, where
+    champions and vetoes are not.
     """
     settings, name = chain.settings, chain.settings["release"]["name"]
     gates = load_gates(settings["gates"])
     whom = {chosen["than"] for chosen in settings["gates"].values() if "than" in chosen}
     apart: dict[str, Mapping[str, Measurement]] = {"base": _measured(differences(sheet, base))}
     inputs = {"weights": candidate.digest, "scores": sheet.digest, "base": base.digest}
-    held = chain.journal.champion(name) if "champion" in whom else None
-    if held is not None and held.digest != candidate.digest:
+    held = chain.journal.rival(name, candidate.digest) if "champion" in whom else None
+    if held is not None:
         other = _scored(chain, held, prompts)
         apart["champion"] = {} if other is None else _measured(differences(sheet, other))
         inputs["champion"] = held.digest

@@ -63,10 +63,10 @@ def closes(settings: dict[str, Any], sweep: Any, live: Callable[[dict[str, Any]]
 
     `live` gives the chain and the merge of one point's settings.
     """
-    run, journal = sweep.around
+    opened, journal = sweep.around
     done = [trial for trial in sweep.trials if trial.outcome is not None and trial.outcome.status == "done"]
-    if run.done and any(not trial.before for trial in sweep.trials):
-        run = journal.attached(run.id, run.name, run.key)  # it was finished, and has grown since
+    grown = opened.done and any(not trial.before for trial in sweep.trials)  # it was finished by an earlier command
+    run = journal.attached(opened.id, opened.name, opened.key) if grown else opened
     if sweep.race is not None:
         print(f"\nrace: {sweep.race.text}")
         run.tags({"race": sweep.race.text})
@@ -76,7 +76,8 @@ def closes(settings: dict[str, Any], sweep: Any, live: Callable[[dict[str, Any]]
     objective, root = settings["search"]["objective"], Path(settings["root"])
     ledger = Ledger(root / "mlruns")
     named = _named(done)
-    sheets = {label: _sheet(ledger, trial, sweep) for label, trial in named.items()}
+    # What is not swept is equal by construction; a sweep over the sampler is there to compare unlike ones.
+    sheets = {label: replace(_sheet(ledger, trial, sweep), sampler={}) for label, trial in named.items()}
     points = {label: _values(trial.point) for label, trial in named.items()}
     try:
         review = Review.of(sheets, points, title=run.name, objective=objective, columns=settings["leaderboard"])
@@ -112,6 +113,8 @@ def closes(settings: dict[str, Any], sweep: Any, live: Callable[[dict[str, Any]]
     run.tags({"winner": best, "winner_set": "; ".join(review.found.members)})
     run.text(recipe, "recipe.yaml")
     shown.journal(run, page)
+    if grown:
+        run.end("FINISHED")
     print(f"\nreview  {page}\nMLflow  {ui.ui_command(root)}")
     print(f"        {ui.deep_link(journal.experiment_id, view=view)}", flush=True)
 

@@ -145,10 +145,10 @@ def train(chain: Chain, base: Checkpoint, captions: CaptionSet, validation: Capt
     from ambergrade.train.worker import launch
 
     name = chain.settings["trained"]
+    trainer = TrainSettings.read(chain.settings["trainer"])
+    prompts = read_prompts(chain, "sweep").first(8) if trainer.sample_every else None  # told before hours of encoding
     weights = sdxl.read_checkpoint(base.path)
     latents = encode(chain, base, weights, captions, validation)
-    prompts = read_prompts(chain, "sweep").first(8)
-    trainer = TrainSettings.read(chain.settings["trainer"])
     processes = int(chain.settings.get("processes", 1))
 
     def fit(scratch: Path, run: Run) -> Outputs:
@@ -177,6 +177,7 @@ def train(chain: Chain, base: Checkpoint, captions: CaptionSet, validation: Capt
         networks = sdxl.load(base.path, chain.family_config, dtype=half, device=chain.device)
 
         def show(live: sdxl.Networks, seen: int) -> None:
+            assert prompts is not None
             drawn = [picture.pixels for picture in stream.pictures(live, prompts, chain.sampler, progress=None)]
             run.picture(f"samples/{name}", picture_grid(drawn, 4), step=seen)
 

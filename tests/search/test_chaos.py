@@ -34,7 +34,8 @@ def start(root: Path, launcher: str, *overrides: str) -> subprocess.Popen:
     told = (root / "told").open("a")
     # Threads: workers of several threads each would make one core slower still.
     env = {**os.environ, MARK: str(root), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, *MORE[launcher]], stdout=told, stderr=told, env=env)
+    # A group of its own, as a shell gives it to a command: Ctrl-C goes to all of it.
+    return subprocess.Popen([*command, *MORE[launcher]], stdout=told, stderr=told, env=env, process_group=0)
 
 
 def living(root: Path) -> dict[int, str]:
@@ -203,12 +204,18 @@ def test_kills_leave_no_trace_in_mlflow(tmp_path, undisturbed, launcher, kills):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", list(ROLES))
-def test_a_sweep_that_is_asked_to_end_closes_its_runs_and_leaves_nobody_behind(tmp_path, launcher):
+@pytest.mark.parametrize(
+    ("launcher", "how"), [*itertools.product(ROLES, ["SIGTERM"]), ("basic", "Ctrl-C"), ("joblib", "Ctrl-C")]
+)
+def test_a_sweep_that_is_asked_to_end_closes_its_runs_and_leaves_nobody_behind(tmp_path, launcher, how):
     process = start(tmp_path / "root", launcher, "x=range(0,2)", "seconds=60", "journal=true")
     until_a_point_is_open(tmp_path / "root", process)
-    process.terminate()
-    assert process.wait(60) == 143
+    if how == "SIGTERM":
+        process.terminate()
+        assert process.wait(60) == 143
+    else:
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) in (1, 130, -signal.SIGINT)
     assert gone(tmp_path / "root")
     states = [row[1:3] for row in runs(tmp_path / "root")]
     assert ("sweep", "KILLED") in states

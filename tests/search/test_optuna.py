@@ -165,7 +165,7 @@ def test_a_lower_total_keeps_what_is_finished_and_retries_no_more_than_it_holds(
     assert run(second) == [{"a": 1.0, "b": 0.25}]
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "cmaes", "nsga2", pytest.param("gp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sampler", ["tpe", "cmaes", "nsga2"])
 def test_a_resumed_search_has_not_forgotten_where_the_hill_is(sampler):
     """Its next ten points lie as if it had not been killed, rather than as the first ten, when it knew nothing."""
     first = undisturbed = resumed = 0.0

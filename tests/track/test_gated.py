@@ -41,13 +41,17 @@ def test_the_alias_moves_only_when_every_gate_passes(journal: Journal, name: str
     assert journal.gated(name, SHA[1], {}) == "there is no champion"  # without a gate nothing has been shown
     assert champion(journal, name) is None
     assert "gate.floor" not in client.get_model_version(name, "1").tags
+    assert journal.rival(name, SHA[1]) is None
     assert journal.gated(name, SHA[1], PASS) == "version 1 is the champion now"
+    assert journal.rival(name, SHA[1]) is None
     assert journal.gated(name, SHA[2], FAIL) == "version 1 stays the champion"
     assert journal.gated(name, SHA[2], PASS) == "version 2 is the champion now, before it was version 1"
     assert champion(journal, name) == 2
     tags = client.get_model_version(name, "2").tags
     assert (tags["gate.floor"], tags["gate.veto"]) == ("pass: 0.9", "pass: no tag veto")
     assert journal.champion(name).digest == SHA[2]
+    assert journal.rival(name, SHA[3]).number == 2
+    assert journal.rival(name, SHA[2]).number == 1  # the one it replaced
     assert journal.champion(name).path.read_bytes() == b"\2"
 
 

@@ -72,6 +72,13 @@ def chain(root: Path) -> None:
                 )
             parent.view("sweep", "point", order_by="clip_score", params=["a"], metrics=["clip_score"])
         journal.gated("kohaku", SHA[name], PASSED if name == "gamma" else FAILED)
+    asked = client(root)
+    asked.set_model_version_tag("kohaku", "2", "veto", "six fingers")
+    asked.set_model_version_tag("kohaku", "1", "seen_by", "Kay")
+    for name in ("gamma", "delta"):
+        journal.gated("kohaku", SHA[name], PASSED if name == "gamma" else FAILED)
+    asked.delete_model_version_tag("kohaku", "2", "veto")
+    journal.gated("kohaku", SHA["delta"], FAILED)
     with pytest.raises(ValueError), journal.run("broken", key="b", kind="chain"):
         raise ValueError("no such file")
     assert not journal.troubles

@@ -55,7 +55,7 @@ class Race:
         if not points or len(set(points)) < len(points):
             raise BadSetting(f"A race needs points, each once; found {len(points)}, {len(set(points))} different.")
         if not rungs or list(rungs) != sorted(set(rungs)) or rungs[0] < 2:
-            raise BadSetting(f"A race's rungs are rising numbers of prompts, 2 or more: [8, 24, 48]; found {rungs}.")
+            raise BadSetting(f"A race's rungs are rising numbers of prompts, 2 or more: [12, 24, 48]; found {rungs}.")
         self.rungs = tuple(rungs)
         self.alive: tuple[str, ...] = tuple(points)
         """Points that may still be the best, in the order given."""

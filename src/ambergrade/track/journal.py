@@ -146,6 +146,10 @@ class Journal:
         """The version of a registered model that the alias `champion` points to."""
         return self.attempt(f"the champion of {name}", lambda: registry.champion(self._client, name))
 
+    def rival(self, name: str, digest: str) -> Version | None:
+        """The version that a candidate with these weights is measured against."""
+        return self.attempt(f"the rival in {name}", lambda: registry.rival(self._client, name, digest))
+
     def gated(self, name: str, digest: str, gates: Mapping[str, tuple[bool, str]]) -> str:
         """Write what the gates said on the version, and move the alias `champion` by it; returns what became of it."""
 

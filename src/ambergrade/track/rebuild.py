@@ -207,13 +207,14 @@ class _Rebuilding:
             shutil.rmtree(before, ignore_errors=True)
 
     def registry(self, file: Path) -> None:
-        """What gates decided, in the order of time; models whose champion MLflow knows are left alone."""
+        """What gates decided, in the order of time; a model that carries what they said last is left alone."""
         events = told.lines(file) if file.is_file() else []
         for name in dict.fromkeys(event["model"] for event in events):
             mine = [event for event in events if event["model"] == name]
             journal = self.journal(mine[0]["experiment"])
             client = self._client(journal)
-            if registry.champion(client, name) is not None:
+            last = registry.version(client, name, mine[-1]["digest"])
+            if last is not None and registry.results(mine[-1]["gates"]).items() <= last.tags.items():
                 continue
             for event in mine:
                 judged = registry.version(client, name, event["digest"])
@@ -222,8 +223,9 @@ class _Rebuilding:
                     continue
                 for tag, value in event["tags"].items():
                     client.set_model_version_tag(name, str(judged.number), tag, value)
-                gates = {gate: (bool(passed), text) for gate, (passed, text) in event["gates"].items()}
-                registry.decide(client, name, event["digest"], gates)
+                for tag in registry.by_people(judged.tags).keys() - event["tags"].keys():  # taken back since
+                    client.delete_model_version_tag(name, str(judged.number), tag)
+                registry.decide(client, name, event["digest"], event["gates"])
 
     def records(self, known: set[str]) -> None:
         """Stages that MLflow was never told of (it was down, or the lines are gone), by their records alone."""

@@ -38,6 +38,17 @@ def champion(client: MlflowClient, name: str) -> Version | None:
     return next((one for one in _versions(client, name) if one.number == held), None)
 
 
+def rival(client: MlflowClient, name: str, digest: str) -> Version | None:
+    """Whom a candidate is measured against: the champion, or, once the candidate is that, the one it replaced.
+
+    So gates that are asked again compare what they compared before.
+    """
+    held = champion(client, name)
+    if held is None or held.digest != digest:
+        return held
+    return next((one for one in _versions(client, name) if str(one.number) == held.tags.get(BEFORE)), None)
+
+
 def decide(client: MlflowClient, name: str, digest: str, gates: Mapping[str, tuple[bool, str]]) -> str:
     """Write what the gates said on the version, and move `champion` by it; returns what became of the champion.
 
@@ -49,9 +60,7 @@ def decide(client: MlflowClient, name: str, digest: str, gates: Mapping[str, tup
     if judged is None:
         return "not registered, so no champion"
     number = str(judged.number)
-    said = {
-        f"gate.{gate}": f"{'pass' if passed else 'fail'}: {told}"[:LONGEST] for gate, (passed, told) in gates.items()
-    }
+    said = results(gates)
     for tag, value in said.items():
         if judged.tags.get(tag) != value:
             client.set_model_version_tag(name, number, tag, value)
@@ -77,6 +86,13 @@ def decide(client: MlflowClient, name: str, digest: str, gates: Mapping[str, tup
         return f"version {number} is the champion no more, version {before} is again"
     client.delete_registered_model_alias(name, CHAMPION)
     return f"version {number} is the champion no more; there is none"
+
+
+def results(gates: Mapping[str, tuple[bool, str]]) -> dict[str, str]:
+    """What gates said as a version's tags."""
+    return {
+        f"gate.{gate}": f"{'pass' if passed else 'fail'}: {told}"[:LONGEST] for gate, (passed, told) in gates.items()
+    }
 
 
 def by_people(tags: Mapping[str, str]) -> dict[str, str]:

@@ -368,7 +368,9 @@ def save_memory(networks: Networks, settings: TrainSettings) -> None:
                         module.gradient_checkpointing = False
         else:
             for encoder in (networks.text_encoder, networks.text_encoder_2):
-                encoder.gradient_checkpointing_enable({"use_reentrant": False})
+                # transformers 5 renamed it, and warns of the old name
+                enable = getattr(encoder, "activation_checkpointing_enable", encoder.gradient_checkpointing_enable)
+                enable({"use_reentrant": False})
     else:
         unet.disable_gradient_checkpointing()
     if settings.channels_last:
