@@ -246,6 +246,13 @@ def test_the_command_merges_verifies_and_tells_mistakes(tmp_path: Path, capsys: 
     assert "No recipe" in capsys.readouterr().err
 
 
+def test_a_place_that_cannot_be_written_is_told_before_the_work(plain: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out, says in ((tmp_path, "is a folder"), (tmp_path / "file" / "out.safetensors", "cannot be made")):
+        with pytest.raises(BadSetting, match=says):
+            merged(plain, out)
+
+
 def test_not_a_number_is_refused_by_name_and_leaves_nothing(plain: dict[str, Path], tmp_path: Path) -> None:
     tensors = load_file(plain["anxl3"])
     tensors["model.b"][5] = float("nan")

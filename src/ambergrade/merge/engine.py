@@ -32,7 +32,6 @@ from ambergrade.merge.job import BATCH, Job
 from ambergrade.merge.plan import Task
 from ambergrade.merge.reading import Readers
 from ambergrade.merge.recipe import Recipe
-from ambergrade.merge.weights import weights_of
 from ambergrade.store import written_aside
 
 if TYPE_CHECKING:
@@ -71,6 +70,12 @@ def merge(
         raise BadSetting(f"{out} is one of the inputs. Name another output.")
     if out.is_dir():
         raise BadSetting(f"{out} is a folder. Name the file to write, such as {out / 'merged.safetensors'}.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadSetting(f"{out.parent} cannot be made: {error.strerror}. Name another place.") from None
+    if not os.access(out.parent, os.W_OK):
+        raise BadSetting(f"Nothing can be written into {out.parent}. Name another place.")
     with written_aside(out) as aside:
         descriptor = os.open(aside, os.O_RDWR)
         try:
@@ -162,7 +167,7 @@ class _Pipeline:
         dtypes = {self.job.stored(alias, task.name).dtype for alias in self.job.operands(task)}
         if task.mixture.only(task.mixture.models[0]):
             return dtypes == {task.dtype}
-        return dtypes == {task.dtype} == {"F16"} and weights_of(task.mixture).light
+        return dtypes == {task.dtype} == {"F16"} and task.mixture.weights.light
 
     def run(self, batches: Sequence[Batch]) -> None:
         """All batches, a few at a time; the first failure ends the rest."""
@@ -239,7 +244,7 @@ class _Pipeline:
             return finite(task.dtype, out)
         bits = {alias: operand.shaped(operand.data.view(np.int16)).reshape(-1) for alias, operand in operands.items()}
         xs = [bits[alias] for alias in task.mixture.models]
-        return halves.combine(weights_of(task.mixture), xs, out.view(np.int16), bits.get(self.job.plan.base))
+        return halves.combine(task.mixture.weights, xs, out.view(np.int16), bits.get(self.job.plan.base))
 
     def general(self, evaluator: Evaluator, segment: Segment, operands: Mapping[str, _Operand], result: Slot) -> bool:
         """The same by torch: other dtypes, weights of many digits, methods, GPUs."""

@@ -16,7 +16,6 @@ from ambergrade.merge.method import Context, Method
 from ambergrade.merge.mixture import Applied, Mixture
 from ambergrade.merge.parts import Parts
 from ambergrade.merge.plan import Task
-from ambergrade.merge.weights import weights_of
 
 
 class Kept:
@@ -68,7 +67,7 @@ class Evaluator:
         if task.mixture.only(task.mixture.models[0]) and xs[0].dtype == out.dtype:
             out.copy_(xs[0])
             return self.combiner.finite(out)
-        weights = weights_of(task.mixture)
+        weights = task.mixture.weights
         return self.combiner.combine(weights, xs, out, tensors.get(self.base))
 
     def whole(self, task: Task, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -96,7 +95,7 @@ class Evaluator:
         out = torch.zeros(shape, dtype=dtype, device=self.combiner.device)
         if atoms:
             base = self._atom(self.base, task, name, source, tensors) if self.base in tensors else None
-            weights = weights_of(mixture)
+            weights = mixture.weights
             flat_base = None if base is None else base.reshape(-1)
             self.combiner.combine(weights, [atom.reshape(-1) for atom in atoms], out.reshape(-1), flat_base)
         return out

@@ -72,7 +72,11 @@ class Halves:
 
     def _chunk(self, weights: Weights, xs: list[Array], out: Array, base: Array | None, settle: Settle) -> bool:
         n = len(out)
-        top = max(_largest(x) for x in xs)
+        if weights.short:
+            self._magnitudes(xs, self._most[:n], self._least[:n])
+            top = int(self._most[:n].max()) >> 1
+        else:
+            top = max(_largest(x) for x in xs)
         bound = float(np.uint16(top).view(np.float16)) * weights.size / weights.q
         doubtful: Array | None = None
         if bound < 65504 and (self._gradual or self._torch):  # else infinity, NaN, or near it
@@ -88,7 +92,6 @@ class Halves:
         """Weights of few digits; returns where the sum may not be exact, and every place with a zero operand."""
         n = len(out)
         most, least, flags = self._most[:n], self._least[:n], self._flags[:n]
-        self._magnitudes(xs, most, least)
         spread = np.subtract(most, least, out=self._sizes[:n])
         # The sum is a multiple of the least one's ulp, and below 2**24 of them.
         binades = 13 - math.ceil(math.log2(weights.size))
@@ -114,12 +117,11 @@ class Halves:
         for number, (weight, x) in enumerate(zip(weights.exact[1:], xs[1:], strict=True)):
             self._widened(x, wide)
             np.subtract(wide, first, out=wide)
-            size += abs(float(weight)) * max(float(wide.max()), -float(wide.min()))
-            np.multiply(wide, np.float32(weight), out=wide)
-            np.copyto(total, wide) if number == 0 else np.add(total, wide, out=total)
+            size += abs(float(weight)) * self._farthest(wide)
+            self._weighted(wide, float(weight), total, first=number == 0)
         largest = float(np.uint16(_largest(xs[0])).view(np.float16)) + size
-        # Roundings of a difference, a weight, a product, n partial sums; then of the last sum and of the bounds.
-        error = np.float32(2.0**-24 * 1.01 * ((len(xs) + 4) * size + 3 * largest) + 2.0**-60)
+        # Roundings of a difference, a weight, a product and the partial sums; then of the last sum and of the bounds.
+        error = np.float32(2.0**-24 * 1.01 * ((len(xs) + 2) * size + 2 * largest) + 2.0**-60)
         np.add(total, first, out=total)
         np.subtract(total, error, out=wide)
         np.add(total, error, out=total)
@@ -164,6 +166,22 @@ class Halves:
             np.multiply(wide, factor, out=total)
         else:
             np.add(total, np.multiply(wide, factor, out=wide), out=total)
+
+    def _farthest(self, wide: Array) -> float:
+        """The largest magnitude."""
+        if self._torch:
+            low, high = self._torch.from_numpy(wide).aminmax()
+            return max(float(high), -float(low))
+        return max(float(wide.max()), -float(wide.min()))
+
+    def _weighted(self, wide: Array, weight: float, total: Array, *, first: bool) -> None:
+        """total += weight * wide, or = for the first."""
+        if self._torch and not first:
+            self._torch.from_numpy(total).add_(self._torch.from_numpy(wide), alpha=weight)
+        elif first:
+            np.multiply(wide, np.float32(weight), out=total)
+        else:
+            np.add(total, np.multiply(wide, np.float32(weight), out=wide), out=total)
 
     def _widened(self, x: Array, wide: Array) -> None:
         """fp32 values, in the order of `_paired`."""

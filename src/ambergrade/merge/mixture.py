@@ -13,6 +13,7 @@ from ambergrade.errors import BadSetting
 from ambergrade.merge.blocks import component, mbw_weight
 from ambergrade.merge.formula import Formula, exact
 from ambergrade.merge.nodes import SCOPES, Binary, Call, Coefficient, Local, Model, Negative, Node, Number, nodes
+from ambergrade.merge.weights import Weights
 
 MOST_WEIGHT = Fraction(10) ** 30
 
@@ -49,6 +50,11 @@ class Mixture:
             for alias in (atom,) if isinstance(atom, str) else [a for m in atom.arguments for a in m.models]:
                 found.setdefault(alias)
         return tuple(found)
+
+    @functools.cached_property
+    def weights(self) -> Weights:
+        """Of the terms, in their order."""
+        return Weights(tuple(weight for _, weight in self.terms))
 
     def only(self, alias: str) -> bool:
         """Whether this is that model, unchanged."""

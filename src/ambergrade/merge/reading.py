@@ -1,7 +1,7 @@
 """Reading the inputs of a merge: each file once, in its order, by a thread of its own that hashes what it reads.
 
-Inputs that memory could not keep are read past the page cache, but for what is in it: that spares copies and leaves the
-cache to others.
+Inputs that would fill a good part of the memory are read past the page cache, but for what is in it: that spares copies
+and the search for free pages, and leaves the cache to others.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Readers:
 
     def __init__(self, job: Job, digests: Digests, stack: contextlib.ExitStack) -> None:
         self.job, self.digests = job, digests
-        direct = job.bytes_in > _memory() // 2
+        direct = job.bytes_in > _memory() // 4
         self.files: dict[tuple[str, int], _FileReader] = {}
         for owner in dict.fromkeys(job.owner.values()):
             opened = job.inputs[owner]
@@ -135,6 +135,8 @@ class _FileReader:
         done = 0
         with contextlib.suppress(OSError):  # nothing there, or a file system that cannot tell
             done = os.preadv(self.descriptor, [slot.data[at : at + size]], start, os.RWF_NOWAIT)
+        if done == size:
+            return size
         place = (start + done) // PAGE * PAGE
         try:
             while place < start + size:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-
-from ambergrade.merge.mixture import Mixture
 
 MOST_P, MOST_Q = 1 << 12, 1 << 11
 """With sum(|P|) and Q up to these, sums of fp16 are exact in float64, and no quotient but a midpoint rounds to one."""
@@ -54,9 +51,3 @@ class Weights:
         if self.q < 2**53 and max(map(abs, self.p)) < 2**53:
             return tuple(map(float, self.p)), float(self.q), True
         return tuple(map(float, self.exact)), 1.0, False
-
-
-@functools.lru_cache(maxsize=256)
-def weights_of(mixture: Mixture) -> Weights:
-    """The weights of a mixture's terms, in their order."""
-    return Weights(tuple(weight for _, weight in mixture.terms))
