@@ -1,9 +1,13 @@
 """A database that was deleted comes back from what it was told: judged by MLflow's own client, before and after."""
 
+import contextlib
 import json
 import math
 import os
 import shutil
+import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,7 @@ from ambergrade.track.database import MlflowClient, tracking_uri
 from ambergrade.track.journal import Journal
 from ambergrade.track.rebuild import rebuild
 
+REPOSITORY = Path(__file__).parents[2]
 SHA = {name: f"{number:064x}" for number, name in enumerate(["beta7", "base7", "gamma", "delta"], start=1)}
 PASSED, FAILED = {"floor": (True, "0.9")}, {"floor": (False, "0.1")}
 
@@ -259,6 +264,32 @@ def test_a_killed_run_comes_back_as_killed_and_a_lost_checkpoint_is_told(tmp_pat
     assert found.info.status == "KILLED"
 
 
+def test_where_the_files_are_gone_too_pictures_come_from_the_store_and_the_rest_is_told(tmp_path: Path) -> None:
+    def work(scratch: Path) -> Outputs:
+        Image.new("RGB", (16, 8), (9, 8, 7)).save(scratch / "strip.png")
+        return Outputs({"pictures": scratch / "strip.png"})
+
+    done = Ledger(tmp_path / "mlruns").once("point", 1, {}, {}, work)
+    journal = Journal.open(tmp_path, "gamma")
+    with journal.run("chain", key="c", kind="chain") as chain:
+        chain.text("x", "config.yaml")
+        with journal.run("a 0.8", key=done.identity, kind="point", parent=chain) as run:
+            run.picture("sweep/p1", Image.new("RGB", (8, 8)))
+            run.picture("sweep/p2", Image.new("RGB", (8, 8)))
+    with journal.run("bare", key="b", kind="chain"):
+        pass
+    lose_database(tmp_path)
+    shutil.rmtree(tmp_path / "mlruns" / "artifacts")
+    missing = rebuild(tmp_path).missing
+    assert [line.partition(":")[0] for line in missing] == ["1 files of chain", "2 files of a 0.8"]
+    assert missing[1].endswith("its pictures are the store's")
+    asked = client(tmp_path)
+    (point,) = asked.search_runs(["1"], "tags.\"ag.kind\" = 'point'")
+    (picture,) = [file.path for file in asked.list_artifacts(point.info.run_id, "images") if file.path.endswith(".png")]
+    with Image.open(asked.download_artifacts(point.info.run_id, picture)) as found:
+        assert found.getpixel((0, 0)) == (9, 8, 7)
+
+
 def test_stages_that_mlflow_never_heard_of_come_from_their_records(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "mlruns")
     number = {"value": 0.5, "low": 0.4, "high": None, "n": 48, "higher_is_better": True}
@@ -283,3 +314,20 @@ def test_stages_that_mlflow_never_heard_of_come_from_their_records(tmp_path: Pat
     found = run.data.metrics
     assert (found["clip_score"], found["clip_score_lo"], found["clip_score_n"]) == (0.5, 0.4, 48)
     assert len(client(tmp_path).list_artifacts(run.info.run_id, "images")) == 2
+
+
+def test_the_command_rebuilds_a_file_that_is_gone(tmp_path: Path) -> None:
+    command = [sys.executable, "pipelines/reindex.py", f"root={tmp_path}"]
+    told_off = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert told_off.returncode == 1
+    assert told_off.stderr.startswith("There are no records at ")
+    with Journal.open(tmp_path, "gamma").run("chain", key="c", kind="chain", params={"a": 1}) as run:
+        run.metrics({"score": Measurement(0.5, 0.4, 0.6, 8)})
+    for file in (tmp_path / "mlruns").glob("mlflow.db*"):
+        file.unlink()
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert "1 runs and 0 models told again, 0 runs were there" in done.stdout, done.stderr
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlruns" / "mlflow.db")) as database:
+        assert database.execute("SELECT name, status FROM runs").fetchall() == [("chain", "FINISHED")]
+        found = dict(database.execute("SELECT key, value FROM latest_metrics").fetchall())
+    assert found == {"score": 0.5, "score_lo": 0.4, "score_hi": 0.6, "score_n": 8}

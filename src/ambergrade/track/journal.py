@@ -234,10 +234,10 @@ class Journal:
         assert "'" not in key, key
         lineage = {"mlflow.parentRunId": parent.id} if parent and parent.id else {}
         wanted = {"ag.key": key, "ag.kind": kind, **lineage}
-        condition = " and ".join(f"tags.\"{tag}\" = '{value}'" for tag, value in wanted.items())
         given = {tag: str(value) for tag, value in tags.items()}
         with locked(self.uri, self.root):  # two commands at once must not make two of a run
-            found = self.search(condition)
+            same = self.search(f"tags.\"ag.key\" = '{key}'")  # one condition: each costs a join
+            found = [run for run in same if wanted.items() <= run.data.tags.items()]
             if not found:
                 every = {"ag.cache": "miss", **provenance(self.root).tags, **process.owner(), **wanted, **given}
                 start = time.time_ns() // 1_000_000

@@ -121,8 +121,7 @@ class _Rebuilding:
         self._numbers(journal, old, made.run_id, began)
         for inputs in old.datasets:
             run.datasets(inputs["digests"], inputs["context"])
-        if self._files(client, old, made.run_id, made.artifact_uri):
-            run.tags({"mlflow.loggedImages": "True"})
+        self._files(run, client, old, made.artifact_uri)
         for model in old.models:
             self._model(run, model, _local(old.artifacts))
         for view in old.views:
@@ -164,30 +163,44 @@ class _Rebuilding:
             news = [point for point in points if (point.key, point.step, point.timestamp) not in known]
             client.log_batch(run_id, metrics=news)
 
-    def _files(self, client: MlflowClient, old: told.ToldRun, run_id: str, place: str) -> bool:
-        """Link or send the run's files to their new place; True if there are pictures among them."""
+    def _files(self, run: Run, client: MlflowClient, old: told.ToldRun, place: str) -> None:
+        """Link or send the run's files to their new place. A stage's pictures are in the store too, in one strip."""
         source, target = _local(old.artifacts), _local(place)
-        if source is None:
-            try:
-                with tempfile.TemporaryDirectory() as folder:
-                    found = Path(
-                        download_artifacts(
-                            artifact_uri=old.artifacts, dst_path=folder, tracking_uri=client.tracking_uri
-                        )
-                    )
-                    client.log_artifacts(run_id, str(found))
-                    return (found / "images").is_dir()
-            except MlflowException as error:
-                self.done.missing.append(f"files of {old.name}: {str(error).splitlines()[0]}")
-                return False
-        if not source.is_dir():
-            return False
-        for file in sorted(path for path in source.rglob("*") if path.is_file()):
-            if target is not None:
-                link_or_copy(file, target / file.relative_to(source))
-        if target is None:
-            client.log_artifacts(run_id, str(source))
-        return (source / "images").is_dir()
+        with tempfile.TemporaryDirectory() as folder:
+            if source is None:
+                if not old.files:
+                    return
+                try:
+                    source = Path(download_artifacts(old.artifacts, None, None, folder, client.tracking_uri))
+                except MlflowException as error:
+                    self.done.missing.append(f"files of {old.name}: {str(error).splitlines()[0]}")
+                    return
+            if not source.is_dir():
+                if not old.files:
+                    return
+                strip = self._strip(run.key)
+                more = "; its pictures are the store's" if strip else ""
+                self.done.missing.append(f"{len(old.files)} files of {old.name}: {source} is gone{more}")
+                if strip:
+                    run.picture("pictures", strip)
+                return
+            run._journal.note(run.id, files=old.files)
+            if target is None:
+                client.log_artifacts(run.id, str(source))
+            else:
+                for file in sorted(path for path in source.rglob("*") if path.is_file()):
+                    link_or_copy(file, target / file.relative_to(source))
+            if (source / "images").is_dir():
+                run.tags({"mlflow.loggedImages": "True"})
+
+    def _strip(self, identity: str) -> Path | None:
+        """The pictures that a stage's record names, if the store has them."""
+        store = Store(self.root / "mlruns" / "store")
+        for file in (self.root / "mlruns" / "records").glob(f"*/{identity}.json"):
+            strip = json.loads(file.read_text())["files"].get("pictures")
+            if strip and store.holds(strip):
+                return store.path(strip)
+        return None
 
     def _model(self, run: Run, model: Mapping[str, Any], files: Path | None) -> None:
         """Enter a model again; its checkpoint is where it was, or at least linked among the old model's files."""
@@ -229,7 +242,6 @@ class _Rebuilding:
 
     def records(self, known: set[str]) -> None:
         """Stages that MLflow was never told of (it was down, or the lines are gone), by their records alone."""
-        store = Store(self.root / "mlruns" / "store")
         files = sorted((self.root / "mlruns" / "records").glob("*/*.json"), key=lambda file: file.stat().st_mtime)
         client = open_client(tracking_uri(self.root))
         places = [found.experiment_id for found in client.search_experiments()]
@@ -251,9 +263,9 @@ class _Rebuilding:
                     self.done.from_records += 1
                     run.metrics({"seconds": record["seconds"], **_numbers(record)})
                     run.datasets(record["inputs"])
-                    strip = record["files"].get("pictures")
-                    if strip and store.holds(strip):
-                        run.picture("pictures", store.path(strip))
+                    strip = self._strip(record["identity"])
+                    if strip:
+                        run.picture("pictures", strip)
         self._sound(journal)
 
     def _forget(self, old: told.ToldRun) -> None:

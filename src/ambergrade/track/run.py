@@ -106,16 +106,21 @@ class Run:
             return
         self._pictures.add(place)
         image = picture if isinstance(picture, Image.Image) else Image.open(picture)
+        self._journal.note(self.id, files=[f"picture {key}, {step}"])
         self._do(f"picture {key}", lambda client: client.log_image(self.id, image, key=name, step=step))
 
     def file(self, path: Path, folder: str = "") -> None:
         """Keep a copy of a small file. Checkpoints go to `model`, which links: a copy would double gigabytes."""
         if path.suffix in {".safetensors", ".ckpt", ".pt", ".bin"}:
             raise BadSetting(f"{path.name} is a checkpoint, which is not copied to MLflow.\nLog it by run.model(...).")
+        if self._is_open:
+            self._journal.note(self.id, files=[f"{folder}/{path.name}" if folder else path.name])
         self._do(f"file {path.name}", lambda client: client.log_artifact(self.id, str(path), folder or None))
 
     def text(self, text: str, file: str) -> None:
         """Keep a text as a file, for example the resolved config as `config.yaml`."""
+        if self._is_open:
+            self._journal.note(self.id, files=[file])
         self._do(f"file {file}", lambda client: client.log_text(self.id, text, file))
 
     def datasets(self, digests: Mapping[str, str], context: str = "input") -> None:

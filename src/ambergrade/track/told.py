@@ -82,6 +82,8 @@ class ToldRun:
     datasets: list[dict[str, Any]] = field(default_factory=list)
     models: list[dict[str, Any]] = field(default_factory=list)
     views: list[dict[str, Any]] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    """Names of its artifacts; the artifacts themselves are not told."""
     status: str = "RUNNING"
     end: int | None = None
 
@@ -104,7 +106,7 @@ def read_run(file: Path) -> ToldRun | None:
         run.params |= event.get("params", {})
         told = event.get("metrics", ())
         run.metrics += [(key, math.nan if value is None else value, step, when) for key, value, step, when in told]
-        for kind in ("datasets", "models", "views"):
+        for kind in ("datasets", "models", "views", "files"):
             getattr(run, kind).extend(event.get(kind, ()))
         if "status" in event:
             run.status, run.end = event["status"], event.get("end")
