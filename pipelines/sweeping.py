@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,11 +55,19 @@ def point(settings: dict[str, Any]) -> dict[str, Any]:
     params = {**coefficients(settings), **_swept()}
     with journal.run(label, key=key, kind=_kind(settings), parent=sweep, params=params) as run:
         chain, merger = live(settings)
-        chain = replace(chain, journal=journal, parent=run)
+        chain = _told_to(chain, journal, run)
         prompts = prompts_of(chain, settings)
         done = stages.evaluate(chain, merger, coefficients(settings), prompts, "draw and score", label, pictured=False)
         _show(run, chain, done, prompts)
     return _told(settings, done)
+
+
+def _told_to(chain: Chain, journal: Journal, run: Run) -> Chain:
+    """The chain for one point. What was loaded once, the scorers above all, goes along; `replace` would leave it."""
+    assert chain.scorers
+    point = copy.copy(chain)
+    point.journal, point.parent = journal, run
+    return point
 
 
 def _show(run: Run, chain: Chain, done: Any, prompts: PromptSet) -> None:

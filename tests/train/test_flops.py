@@ -1,4 +1,6 @@
-"""FLOP counted on the networks are the published ones, and scale as multiplication does."""
+"""FLOP and kept activations, counted on the networks, are the published ones and the plan's."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ambergrade.family import sdxl
 from ambergrade.train.flops import StepFlop, peak_flops
-from ambergrade.train.plan import DEVICES, FORWARD_TFLOP
+from ambergrade.train.plan import ACTIVATIONS_GB, DEVICES, FORWARD_TFLOP
+from ambergrade.train.trainer import save_memory
 
 SDXL = {
     "sample_size": 128,
@@ -79,3 +82,41 @@ def test_a_cpu_has_no_peak_and_gpus_are_known_by_name(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         expected = DEVICES[kind].peak_tflops * 1e12 if kind else None
         assert peak_flops(torch.device("cuda")) == expected
+
+
+class Flash(torch.autograd.Function):
+    """What flash attention keeps; the meta device would keep whole matrices of attention."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        made, sums = torch.empty_like(query), torch.empty(*query.shape[:3], device=query.device)
+        ctx.save_for_backward(query, key, value, made, sums)
+        return made
+
+
+@pytest.mark.slow
+def test_the_plan_s_activations_are_what_the_full_size_unet_keeps(monkeypatch):
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, **_: Flash.apply(q, k, v))
+    half = {"dtype": torch.bfloat16}
+    encoder = SimpleNamespace(activation_checkpointing_enable=lambda _: None, gradient_checkpointing_enable=None)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SDXL).to(torch.bfloat16).train()
+        weights = {p.untyped_storage()._cdata for p in unet.parameters()}
+        added = {"text_embeds": torch.empty(1, 1280, **half), "time_ids": torch.empty(1, 6)}
+        for checkpointing, planned in ACTIVATIONS_GB.items():
+            networks = SimpleNamespace(unet=unet, text_encoder=encoder, text_encoder_2=encoder)
+            asked = SimpleNamespace(checkpointing=checkpointing, compile=False, channels_last=False)
+            save_memory(networks, asked)
+            kept = {}
+
+            def keep(tensor, kept=kept):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in weights:
+                    kept[storage._cdata] = storage
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                noisy, context = torch.empty(1, 4, 128, 128, **half), torch.empty(1, 77, 2048, **half)
+                predicted = unet(noisy, torch.zeros(1), context, added_cond_kwargs=added).sample
+            assert sum(storage.nbytes() for storage in kept.values()) / 1e9 == pytest.approx(planned, rel=0.01)
+            del predicted

@@ -26,9 +26,9 @@ MEAN_AREA = 0.962
 """Mean area of SDXL's 33 buckets, in 1024²."""
 LATENT_BYTES = 4 * 128 * 128 * 2
 """One 1024² latent in fp16."""
-ACTIVATIONS_GB = {"none": 6.42 * 1.074, "selective": 2.6, "full": 0.55 * 1.074}
-"""Kept for the backward pass, per 1024² image, pure bf16 and flash attention; `selective` is reckoned from the share of
-the deepest level. fp32 weights under autocast add about half."""
+ACTIVATIONS_GB = {"none": 6.89, "selective": 2.52, "full": 0.59}
+"""Kept by the UNet for the backward pass, per 1024² image: tensors counted on the exact architecture, in bf16 with
+flash attention. fp32 weights under autocast add about half."""
 OPTIMIZER_BYTES = {
     "adamw": 8.0,
     "adamw_sr": 8.0,
