@@ -29,7 +29,6 @@ a sweep's own files go to <root>/mlruns/hydra.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import logging
@@ -37,13 +36,11 @@ import os
 import re
 import sys
 import textwrap
-import types
-import typing
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, Union, cast
+from typing import Any, NoReturn, cast
 
 import hydra
 import yaml
@@ -57,6 +54,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ambergrade.errors import AmbergradeError, BadSetting, UnknownName, nearest, unknown_name
+from ambergrade.typed import settings as settings  # pipelines reach it as config.settings
 
 REPOSITORY = Path(__file__).parents[2]
 CONF = REPOSITORY / "conf"
@@ -73,7 +71,6 @@ VERSION_BASE: dict[str, str] = (
     {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
 )  # 1.4 warns of it
 
-T = TypeVar("T")
 Task = Callable[[DictConfig], Any]
 
 OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=True)
@@ -139,29 +136,6 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
             given = " ".join(f"{key}=…" for key in missing[:3])
             raise BadSetting(f"No value for: {', '.join(missing)}.\nGive it on the command line: {given}")
         return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
-
-
-def settings(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
-    """Build a dataclass from a mapping, with types checked and lists made tuples where the class says so.
-
-    `where` names the mapping in complaints. Nested dataclasses are built from nested mappings; an int is
-    taken for a float.
-
-    >>> @dataclasses.dataclass(frozen=True)
-    ... class Size:
-    ...     side: int
-    ...     scale: float = 1.0
-    >>> settings(Size, {"side": 8, "scale": 2})
-    Size(side=8, scale=2.0)
-
-    Raises:
-        BadSetting: all complaints at once: unknown keys with the nearest known, missing keys, wrong types.
-    """
-    wrong: list[str] = []
-    built = _build(cls, values, where, wrong)
-    if wrong:
-        raise BadSetting("\n".join(wrong))
-    return cast(T, built)
 
 
 # --- running -------------------------------------------------------------------------------------------------
@@ -437,91 +411,3 @@ def _group_lines(root: Mapping[str, Any], conf: Path) -> str:
             head = f"  {group:<14}"
             lines.append(textwrap.fill(shown, 110, initial_indent=head, subsequent_indent=" " * len(head)))
     return "\n".join(lines)
-
-
-# --- settings ------------------------------------------------------------------------------------------------
-
-
-def _build(cls: Any, values: Any, where: str, wrong: list[str]) -> Any:
-    prefix = f"{where}." if where else ""
-    if not isinstance(values, Mapping):
-        wrong.append(f"{where or cls.__name__}: a mapping is needed, found {values!r}.")
-        return None
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
-    hints = typing.get_type_hints(cls)
-    wrong += [
-        unknown_name("Setting", f"{prefix}{key}", [prefix + f for f in fields]) for key in values if key not in fields
-    ]
-    before = len(wrong)
-    built = {}
-    for name, field in fields.items():
-        if name in values:
-            built[name] = _converted(hints[name], values[name], prefix + name, wrong)
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            wrong.append(f"{prefix}{name}: no value given.")
-    if len(wrong) > before:
-        return None
-    try:
-        return cls(**built)
-    except AmbergradeError as error:  # of the class's own __post_init__
-        wrong.append(f"{where}: {error}" if where else str(error))
-        return None
-
-
-def _converted(hint: Any, value: Any, where: str, wrong: list[str]) -> Any:
-    """`value` as the type `hint` wants it; a complaint is appended if it cannot be."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
-    if origin in (Union, types.UnionType):
-        return _converted_union(arguments, value, where, wrong, hint)
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where, wrong)
-    if origin is Literal:
-        if value not in arguments:
-            wrong.append(unknown_name(where, str(value), map(str, arguments)))
-        return value
-    if origin in (tuple, list, Sequence) and isinstance(value, list | tuple):
-        one = origin is not tuple or (len(arguments) == 2 and arguments[1] is Ellipsis)
-        if not one and len(arguments) != len(value):
-            wrong.append(f"{where}: {len(arguments)} values are needed, found {list(value)}.")
-            return None
-        wanted = [arguments[0]] * len(value) if one else arguments
-        items = [_converted(w, v, f"{where}[{i}]", wrong) for i, (w, v) in enumerate(zip(wanted, value, strict=True))]
-        return items if origin is list else tuple(items)
-    if origin in (dict, Mapping) and isinstance(value, Mapping):
-        return {k: _converted(arguments[1], v, f"{where}.{k}", wrong) for k, v in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is Path and isinstance(value, str):
-        return Path(value)
-    if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
-        return value
-    wrong.append(f"{where}: {_type_name(hint)} is needed, found {value!r}.")
-    return None
-
-
-def _converted_union(arguments: tuple[Any, ...], value: Any, where: str, wrong: list[str], hint: Any) -> Any:
-    complaints: list[str] = []
-    # the exact type first, so that an int given for int | float stays one
-    for member in sorted(arguments, key=lambda a: type(value) is not a):
-        attempt: list[str] = []
-        converted = _converted(member, value, where, attempt)
-        if not attempt:
-            return converted
-        complaints += attempt if dataclasses.is_dataclass(member) and isinstance(value, Mapping) else []
-    wrong += complaints or [f"{where}: {_type_name(hint)} is needed, found {value!r}."]
-    return None
-
-
-def _type_name(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
-    if hint in names:
-        return names[hint]
-    if typing.get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(_type_name(argument) for argument in typing.get_args(hint))
-    if typing.get_origin(hint) in (tuple, list, Sequence):
-        return "a list"
-    if typing.get_origin(hint) in (dict, Mapping):
-        return "a mapping"
-    return getattr(hint, "__name__", str(hint))

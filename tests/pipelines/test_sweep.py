@@ -96,6 +96,10 @@ def sweep(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     return run
 
 
+def database_of(place: Path) -> str:
+    return f"sqlite:///{place / 'root' / 'mlruns' / 'mlflow.db'}"
+
+
 def folder_of(told: str) -> Path:
     found = re.search(r"^sweep [0-9a-f]{12}, \d+ points, (\S+)$", told, re.MULTILINE)
     assert found, told
@@ -287,7 +291,7 @@ def test_a_sweep_ends_in_a_review_on_disk_and_in_mlflow_and_its_winner_is_a_mode
     assert "<h2>1 failed</h2>" in page
     assert "a 1000000000.0" in page
     assert page.count("data:image/") == 2  # the curve and the contact sheet
-    client = MlflowClient(f"sqlite:///{place}/root/mlruns/mlflow.db")
+    client = MlflowClient(database_of(place))
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     key = json.loads((folder / "sweep.json").read_text())["key"]
     (found,) = client.search_runs(experiments, f"tags.\"ag.key\" = '{key}' and tags.\"ag.kind\" = 'sweep'")
@@ -316,7 +320,7 @@ def test_a_finished_sweep_that_grows_shows_its_new_review(sweep: Sweep, place: P
     for trials in (3, 5):
         told = sweep(*search, f"search.trials={trials}")
         about = json.loads((folder_of(told) / "sweep.json").read_text())
-        run = MlflowClient(f"sqlite:///{place}/root/mlruns/mlflow.db").get_run(about["id"])
+        run = MlflowClient(database_of(place)).get_run(about["id"])
         assert (run.info.status, run.data.metrics["points"]) == ("FINISHED", trials)
         page = (folder_of(told) / "review.html").read_text()
         assert f"{trials} done, 0 failed" in page
