@@ -273,7 +273,9 @@ def preview(sweep: Any, points: Sequence[tuple[Any, Any]]) -> None:
             f"why={settings['why']} is no point of this sweep: {', '.join(t.label for t, _ in points[:6])}."
         )
     time = (
-        f"about {hours:.2f} h on this device" if hours or not total else "unknown time: nothing like it was drawn yet"
+        f"about {f'{hours:.1f} h' if hours >= 1 else f'{60 * hours:.1f} min'} on this device"
+        if hours or not total
+        else "unknown time: nothing like it was drawn yet"
     )
     base = Path(find_file(settings["models"][merger.formula.models[0]]))
     size = sum(file.stat().st_size for file in ([base] if base.is_file() else base.rglob("*.safetensors")))

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from ambergrade.family import sdxl
 from ambergrade.nouns import Caption, CaptionedPicture, CaptionSet
 from ambergrade.train.latents import Latents
+from ambergrade.train.run import LogRow
 
 write_tiny_config = runpy.run_path(str(Path(__file__).parents[1] / "family" / "conftest.py"))["write_tiny_config"]
 BUCKETS = [(64, 64)] * 6 + [(32, 96)] * 2
@@ -75,3 +77,26 @@ def networks(live_networks: sdxl.Networks, beginning: dict[str, torch.Tensor]) -
         module.requires_grad_(True)
         module.zero_grad(set_to_none=True)
     return live_networks
+
+
+class KilledError(Exception):
+    """What a test's kill raises."""
+
+
+@pytest.fixture
+def killed() -> type[KilledError]:
+    return KilledError
+
+
+@pytest.fixture
+def kill_at() -> Callable[[int], Callable[[LogRow], None]]:
+    """`kill_at(8)`, given as `on_log`, raises `killed` at the row of 8 images."""
+
+    def at(images: int) -> Callable[[LogRow], None]:
+        def kill(row: LogRow) -> None:
+            if row.seen == images:
+                raise KilledError
+
+        return kill
+
+    return at

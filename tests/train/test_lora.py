@@ -64,24 +64,17 @@ def test_what_was_trained_is_what_a_merge_reads_back(sdxl_config, captions, late
 
 
 @pytest.mark.parametrize("kind", ["lora", "lokr"])
-def test_a_killed_run_resumes(networks, beginning, tiny_config, captions, latents, tmp_path, kind):
+def test_a_killed_run_resumes(networks, beginning, tiny_config, captions, latents, tmp_path, kind, kill_at, killed):
     settings = replace(SETTINGS, lora=KINDS[kind], save_every=4)
     fine_tune(networks, captions, latents, settings, scratch=tmp_path / "whole")
     expected = sdxl.weights_digest(sdxl.tensors(networks))
 
-    class KilledError(Exception):
-        pass
-
-    def kill(row):
-        if row.seen == 8:
-            raise KilledError
-
-    for on_log in (kill, None):
+    for on_log in (kill_at(8), None):
         fresh = sdxl.from_config(tiny_config, seed=7)  # as in a new process
         sdxl.assign(fresh, beginning)
         try:
             fine_tune(fresh, captions, latents, settings, scratch=tmp_path, on_log=on_log)
-        except KilledError:
+        except killed:
             assert on_log
     assert sdxl.weights_digest(sdxl.tensors(fresh)) == expected
 

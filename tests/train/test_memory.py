@@ -73,22 +73,17 @@ def test_one_gradient_at_a_time_is_there(networks):
     assert float(steps.norm()) > 0
 
 
-def test_a_killed_run_may_go_on_within_the_backward_pass(networks, beginning, captions, latents, tmp_path):
+def test_a_killed_run_may_go_on_within_the_backward_pass(
+    networks, beginning, captions, latents, tmp_path, kill_at, killed
+):
     """The states are the same, so one may change over between a kill and the next start."""
     settings = replace(SETTINGS, save_every=4)
     fine_tune(networks, captions, latents, settings, scratch=tmp_path / "whole")
     expected = sdxl.weights_digest(sdxl.tensors(networks))
 
-    class KilledError(Exception):
-        pass
-
-    def kill(row):
-        if row.seen == 8:
-            raise KilledError
-
     sdxl.assign(networks, beginning)
-    with pytest.raises(KilledError):
-        fine_tune(networks, captions, latents, settings, scratch=tmp_path, on_log=kill)
+    with pytest.raises(killed):
+        fine_tune(networks, captions, latents, settings, scratch=tmp_path, on_log=kill_at(8))
     sdxl.assign(networks, beginning)
     fine_tune(networks, captions, latents, replace(settings, in_backward=True), scratch=tmp_path)
     assert sdxl.weights_digest(sdxl.tensors(networks)) == expected
@@ -137,21 +132,14 @@ def test_computing_again_gives_the_same_gradient(networks, beginning, captions, 
 
 
 def test_channels_innermost_give_the_same_gradient_and_resume(
-    tiny_config, networks, beginning, captions, latents, tmp_path
+    tiny_config, networks, beginning, captions, latents, tmp_path, kill_at, killed
 ):
     plain = gradient_of(networks, beginning, captions, latents, tmp_path / "plain")
     found = {}
     settings = replace(SETTINGS, channels_last=True, ema=0.9, save_every=4)
 
-    class KilledError(Exception):
-        pass
-
-    def kill(row):
-        if row.seen == 12:
-            raise KilledError
-
     ends = []
-    for folder, on_log in (("whole", None), ("killed", kill), ("killed", None)):
+    for folder, on_log in (("whole", None), ("killed", kill_at(12)), ("killed", None)):
         fresh = sdxl.from_config(tiny_config, seed=7)
         keep = lambda gradients: found.update(gradients) if not found else None  # noqa: E731
         try:
@@ -159,7 +147,7 @@ def test_channels_innermost_give_the_same_gradient_and_resume(
                 fresh, captions, latents, settings, scratch=tmp_path / folder, on_log=on_log, on_gradient=clones(keep)
             )
             ends.append(sdxl.weights_digest(sdxl.tensors(fresh)))
-        except KilledError:
+        except killed:
             assert on_log
         weight = fresh.unet.mid_block.resnets[0].conv1.weight
         assert weight.is_contiguous(memory_format=torch.channels_last)

@@ -32,24 +32,18 @@ def weights(networks: sdxl.Networks) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in sdxl.tensors(networks).items()}
 
 
-class KilledError(Exception):
-    pass
-
-
 @pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_a_killed_run_resumes_and_ends_in_the_same_bits(networks, beginning, captions, latents, tmp_path, ema):
+def test_a_killed_run_resumes_and_ends_in_the_same_bits(
+    networks, beginning, captions, latents, tmp_path, ema, kill_at, killed
+):
     settings = replace(SETTINGS, save_every=8, log_every=8, ema=ema)
     validation = (captions, latents)
     whole = fine_tune(networks, captions, latents, settings, scratch=tmp_path / "whole", validation=validation)
     expected = sdxl.weights_digest(sdxl.tensors(networks))
 
-    def kill(row):
-        if row.seen == 16:
-            raise KilledError
-
     sdxl.assign(networks, beginning)
-    with pytest.raises(KilledError):
-        fine_tune(networks, captions, latents, settings, scratch=tmp_path, on_log=kill, validation=validation)
+    with pytest.raises(killed):
+        fine_tune(networks, captions, latents, settings, scratch=tmp_path, on_log=kill_at(16), validation=validation)
     sdxl.assign(networks, beginning)  # a new process would load them afresh
     heard = []
     again = fine_tune(
@@ -224,7 +218,9 @@ def test_a_row_is_the_mean_over_passes_and_steps(networks, beginning, captions, 
     assert rows[2][-1].lr == second.lr
 
 
-def test_validation_on_the_way_is_of_the_average_and_changes_nothing(networks, beginning, captions, latents, tmp_path):
+def test_validation_on_the_way_is_of_the_average_and_changes_nothing(
+    networks, beginning, captions, latents, tmp_path, killed
+):
     settings = replace(SETTINGS, images=16, ema=0.5, save_every=4)
     fine_tune(networks, captions, latents, settings, scratch=tmp_path / "plain")
     expected = sdxl.weights_digest(sdxl.tensors(networks))
@@ -233,7 +229,7 @@ def test_validation_on_the_way_is_of_the_average_and_changes_nothing(networks, b
     def kill(loss, images):
         seen.append((images, loss))
         if images == 12 and len(seen) == 2:
-            raise KilledError
+            raise killed
 
     settings = replace(settings, validate_every=6, sample_every=6)
     for again in (False, True):
@@ -249,7 +245,7 @@ def test_validation_on_the_way_is_of_the_average_and_changes_nothing(networks, b
                 on_validation=kill,
                 on_sample=lambda live, images: drawn.append((images, validation_loss(live, *held))),
             )
-        except KilledError:
+        except killed:
             assert not again
     assert sdxl.weights_digest(sdxl.tensors(networks)) == expected
     assert [images for images, _ in seen] == [8, 12, 12]  # the states of 8 and what came before are kept
