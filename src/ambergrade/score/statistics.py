@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
@@ -21,9 +21,12 @@ from ambergrade.identity import random_seed
 from ambergrade.nouns import Measurement
 
 Floats = npt.NDArray[np.float64]
+Places = npt.NDArray[np.int64]
 
 DRAWS = 2000
 Z95 = NormalDist().inv_cdf(0.975)
+PAIRS_AT_ONCE = 5000
+"""Pairs of points compared in one piece: 1,000 points make 499,500, whose differences alone would take a GB."""
 EXACT_SIGN_FLIPS = 12
 """Up to so many prompts all 2^P sign patterns are tried."""
 
@@ -282,23 +285,33 @@ def _max_t(scores: Floats, seed: int, draws: int, error: float) -> float:
     scale of P prompts: the few prompts of points left behind have heavy tails, which are not the finalists'.
     0 where all points are equal.
     """
-    drawn = ~np.isnan(scores)
-    first, second = np.triu_indices(len(scores), 1)
-    alike: dict[bytes, list[int]] = {}
-    for place, mask in enumerate(drawn[first] & drawn[second]):
-        alike.setdefault(mask.tobytes(), []).append(place)
     signs, largest = _signs(scores.shape[1], seed, draws), np.zeros(draws)
-    for key, places in alike.items():
-        mask = np.frombuffer(key, dtype=np.bool_)
-        if mask.sum() < 2:
-            continue
-        one, other = scores[first[places]][:, mask], scores[second[places]][:, mask]
-        apart = one - other
-        live = apart.var(1) > 1e-12 * (one.var(1) + other.var(1))  # equal rows leave rounding
-        if live.any():
-            found = _largest_t(apart[live].T, signs[:, mask])
-            largest = np.maximum(largest, found if mask.all() else _t_of_other_size(found, int(mask.sum()), mask.size))
+    for mask, first, second in _pairs_by_prompts(~np.isnan(scores)):
+        found = np.zeros(draws)
+        for start in range(0, len(first) if mask.sum() >= 2 else 0, PAIRS_AT_ONCE):
+            these = slice(start, start + PAIRS_AT_ONCE)
+            one, other = scores[first[these]][:, mask], scores[second[these]][:, mask]
+            apart = one - other
+            live = apart.var(1) > 1e-12 * (one.var(1) + other.var(1))  # equal rows leave rounding
+            if live.any():
+                found = np.maximum(found, _largest_t(apart[live].T, signs[:, mask]))
+        largest = np.maximum(largest, found if mask.all() else _t_of_other_size(found, int(mask.sum()), mask.size))
     return _upper_quantile(largest, error)
+
+
+def _pairs_by_prompts(drawn: npt.NDArray[np.bool_]) -> Iterator[tuple[npt.NDArray[np.bool_], Places, Places]]:
+    """The pairs of rows of (K, P), grouped by the prompts that both rows have: that mask (P,), first and second rows.
+
+    Rows are alike in a race's rungs, so there are few masks, whatever the number of pairs.
+    """
+    patterns, pattern = np.unique(drawn, axis=0, return_inverse=True)
+    common = patterns[:, None] & patterns[None]
+    masks, mask_of = np.unique(common.reshape(-1, drawn.shape[1]), axis=0, return_inverse=True)
+    first, second = np.triu_indices(len(drawn), 1)
+    which = mask_of.reshape(len(patterns), -1)[pattern.ravel()[first], pattern.ravel()[second]]
+    for number, mask in enumerate(masks):
+        places = np.flatnonzero(which == number)
+        yield mask, first[places], second[places]
 
 
 def _t_of_other_size(t: Floats, n: int, other: int) -> Floats:
