@@ -46,6 +46,8 @@ class Batch:
     places: tuple[Mapping[str, Place], ...]
     """For each segment, by owner."""
     out_at: tuple[int, ...]
+    writes: tuple[tuple[int, int, int], ...]
+    """What is together in the output: offset in the file, place in the slot, bytes."""
     size: int
     """Bytes of the slot."""
 
@@ -77,7 +79,10 @@ def _must_be_whole(job: Job, task: Task) -> bool:
 
 
 def _placed(job: Job, segments: list[Segment]) -> Batch:
-    """Where everything lies in the slot: what is together in a file stays together, at its place in a page."""
+    """Where everything lies in the slot: what is together in a file stays together, at its place in a page.
+
+    So whole pages can be moved between the slot and the files past the page cache.
+    """
     places: list[dict[str, Place]] = [{} for _ in segments]
     stretches: dict[tuple[str, int], list[tuple[Range, int]]] = {}
     alone: list[tuple[int, str, tuple[Range, ...]]] = []
@@ -103,11 +108,20 @@ def _placed(job: Job, segments: list[Segment]) -> Batch:
         size = sum(part.size for part in ranges)
         places[number][owner] = Place(owner, ranges, at, size)
         at = up(at + size, ALIGN)
-    out_at = []
+    out_at, writes = [], [(-1, 0, 0)]
     for segment in segments:
+        item = ITEM[segment.task.dtype]
+        start, size = job.offsets[segment.task.name] + segment.start * item, segment.count * item
+        before, first, length = writes[-1]
+        if before + length == start:
+            at = first + length
+            writes[-1] = before, first, length + size
+        else:
+            at = up(at, PAGE) + start % PAGE
+            writes.append((start, at, size))
         out_at.append(at)
-        at = up(at + segment.count * ITEM[segment.task.dtype], ALIGN)
-    return Batch(tuple(segments), tuple(places), tuple(out_at), at)
+        at += size
+    return Batch(tuple(segments), tuple(places), tuple(out_at), tuple(writes[1:]), up(at, PAGE))
 
 
 def up(place: int, unit: int) -> int:

@@ -7,7 +7,6 @@ of a few reusable slots, so memory does not grow with the models. No value is de
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import queue
 import sys
@@ -17,11 +16,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ambergrade.errors import BadInput, BadSetting
+from ambergrade.errors import BadSetting
 from ambergrade.family.files import torch_dtypes
 from ambergrade.merge.batches import Batch, Place, Segment, Slot, gather, new_slot
 from ambergrade.merge.checks import NUMPY, Array, check_operands, finite, needs_values, numbers, refuse_nonfinite
@@ -30,8 +29,9 @@ from ambergrade.merge.header import ITEM, header_bytes
 from ambergrade.merge.inputs import Digests, Stored
 from ambergrade.merge.job import BATCH, Job
 from ambergrade.merge.plan import Task
-from ambergrade.merge.reading import Readers
+from ambergrade.merge.reading import Readers, large
 from ambergrade.merge.recipe import Recipe
+from ambergrade.merge.writing import Sink, file_sink
 from ambergrade.store import written_aside
 
 if TYPE_CHECKING:
@@ -47,10 +47,6 @@ class Report:
     bytes_read: int
     bytes_written: int
     seconds: float
-
-
-class Sink(Protocol):
-    def write(self, offset: int, data: memoryview) -> None: ...
 
 
 def merge(
@@ -76,13 +72,8 @@ def merge(
         raise BadSetting(f"{out.parent} cannot be made: {error.strerror}. Name another place.") from None
     if not os.access(out.parent, os.W_OK):
         raise BadSetting(f"Nothing can be written into {out.parent}. Name another place.")
-    with written_aside(out) as aside:
-        descriptor = os.open(aside, os.O_RDWR)
-        try:
-            _reserve(descriptor, job.bytes_out, out)
-            return run(job, _File(descriptor), threads=threads, batch=batch, device=device, digests=digests)
-        finally:
-            os.close(descriptor)
+    with written_aside(out) as aside, file_sink(aside, job.bytes_out, out, direct=large(job)) as sink:
+        return run(job, sink, threads=threads, batch=batch, device=device, digests=digests)
 
 
 def run(
@@ -97,12 +88,12 @@ def run(
     """The merge's bytes into a sink, in any order; the header last, since it holds the inputs' digests."""
     start = time.perf_counter()
     digests = digests or Digests()
-    length, offsets = job.header_length, job.offsets
+    length = job.header_length
     with contextlib.ExitStack() as stack:
         readers = Readers(job, digests, stack)
         parts = list(gather(job, batch))
         readers.plan(parts)
-        _Pipeline(job, sink, readers, offsets, threads or min(4, os.cpu_count() or 1), device).run(parts)
+        _Pipeline(job, sink, readers, threads or _threads(), device).run(parts)
         recipe = job.recipe(readers.finish())
     header, _ = header_bytes(job.described, job.metadata(recipe))
     assert len(header) <= length, (len(header), length)
@@ -113,24 +104,9 @@ def run(
     return Report(recipe, tuple(job.plan.audit), readers.bytes_read, job.bytes_out, time.perf_counter() - start)
 
 
-class _File:
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-
-    def write(self, offset: int, data: memoryview) -> None:
-        while len(data):
-            done = os.pwrite(self.descriptor, data, offset)
-            data, offset = data[done:], offset + done
-
-
-def _reserve(descriptor: int, size: int, out: Path) -> None:
-    """Take the space now: a full disk is told before the work, not in its middle."""
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise BadInput(f"{out.parent} has no room for {size:,} bytes. Free some, or name another place.") from None
-        os.ftruncate(descriptor, size)
+def _threads() -> int:
+    """Half of the processors, up to four: the readers, which hash, take as much again."""
+    return min(4, ((os.cpu_count() or 1) + 1) // 2)
 
 
 @dataclass
@@ -143,10 +119,8 @@ class _Tools:
 
 
 class _Pipeline:
-    def __init__(
-        self, job: Job, sink: Sink, readers: Readers, offsets: Mapping[str, int], threads: int, device: str
-    ) -> None:
-        self.job, self.sink, self.readers, self.offsets, self.device = job, sink, readers, offsets, device
+    def __init__(self, job: Job, sink: Sink, readers: Readers, threads: int, device: str) -> None:
+        self.job, self.sink, self.readers, self.device = job, sink, readers, device
         self.threads = threads
         self.tools: queue.SimpleQueue[_Tools] = queue.SimpleQueue()
         general = not all(self.plain(task) for task in job.plan.tasks.values())
@@ -198,6 +172,8 @@ class _Pipeline:
                 future.result()
             for segment, places, at in zip(batch.segments, batch.places, batch.out_at, strict=True):
                 self.segment(tools, segment, places, slot, at)
+            for offset, at, size in batch.writes:
+                self.sink.write(offset, slot.data[at : at + size])
         finally:
             self.tools.put(tools)
             back()
@@ -230,7 +206,6 @@ class _Pipeline:
         if not sound:
             found = {alias: finite(operand.stored.dtype, operand.data) for alias, operand in operands.items()}
             refuse_nonfinite(task, found, f"{job.plan.formula.text} at {dict(job.plan.coefficients)}")
-        self.sink.write(self.offsets[task.name] + segment.start * ITEM[task.dtype], out.data)
 
     def straight(self, halves: Halves, task: Task, operands: Mapping[str, _Operand], out: Slot) -> bool:
         """What needs no torch; returns whether the result is finite."""

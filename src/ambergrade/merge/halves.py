@@ -32,8 +32,7 @@ Settle: TypeAlias = "Callable[[list[Array]], Array]"
 _TINY = np.float32(2.0**-112)
 """An fp16's bits, moved into those of an fp32, are the value times this."""
 _PLACES = np.int32(-0x70002000)
-"""Where sign, exponent and significand lie after moving by three bits: 0x8FFFE000."""
-_SIGN = np.int32(-(1 << 31))
+"""Where the sign, exponent and significand of an int16 lie as int32 after moving by 13 bits: 0x8FFFE000."""
 _INFINITE = 0x7C00
 
 
@@ -44,8 +43,10 @@ class Halves:
         self._torch = sys.modules.get("torch")
         self._sums, self._wide, self._first = (np.empty(CHUNK, np.float32) for _ in range(3))
         self._bits, self._other = np.empty(CHUNK, np.int32), np.empty(CHUNK, np.int16)
-        self._sizes, self._most, self._least = (np.empty(CHUNK, np.uint16) for _ in range(3))
-        self._flags, self._spare = np.empty(CHUNK, np.bool_), np.empty(CHUNK // 2, np.int32)
+        self._flags = np.empty(CHUNK, np.bool_)
+        # Memory that is used for other things later, so that all of it stays in a core's cache.
+        self._most, self._least = self._wide.view(np.uint16).reshape(2, CHUNK)
+        self._sizes, self._sign = self._bits.view(np.uint16)[:CHUNK], self._first.view(np.int32)
         # A library that has the processor flush subnormal fp32 numbers to zero takes fp16's with them.
         self._gradual = bool(np.full(1, 2.0**-136, np.float32) * np.float32(2.0**112))
 
@@ -101,9 +102,17 @@ class Halves:
         doubtful = np.flatnonzero(flags) if flags.any() else np.empty(0, np.intp)
         if len(doubtful) > n >> 3:
             return None
-        total = self._sums[:n]
-        for number, (p, x) in enumerate(zip(weights.p, xs, strict=True)):
-            self._added(x, p, total, first=number == 0)
+        total, wide, other = self._sums[:n], self._wide[:n], self._first[:n]
+        unit = np.float32(1) if self._torch else _TINY
+        for number, (factor, members) in enumerate(_grouped(weights.p, xs).items()):
+            target = wide if number else total
+            for place, x in enumerate(members):
+                self._spread(x, other if place else target)
+                if place:
+                    np.add(target, other, out=target)
+            np.multiply(target, np.float32(factor) / unit, out=target)
+            if number:
+                np.add(total, wide, out=total)
         self._divided(total, weights.q, out)
         return doubtful
 
@@ -149,24 +158,6 @@ class Halves:
 
     # --- between fp16 and fp32, either way of computing
 
-    def _added(self, x: Array, p: int, total: Array, *, first: bool) -> None:
-        """total += p * x, or = for the first; without torch in its scale and order, see `_paired`."""
-        wide = self._wide[: len(x)]
-        if self._torch:
-            target = self._torch.from_numpy(total)
-            half = self._torch.from_numpy(x).view(self._torch.float16)
-            if first:
-                target.copy_(half).mul_(p)
-            else:
-                target.add_(self._torch.from_numpy(wide).copy_(half), alpha=p)
-            return
-        self._paired(x, wide)
-        factor = np.float32(p) / _TINY
-        if first:
-            np.multiply(wide, factor, out=total)
-        else:
-            np.add(total, np.multiply(wide, factor, out=wide), out=total)
-
     def _farthest(self, wide: Array) -> float:
         """The largest magnitude."""
         if self._torch:
@@ -184,12 +175,20 @@ class Halves:
             np.add(total, np.multiply(wide, np.float32(weight), out=wide), out=total)
 
     def _widened(self, x: Array, wide: Array) -> None:
-        """fp32 values, in the order of `_paired`."""
+        """fp32 values."""
+        self._spread(x, wide)
+        if not self._torch:
+            np.multiply(wide, 1 / _TINY, out=wide)
+
+    def _spread(self, x: Array, wide: Array) -> None:
+        """fp32 values in a unit: 1 with torch, 2**-112 without."""
         if self._torch:
             self._torch.from_numpy(wide).copy_(self._torch.from_numpy(x).view(self._torch.float16))
-        else:
-            self._paired(x, wide)
-            np.multiply(wide, 1 / _TINY, out=wide)
+            return
+        bits = wide.view(np.int32)
+        np.copyto(bits, x)
+        np.left_shift(bits, 13, out=bits)
+        np.bitwise_and(bits, _PLACES, out=bits)
 
     def _divided(self, total: Array, q: int, out: Array) -> None:
         """`out` becomes total / q, rounded to fp16."""
@@ -198,44 +197,20 @@ class Halves:
             self._torch.from_numpy(out).view(self._torch.float16).copy_(quotient.div_(q) if q != 1 else quotient)
             return
         np.divide(total, np.float32(q) / _TINY, out=total)
-        bits = total.view(np.int32)
-        if len(out) % 2 == 0:
-            self._narrow(bits, out.view(np.int32))
-        else:  # the last one is by itself, between the lower halves and the upper ones
-            half = len(out) // 2
-            self._narrow(np.delete(bits, half), out[:-1].view(np.int32))
-            last = np.empty(1, np.int32)
-            self._narrow(bits[[half, half]], last)
-            out[-1:] = last.view(np.int16)[:1]
+        self._narrow(total.view(np.int32), out)
 
-    @staticmethod
-    def _paired(x: Array, wide: Array) -> None:
-        """The values of x times 2**-112, two halves at a time as one int32: first all lower ones, then the upper."""
-        bits, half = wide.view(np.int32), len(x) // 2
-        lower, upper = bits[: len(x) - half], bits[len(x) - half :]
-        if len(x) % 2:
-            lower[half] = np.int32(x[-1]) << 16
-            x = x[:-1]
-        pairs = x.view(np.int32)
-        np.left_shift(pairs, 16, out=lower[:half])
-        np.right_shift(lower, 3, out=lower)
-        np.right_shift(pairs, 3, out=upper)
-        np.bitwise_and(bits, _PLACES, out=bits)
-
-    def _narrow(self, bits: Array, pairs: Array) -> None:
-        """fp32 bits of values times 2**-112, lower halves first, to pairs of fp16: to nearest, ties to even."""
-        half = len(pairs)
-        kept, spare = self._bits[: 2 * half], self._spare[:half]
+    def _narrow(self, bits: Array, out: Array) -> None:
+        """fp32 bits of values times 2**-112 to fp16: to nearest, ties to even."""
+        kept, sign = self._bits[: len(out)], self._sign[: len(out)]
         np.right_shift(bits, 13, out=kept)
         np.bitwise_and(kept, 1, out=kept)
         np.add(kept, 0xFFF, out=kept)
         np.add(kept, bits, out=kept)
-        np.right_shift(kept, 13, out=kept)
-        np.left_shift(kept[half:], 16, out=pairs)
-        np.bitwise_or(pairs, np.bitwise_and(kept[:half], 0x7FFF, out=spare), out=pairs)
-        np.right_shift(bits[:half], 16, out=spare)
-        np.bitwise_or(pairs, np.bitwise_and(spare, 0x8000, out=spare), out=pairs)
-        np.bitwise_or(pairs, np.bitwise_and(bits[half:], _SIGN, out=spare), out=pairs)
+        np.right_shift(kept, 13, out=kept)  # 15 bits, three zeros, and the sign
+        np.right_shift(kept, 3, out=sign)
+        np.bitwise_and(sign, 0x8000, out=sign)
+        np.bitwise_or(kept, sign, out=kept)
+        np.copyto(out, kept, casting="unsafe")
 
     @staticmethod
     def _sign_zeros(where: Array, xs: list[Array], out: Array, base: Array | None) -> None:
@@ -245,6 +220,14 @@ class Halves:
             out[zero[np.logical_and.reduce([(x[zero] & 0x7FFF) == 0 for x in xs])]] = 0
             if base is not None:
                 out[zero[base[zero] == -0x8000]] = -0x8000
+
+
+def _grouped(p: Sequence[int], xs: Sequence[Array]) -> dict[int, list[Array]]:
+    """Operands of one factor together: one multiplication serves for all of them."""
+    found: dict[int, list[Array]] = {}
+    for factor, x in zip(p, xs, strict=True):
+        found.setdefault(factor, []).append(x)
+    return found
 
 
 def _largest(x: Array) -> int:
@@ -260,16 +243,18 @@ def _exactly(weights: Weights) -> Settle:
     """
     assert weights.light, weights
 
+    factors = np.array(weights.p, np.float64)
+
     def settle(xs: list[Array]) -> Array:
-        values = [x.view(np.float16).astype(np.float64) for x in xs]
+        values = np.stack(xs).view(np.float16).astype(np.float64)
         with np.errstate(over="ignore", invalid="ignore"):
-            total = sum((p * x for p, x in zip(weights.p, values, strict=True)), np.zeros(len(xs[0])))
+            total = np.add.reduce(factors[:, None] * values, axis=0) + 0.0  # nothing but zeros is +0.0
             rounded: Array = (total / weights.q).astype(np.float16)
-            far = weights.size * np.maximum.reduce([np.abs(x) for x in values]) >= 2.0**28
-        for place in np.flatnonzero(far & np.isfinite(total)) if not weights.short else ():
-            rounded[place] = _nearest(
-                sum((w * Fraction(float(x[place])) for w, x in zip(weights.exact, values, strict=True)), Fraction(0))
-            )
+            if not weights.short:
+                far = weights.size * np.maximum.reduce(np.abs(values)) >= 2.0**28
+                for place in np.flatnonzero(far & np.isfinite(total)):
+                    terms = (w * Fraction(float(x)) for w, x in zip(weights.exact, values[:, place], strict=True))
+                    rounded[place] = _nearest(sum(terms, Fraction(0)))
         return rounded.view(np.int16)
 
     return settle

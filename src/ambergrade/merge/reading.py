@@ -1,7 +1,7 @@
 """Reading the inputs of a merge: each file once, in its order, by a thread of its own that hashes what it reads.
 
-Inputs that would fill a good part of the memory are read past the page cache, but for what is in it: that spares copies
-and the search for free pages, and leaves the cache to others.
+Inputs that would fill a good part of the memory are read past the page cache, unless they are in it already: that
+spares copies and the search for free pages, and leaves the cache to others.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+
 from ambergrade.merge.batches import PAGE, Batch, Slot, up
 from ambergrade.merge.header import read_exactly
 from ambergrade.merge.inputs import Digests, Range, input_digest
 from ambergrade.merge.job import Job
 
 DIRECT_LEAST = 1 << 18
-"""Bytes of a stretch that is worth reading past the page cache."""
+"""Bytes of a stretch that is worth reading or writing past the page cache."""
+PROBES = 16
 
 
 class Readers:
@@ -27,7 +30,7 @@ class Readers:
 
     def __init__(self, job: Job, digests: Digests, stack: contextlib.ExitStack) -> None:
         self.job, self.digests = job, digests
-        direct = job.bytes_in > _memory() // 4
+        direct = large(job)
         self.files: dict[tuple[str, int], _FileReader] = {}
         for owner in dict.fromkeys(job.owner.values()):
             opened = job.inputs[owner]
@@ -69,6 +72,11 @@ class Readers:
         return made
 
 
+def large(job: Job) -> bool:
+    """Whether the inputs would fill a good part of the memory that is free now."""
+    return job.bytes_in > _memory() // 4
+
+
 def _memory() -> int:
     """Bytes that the machine could give, as the kernel estimates; enough for anything where it does not tell."""
     with contextlib.suppress(OSError):
@@ -94,20 +102,23 @@ def _by_file(batch: Batch) -> dict[tuple[str, int], list[tuple[Range, int]]]:
 
 class _FileReader:
     def __init__(self, file: Path, size: int, *, known: str | None, direct: bool) -> None:
-        """`direct`: what memory does not hold already is read past its cache."""
+        """`direct`: read past the page cache, unless most of the file is in it."""
         self.file, self.size, self.known = file, size, known
         self.descriptor = os.open(file, os.O_RDONLY)
         self.stat = os.fstat(self.descriptor)
-        with contextlib.suppress(OSError):
-            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         self.direct = -1
-        if direct and hasattr(os, "O_DIRECT"):
+        if direct and hasattr(os, "O_DIRECT") and not _in_cache(file, size):
             with contextlib.suppress(OSError):  # not every file system can
                 self.direct = os.open(file, os.O_RDONLY | os.O_DIRECT)
+        with contextlib.suppress(OSError):
+            ahead = os.POSIX_FADV_SEQUENTIAL if self.direct < 0 else os.POSIX_FADV_RANDOM
+            os.posix_fadvise(self.descriptor, 0, 0, ahead)
         self.pool = ThreadPoolExecutor(1)
         self.in_order = True
         self.bytes_read = self.hashed = 0
         self.hasher = hashlib.sha256()
+        self.last = -1, b""
+        """The page in which the last stretch ended: its offset in the file, and its bytes."""
 
     def read(self, ranges: list[tuple[Range, int]], slot: Slot) -> None:
         """Fill the slot; what is together in both is read at once."""
@@ -122,32 +133,34 @@ class _FileReader:
             view = slot.data[at : at + size]
             done = self.past_cache(start, at, size, slot) if self.direct >= 0 and size >= DIRECT_LEAST else 0
             read_exactly(self.descriptor, [view[done:]], start + done)
-            self.bytes_read += size
+            self.bytes_read += size - done
             if self.known is None and self.in_order:
                 self.skip_to(start)
                 self.hasher.update(view)
                 self.hashed += size
 
     def past_cache(self, start: int, at: int, size: int, slot: Slot) -> int:
-        """Fill a stretch, or its beginning, without the page cache but for what is in it; returns how much of it."""
+        """Fill a stretch, or its beginning, in whole pages; returns how much of it."""
         if (start - at) % PAGE:
             return 0
-        done = 0
-        with contextlib.suppress(OSError):  # nothing there, or a file system that cannot tell
-            done = os.preadv(self.descriptor, [slot.data[at : at + size]], start, os.RWF_NOWAIT)
-        if done == size:
-            return size
-        place = (start + done) // PAGE * PAGE
+        ahead = at - start  # pages around the stretch are nobody else's in the slot
+        place, end = start // PAGE * PAGE, start + size
+        if self.last[0] == place:
+            slot[place + ahead : place + ahead + PAGE] = np.frombuffer(self.last[1], np.uint8)
+            place += PAGE
         try:
-            while place < start + size:
-                first = place - start + at  # whole pages: those around the stretch are nobody else's
-                got = os.preadv(self.direct, [slot.data[first : up(at + size, PAGE)]], place)
+            while place < end:
+                got = os.preadv(self.direct, [slot.data[place + ahead : up(end + ahead, PAGE)]], place)
                 place += got
+                self.bytes_read += got
                 if got % PAGE or not got:  # the end of the file
                     break
         except OSError:
-            return done
-        return max(done, min(place - start, size))
+            return max(0, min(place - start, size))
+        whole = end // PAGE * PAGE
+        if place >= whole + PAGE:
+            self.last = whole, slot[whole + ahead : whole + ahead + PAGE].tobytes()
+        return max(0, min(place - start, size))
 
     def skip_to(self, offset: int) -> None:
         """Hash what lies between, which no tensor of the merge needs."""
@@ -170,3 +183,20 @@ class _FileReader:
         os.close(self.descriptor)
         if self.direct >= 0:
             os.close(self.direct)
+
+
+def _in_cache(file: Path, size: int) -> bool:
+    """Whether most of some bytes of the file, spread evenly, come without waiting for the disk."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # or one look would bring in megabytes
+        return 2 * sum(_at_hand(descriptor, size * part // PROBES) for part in range(PROBES)) > PROBES
+    finally:
+        os.close(descriptor)
+
+
+def _at_hand(descriptor: int, place: int) -> bool:
+    try:
+        return os.preadv(descriptor, [bytearray(1)], place, os.RWF_NOWAIT) == 1
+    except OSError:  # not there, or a file system that cannot tell
+        return False

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from queue import SimpleQueue
 from typing import Any
 
@@ -88,6 +89,7 @@ class ResidentMerge:
             alias: targets({name: tuple(tensor.shape) for name, tensor in inputs[alias].items()}, shapes)
             for alias in formula.loras
         }
+        self._planned: tuple[str, Plan] | None = None
         # Any point with every model in it will do for the checks, and an odd one divides by no zero.
         some = {name: 0.6180339 + 0.1 * place for place, name in enumerate(formula.coefficients)}
         plan = self._plan(some)
@@ -138,12 +140,20 @@ class ResidentMerge:
             self._each(plan, one)
 
     def _plan(self, coefficients: Mapping[str, float]) -> Plan:
-        described = {
+        """The last plan is kept: a point is assigned, and then asked what it is made of."""
+        point = str(sorted(coefficients.items()))  # -0.0 is another point than 0.0
+        if self._planned is None or self._planned[0] != point:
+            about = (self.formula, coefficients, self._described)
+            loras = {alias: tuple(found) for alias, found in self._lora_targets.items()}
+            self._planned = (point, make_plan(*about, dtype=self._dtype, policies=self._policies, loras=loras))
+        return self._planned[1]
+
+    @cached_property
+    def _described(self) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
+        return {
             alias: {name: (WORDS[tensor.dtype], tuple(tensor.shape)) for name, tensor in self._inputs[alias].items()}
             for alias in self.formula.models
         }
-        loras = {alias: tuple(found) for alias, found in self._lora_targets.items()}
-        return make_plan(self.formula, coefficients, described, dtype=self._dtype, policies=self._policies, loras=loras)
 
     def _each(self, plan: Plan, work: Callable[[Evaluator, Task], None]) -> None:
         threads = torch.get_num_threads()
