@@ -134,7 +134,7 @@ def test_computing_again_gives_the_same_gradient(networks, beginning, captions, 
 def test_channels_innermost_give_the_same_gradient_and_resume(
     tiny_config, networks, beginning, captions, latents, tmp_path, kill_at, killed
 ):
-    plain = gradient_of(networks, beginning, captions, latents, tmp_path / "plain")
+    plain = gradient_of(networks, beginning, captions, latents, tmp_path / "plain", channels_last=False)
     found = {}
     settings = replace(SETTINGS, channels_last=True, ema=0.9, save_every=4)
 

@@ -105,7 +105,7 @@ class LatentStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         there = len(captions.pictures) - len(missing)
-        told(f"latents: {len(missing):,} pictures to encode ({there:,} are there): {size / 1e9:,.3g} GB")
+        told(f"  latents: {len(missing):,} pictures to encode ({there:,} are there), {amount(size)}")
         if size > 0.95 * free:
             raise BadSetting(
                 f"{size / 1e9:,.1f} GB of latents do not fit: {free / 1e9:,.1f} GB are free at {self.folder}.\n"
@@ -121,7 +121,7 @@ class LatentStore:
                 held |= {key_of(p): latent for p, latent in zip(pictures, latents, strict=True)}
                 if not done and len(missing) > len(pictures):
                     seconds = (time.monotonic() - started) * len(missing) / len(pictures)
-                    told(f"latents: about {duration(seconds)} at the pace of the first {len(pictures)}")
+                    told(f"  latents: about {duration(seconds)} at the pace of the first {len(pictures)}")
                 done += len(pictures)
                 bar.update(len(pictures))
                 if sum(latent.nbytes for latent in held.values()) >= SHARD:
@@ -210,6 +210,17 @@ def duration(seconds: float) -> str:
     unit, name = (1, "s") if seconds < 60 else (60, "min") if seconds < 3600 else (3600, "h")
     value = seconds / unit
     return f"{value:.{1 if value < 10 else 0}f} {name}"
+
+
+def amount(size: int) -> str:
+    """Bytes in the unit that suits them.
+
+    >>> [amount(x) for x in (83_600, 5_400_000, 393_216_000_000)]
+    ['84 KB', '5.4 MB', '393 GB']
+    """
+    unit, name = (1e3, "KB") if size < 1e6 else (1e6, "MB") if size < 1e9 else (1e9, "GB")
+    value = size / unit
+    return f"{value:,.{1 if value < 10 else 0}f} {name}"
 
 
 def latent_bytes(picture: CaptionedPicture) -> int:

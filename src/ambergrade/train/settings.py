@@ -19,9 +19,8 @@ ADAPTERS = ("lora", "locon", "loha", "lokr")
 CHECKPOINTING = ("none", "selective", "full")
 WHERE = ("save_every", "log_every", "sample_every", "validate_every", "checkpointing", "in_backward")
 """Settings that change no result, so no identity either."""
-ADDED = {"channels_last": False, "train_embeddings": True}
-"""Settings that came later, with the value that changes nothing: at it they are in no identity, so that results found
-before stay found."""
+ADDED = {"channels_last": True, "train_embeddings": True}
+"""Settings that came later, with their defaults: at these they are in no identity."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,8 @@ class TrainSettings:
     the weights for gradients. Needs one pass per step (`micro` = `batch`), one process, and no clipping."""
     compile: bool = False
     """Compile the UNet's repeated blocks."""
-    channels_last: bool = False
-    """Keep the UNet's pictures with channels innermost, as a GPU's convolutions want them; sums in another order."""
+    channels_last: bool = True
+    """Keep the UNet's pictures with channels innermost, as convolutions want them; false sums in another order."""
     train_embeddings: bool = True
     """False leaves the text encoders' tables of tokens and positions as they are, whose rarely read rows drift."""
     lora: Mapping[str, Any] | None = None
