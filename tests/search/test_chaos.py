@@ -1,7 +1,4 @@
-"""Kills at random instants, under each launcher: the same command finishes as if nothing had happened.
-
-Ray is not among them: no lock of ours holds hydra-ray-launcher beside joblib 1.6.
-"""
+"""Kills at random instants, under each launcher: the same command finishes as if nothing had happened."""
 
 import itertools
 import json
@@ -14,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -24,8 +22,20 @@ ROLES = {
     "basic": {"point": r"_apart"},
     "joblib": {"point": r"popen_loky"},
     "submitit_local": {"point": r"submitit\.core\._submit", "worker": r"submitit\.local\._local"},
+    "ray": {"point": r"ray::_run_job", "worker": r"raylet/raylet"},
 }
-MORE = {"basic": [], "joblib": ["hydra.launcher.n_jobs=2"], "submitit_local": []}
+INIT = "+hydra.launcher.ray.init"
+MORE = {
+    "basic": [],
+    "joblib": ["hydra.launcher.n_jobs=2"],
+    "submitit_local": [],
+    "ray": [f"{INIT}.num_cpus=2", f"{INIT}.include_dashboard=false"],
+}
+LEFT = {"ray": 60}  # seconds until all are gone: Ray's agents, which draw nothing, look for their parent now and then
+RAY = pytest.mark.skipif(
+    find_spec("ray") is None or find_spec("hydra_plugins.hydra_ray_launcher") is None,
+    reason="hydra-ray-launcher is not in the lock (docs/how-to/sweep.md says why); pip install '.[ray]' brings it",
+)
 
 
 def start(root: Path, launcher: str, *overrides: str) -> subprocess.Popen:
@@ -33,7 +43,7 @@ def start(root: Path, launcher: str, *overrides: str) -> subprocess.Popen:
     root.mkdir(exist_ok=True)
     told = (root / "told").open("a")
     # Threads: workers of several threads each would make one core slower still.
-    env = {**os.environ, MARK: str(root), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, MARK: str(root), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     # A group of its own, as a shell gives it to a command: Ctrl-C goes to all of it.
     return subprocess.Popen([*command, *MORE[launcher]], stdout=told, stderr=told, env=env, process_group=0)
 
@@ -153,7 +163,7 @@ def campaign(
             waiting.pop(0)
             if role == "parent":
                 process.wait(60)
-                assert gone(root), (launcher, living(root))  # no orphan goes on drawing
+                assert gone(root, LEFT.get(launcher, 15)), (launcher, living(root))  # no orphan goes on drawing
             now = outcomes(root)
             assert known.items() <= now.items()  # what was finished is as it was
             times = {path: calls(root).count(_x(path)) for path in known}
@@ -162,7 +172,7 @@ def campaign(
         process.wait(120)
         finished_again(root, launcher, overrides)
         assert known.items() <= outcomes(root).items()
-        assert gone(root), living(root)
+        assert gone(root, LEFT.get(launcher, 15)), living(root)
         yield root
         if not waiting:
             return
@@ -172,11 +182,13 @@ def _x(outcome: Path) -> str:
     return json.loads(outcome.with_name("point.json").read_text())["label"].removeprefix("x ")
 
 
-POINTS = {"basic": 12, "joblib": 12, "submitit_local": 4}
+POINTS = {"basic": 12, "joblib": 12, "submitit_local": 4, "ray": 12}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("launcher", "kills"), [("basic", 18), ("joblib", 12), ("submitit_local", 8)])
+@pytest.mark.parametrize(
+    ("launcher", "kills"), [("basic", 18), ("joblib", 12), ("submitit_local", 8), pytest.param("ray", 6, marks=RAY)]
+)
 def test_kills_at_random_instants_leave_no_trace_in_the_outcomes(tmp_path, launcher, kills):
     points = POINTS[launcher]
     overrides = [f"x=range(0,{points})", "seconds=0.15"]
@@ -205,7 +217,13 @@ def test_kills_leave_no_trace_in_mlflow(tmp_path, undisturbed, launcher, kills):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("launcher", "how"), [*itertools.product(ROLES, ["SIGTERM"]), ("basic", "Ctrl-C"), ("joblib", "Ctrl-C")]
+    ("launcher", "how"),
+    [
+        *((launcher, "SIGTERM") for launcher in ROLES if launcher != "ray"),
+        ("basic", "Ctrl-C"),
+        ("joblib", "Ctrl-C"),
+        pytest.param("ray", "SIGTERM", marks=RAY),
+    ],
 )
 def test_a_sweep_that_is_asked_to_end_closes_its_runs_and_leaves_nobody_behind(tmp_path, launcher, how):
     process = start(tmp_path / "root", launcher, "x=range(0,2)", "seconds=60", "journal=true")
@@ -216,11 +234,11 @@ def test_a_sweep_that_is_asked_to_end_closes_its_runs_and_leaves_nobody_behind(t
     else:
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(60) in (1, 130, -signal.SIGINT)
-    assert gone(tmp_path / "root")
-    states = [row[1:3] for row in runs(tmp_path / "root")]
-    assert ("sweep", "KILLED") in states
-    assert ("point", "KILLED") in states
-    assert {state for _, state in states} == {"KILLED"}
+    assert gone(tmp_path / "root", LEFT.get(launcher, 15))
+    states = {row[1:3] for row in runs(tmp_path / "root")}
+    assert {kind for kind, _ in states} == {"sweep", "point"}
+    # a worker that did not end in time was closed as KILLED by the reaper
+    assert states <= {("sweep", "FAILED" if how == "SIGTERM" else "KILLED"), ("point", "FAILED"), ("point", "KILLED")}
 
 
 def test_the_same_sweep_twice_at_once_draws_each_point_once(tmp_path):
