@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import yaml
@@ -19,15 +19,13 @@ from ambergrade.errors import BadInput
 from ambergrade.generate.contact_sheet import contact_sheet, write_png
 from ambergrade.identity import digest
 from ambergrade.nouns import Prompt, PromptSet
-from ambergrade.score.figures import Value
+from ambergrade.score.comparison import aggregates
+from ambergrade.score.figures import Value, leaderboard_text
 from ambergrade.score.review import Review, html_review
 from ambergrade.score.sheet import ScoreSheet
 from ambergrade.store import Finished, Ledger, find_file, written_aside
 from ambergrade.track import ui
 from ambergrade.track.journal import Journal, Run
-
-if TYPE_CHECKING:  # the networks' libraries take seconds to import
-    from stages import Chain, Merger
 
 ROWS = 30
 """Points on a contact sheet, the best ones."""
@@ -58,12 +56,12 @@ class Shown:
         run.file(page)
 
 
-def closes(settings: dict[str, Any], sweep: Any, live: Callable[[dict[str, Any]], tuple[Chain, Merger]]) -> None:
+def closes(settings: dict[str, Any], sweep: Any, writes: Callable[..., dict[str, Any]]) -> None:
     """Review a sweep: print, draw, write the winner's checkpoint, and enter it all on the sweep's page in MLflow.
 
-    `live` gives the chain and the merge of one point's settings.
+    `writes` is the hook of that name: it writes a point's merge, in the process that drew if there is one.
     """
-    opened, journal = sweep.around
+    opened, journal, _ = sweep.around
     done = [trial for trial in sweep.trials if trial.outcome is not None and trial.outcome.status == "done"]
     grown = opened.done and any(not trial.before for trial in sweep.trials)  # it was finished by an earlier command
     run = journal.attached(opened.id, opened.name, opened.key) if grown else opened
@@ -81,21 +79,25 @@ def closes(settings: dict[str, Any], sweep: Any, live: Callable[[dict[str, Any]]
     points = {label: _values(trial.point) for label, trial in named.items()}
     try:
         review = Review.of(sheets, points, title=run.name, objective=objective, columns=settings["leaderboard"])
-    except BadInput as error:  # of points that cannot be paired
-        print(f"\nNo winner set: {error}")
+    except BadInput as error:
+        tell_unlike(run, journal, sweep.folder, sheets, settings, error)
+        if grown:
+            run.end("FINISHED")
         return
     if sweep.race is not None:  # its looks held all points at once; the finalists among themselves would be fewer
         review = replace(review, found=replace(review.found, members=tuple(named)))
     (sweep.folder / "leaderboard.txt").write_text(review.table + "\n")
     print(f"\n{review.table}", flush=True)
+    best = review.found.best
+    written = begin_writing(sweep, named[best], run, writes) if settings["write_winner"] else None
     strips = {label: _first(ledger, trial, sweep).files["pictures"] for label, trial in named.items()}
     prompts = PromptSet.read(find_file(settings["prompts"]["sweep"]), "sweep").first(settings["sheet"]).prompts
     shown = draw(review, sweep.folder, strips, prompts, settings["sampler"])
 
-    best, facts = review.found.best, _facts(settings, sweep, review)
+    facts = _facts(settings, sweep, review)
     recipe = _recipe(ledger, named[best], sweep)
-    if settings["write_winner"]:
-        facts["checkpoint"] = str(write_winner(run, journal, *live(config.plain(sweep.composed(named[best]))), shown))
+    if written is not None:
+        facts["checkpoint"] = str(enter_winner(run, review, **written()))
     kind = "rung" if sweep.race is not None else "point"
     higher = review.scores[best][objective].higher_is_better
     columns = {"params": list(points[best]), "metrics": settings["leaderboard"]}
@@ -116,6 +118,28 @@ def closes(settings: dict[str, Any], sweep: Any, live: Callable[[dict[str, Any]]
     if grown:
         run.end("FINISHED")
     print(f"\nreview  {page}\nMLflow  {ui.ui_command(root)}")
+    print(f"        {ui.deep_link(journal.experiment_id, view=view)}", flush=True)
+
+
+def tell_unlike(
+    run: Run,
+    journal: Journal,
+    folder: Path,
+    sheets: Mapping[str, ScoreSheet],
+    settings: Mapping[str, Any],
+    reason: BadInput,
+) -> None:
+    """The leaderboard of points that cannot be paired, as of a sweep over prompts: each with its own interval."""
+    scores = {label: aggregates(sheet) for label, sheet in sheets.items()}
+    asked = dict.fromkeys([settings["search"]["objective"], *settings["leaderboard"]])
+    columns = [name for name in asked if any(name in found for found in scores.values())]
+    rows, _, _ = leaderboard_text(scores, columns).rpartition("\n\n")
+    table = f"{rows}\n\nbest first by {columns[0]}, 95 % intervals\n\nNo winner set: {reason}"
+    (folder / "leaderboard.txt").write_text(table + "\n")
+    run.note(f"```\n{table}\n```")
+    higher = next(found[columns[0]].higher_is_better for found in scores.values() if columns[0] in found)
+    view = run.view("sweep", "point", order_by=columns[0], ascending=not higher, params=[], metrics=columns)
+    print(f"\n{table}\n\nMLflow  {ui.ui_command(Path(settings['root']))}")
     print(f"        {ui.deep_link(journal.experiment_id, view=view)}", flush=True)
 
 
@@ -184,26 +208,25 @@ def sheet_of(
     write_png(path, drawn)
 
 
-def write_winner(run: Run, journal: Journal, chain: Chain, merger: Merger, shown: Shown) -> Path:
-    """Write the winner's merge as one file, once, and enter it as the sweep's model with what it was made of."""
-    from stages import write_merge
+def begin_writing(
+    sweep: Any, winner: Any, run: Run, writes: Callable[..., dict[str, Any]]
+) -> Callable[[], dict[str, Any]]:
+    """Begin to write the winner's merge as one file, once; the result waits for what the run enters as its model."""
+    about = {"id": run.id, "name": run.name, "key": run.key}
+    given = (config.plain(sweep.composed(winner)), about, sweep.folder)
+    if sweep.worker is None:
+        return lambda: writes(*given)
+    sweep.worker.call("writes", *given)
+    found: Callable[[], dict[str, Any]] = sweep.worker.answer
+    return found
 
-    review = shown.review
-    chain = replace(chain, journal=journal, parent=run)
-    point = dict(chain.settings["merge"]["coefficients"])
-    merged, _ = write_merge(chain, merger, point, shown.folder)
+
+def enter_winner(run: Run, review: Review, *, name: str, path: Path, digest: str, **about: Any) -> Path:
+    """Enter the winner as the sweep's model, with what it was made of and its scores."""
     scores = review.scores[review.found.best]
-    run.model(
-        merger.formula.name or "winner",
-        merged.path,
-        merged.digest,
-        kind="merge",
-        parents=merger.inputs,
-        tags={"recipe": merger.recipe(point).to_json()},
-        params=point,
-        metrics={name: scores[name] for name in review.columns if name in scores},
-    )
-    return merged.path
+    metrics = {column: scores[column] for column in review.columns if column in scores}
+    run.model(name, path, digest, kind="merge", metrics=metrics, **about)
+    return path
 
 
 def links_of(journal: Journal, run: Run, view: str) -> dict[str, str]:

@@ -215,7 +215,7 @@ def train(chain: Chain, base: Checkpoint, captions: CaptionSet, validation: Capt
     about = trainer.what
     inputs = {"base": base.digest, "train": captions.digest, "heldout": validation.digest, "latents": latents.vae}
     params = {**_flat(about), "base": chain.settings["base"], "pictures": len(captions.pictures)}
-    done = chain.stage(f"train {name}", "train", 1, about, inputs, fit, journal, params)
+    done = chain.stage(f"train {name}", "train", 2, about, inputs, fit, journal, params)
     losses = done.values["validation"]
     print(f"    validation loss {losses['before']['mean']:.4f} -> {losses['after']['mean']:.4f}")
     return open_checkpoint(done.files["checkpoint"], base.family)

@@ -36,7 +36,14 @@ def room() -> Any:
     return sweeping
 
 
+def prepares(cfg: Any) -> None:
+    """In a process that will draw points, before the first."""
+    config.limit_threads(cfg)  # before numpy is imported
+    room().prepares(config.plain(cfg))
+
+
 point.sweep = room  # type: ignore[attr-defined]  # what our sweeper runs around the points, in the parent
+point.prepares = prepares  # type: ignore[attr-defined]
 main = config.main("sweep")(point)
 
 if __name__ == "__main__":

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import common
 import numpy as np
-import reviewing
 from hydra.core.hydra_config import HydraConfig
 from PIL import Image
 from recording import record
@@ -28,6 +30,8 @@ from ambergrade.score.statistics import prompt_means, winner_set
 from ambergrade.search.explain import why_new
 from ambergrade.store import Ledger, find_file, write_json
 from ambergrade.track.journal import Journal, Run
+from ambergrade.track.relay import Message, Relayed, Scribe
+from hydra_plugins.ambergrade_sweeper import _reports
 
 if TYPE_CHECKING:  # the networks' libraries take seconds to import: only the process that draws does
     from stages import Chain, Merger
@@ -49,7 +53,7 @@ def point(settings: dict[str, Any]) -> dict[str, Any]:
     """
     import stages
 
-    journal = Journal.open(Path(settings["root"]), settings["name"])
+    journal = journal_of(settings)
     sweep, place = _parent(journal), Path(HydraConfig.get().runtime.output_dir).name
     label, key = label_of(settings), f"{sweep.key[:16]}-{place}{_rung(settings)}"
     params = {**coefficients(settings), **_swept()}
@@ -58,8 +62,15 @@ def point(settings: dict[str, Any]) -> dict[str, Any]:
         chain = _told_to(chain, journal, run)
         prompts = prompts_of(chain, settings)
         done = stages.evaluate(chain, merger, coefficients(settings), prompts, "draw and score", label, pictured=False)
-        _show(run, chain, done, prompts)
-    return _told(settings, done)
+        sheet = ScoreSheet.read(done.files["scores"])
+        _show(run, chain, done, sheet, prompts)
+    return _told(settings, done, sheet)
+
+
+def journal_of(settings: Mapping[str, Any]) -> Journal:
+    """The journal of a process that draws: its parent's, where that listens."""
+    root = Path(settings["root"])
+    return Relayed(_reports.send, root) if _reports.send else Journal.open(root, settings["name"])
 
 
 def _told_to(chain: Chain, journal: Journal, run: Run) -> Chain:
@@ -70,19 +81,18 @@ def _told_to(chain: Chain, journal: Journal, run: Run) -> Chain:
     return point
 
 
-def _show(run: Run, chain: Chain, done: Any, prompts: PromptSet) -> None:
+def _show(run: Run, chain: Chain, done: Any, sheet: ScoreSheet, prompts: PromptSet) -> None:
     """Scores and pictures on the point's own page, where the UI lays points side by side."""
     if run.done:
         return
     run.tags({"ag.cache": "miss" if done.fresh else "hit", "ag.sheet": done.digests["scores"]})
-    run.metrics(aggregates(ScoreSheet.read(done.files["scores"])))
+    run.metrics(aggregates(sheet))
     for prompt, pixels in zip(prompts.prompts, common.cut(done.files["pictures"], chain.sampler.width), strict=False):
         run.picture(f"sweep/{prompt.id}", Image.fromarray(pixels))
 
 
-def _told(settings: Mapping[str, Any], done: Any) -> dict[str, Any]:
+def _told(settings: Mapping[str, Any], done: Any, sheet: ScoreSheet) -> dict[str, Any]:
     objective = settings["search"]["objective"]
-    sheet = ScoreSheet.read(done.files["scores"])
     if objective not in sheet.columns:
         raise BadSetting(
             f"search.objective={objective} is not scored per picture here.\nScored: {', '.join(sorted(sheet.columns))}"
@@ -128,6 +138,35 @@ def live(settings: dict[str, Any]) -> tuple[Chain, Merger]:
             merger = stages.Merger(chain, opened)
         _live[key] = (chain, merger)
     return _live[key]
+
+
+def prepares(settings: dict[str, Any]) -> None:
+    """Import and read what every point needs, while the parent opens the record."""
+    chain, merger = live(settings)
+    assert chain.scorers
+    assert merger.resident
+
+
+def writes(settings: dict[str, Any], about: Mapping[str, str], folder: Path) -> dict[str, Any]:
+    """Write the merge of one point as a file: what the sweep's run (`about` it: id, name, key) enters as its model.
+
+    Called in the process that drew the points, where that is there: it has the libraries in memory.
+    """
+    import stages
+
+    chain, merger = live(settings)
+    journal = journal_of(settings)
+    chain = replace(chain, journal=journal, parent=journal.attached(**about))
+    point = coefficients(settings)
+    merged, _ = stages.write_merge(chain, merger, point, folder)
+    return {
+        "name": merger.formula.name or "winner",
+        "path": merged.path,
+        "digest": merged.digest,
+        "parents": merger.inputs,
+        "tags": {"recipe": merger.recipe(point).to_json()},
+        "params": point,
+    }
 
 
 def _loaded(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,7 +251,7 @@ def holds(cfg: Any, value: Mapping[str, Any]) -> bool:
 
 
 @contextmanager
-def opens(cfg: Any, sweep: Any) -> Iterator[tuple[Run, Journal]]:
+def opens(cfg: Any, sweep: Any) -> Iterator[tuple[Run, Journal, Scribe]]:
     """The sweep's own run, and everything that many jobs must not make at once: database, experiment, prompts."""
     settings = config.plain(cfg)
     root = Path(settings["root"])
@@ -230,12 +269,22 @@ def opens(cfg: Any, sweep: Any) -> Iterator[tuple[Run, Journal]]:
             chosen = settings["prompts"]
             drawn = PromptSet.read(find_file(chosen["sweep"]), "sweep").first(chosen["sweep_count"])
             run.datasets({"prompts": drawn.digest})
-            yield run, journal
+            threading.Thread(target=importlib.import_module, args=("reviewing",)).start()  # a second of matplotlib
+            yield run, journal, Scribe(journal)
     except BaseException:
         Journal.open(root, settings["name"])  # closes the runs of workers that were killed
         raise
     for trouble in journal.troubles:
         print(f"not journaled: {trouble}")
+
+
+def hears(sweep: Any, message: Message | None) -> None:
+    """What the process that draws says to the journal; None: it is gone."""
+    _, _, scribe = sweep.around
+    if message is None:
+        scribe.lose()
+    else:
+        scribe.hear(message)
 
 
 def judge(scores: Any, alive: Sequence[int], error: float, higher_is_better: bool) -> tuple[int, ...]:
@@ -321,4 +370,6 @@ def _short(value: Any) -> str:
 
 def closes(cfg: Any, sweep: Any) -> None:
     """The review of a sweep that is over."""
-    reviewing.closes(config.plain(cfg), sweep, live)
+    import reviewing
+
+    reviewing.closes(config.plain(cfg), sweep, writes)

@@ -185,7 +185,7 @@ def _hand_to_hydra(task: Task, name: str, conf: Path, arguments: list[str], over
             # Hydra lets every library's INFO through under its own name; only its own lines are worth reading
             logging.getLogger().setLevel(logging.WARNING)
             logging.getLogger("hydra").setLevel(logging.INFO)
-            _limit_threads(cfg)
+            limit_threads(cfg)
             return task(cfg)
         except AmbergradeError as error:
             # in a sweep the launcher keeps the error, runs the other jobs, and raises it at the end
@@ -207,7 +207,7 @@ def _hand_to_hydra(task: Task, name: str, conf: Path, arguments: list[str], over
         sys.argv = before
 
 
-def _limit_threads(cfg: DictConfig) -> None:
+def limit_threads(cfg: DictConfig) -> None:
     """`compute.threads` for numpy too, which asks the environment once, when it is imported: so before the task does.
 
     Two processes of two BLAS threads on two cores wait for each other: the demo's second run took three times as long.

@@ -255,6 +255,24 @@ def test_dry_tells_hits_and_cost_and_why_what_made_a_point_new(sweep: Sweep) -> 
 
 
 @pytest.mark.slow
+def test_points_of_unlike_prompts_get_a_leaderboard_and_no_winner(sweep: Sweep, place: Path) -> None:
+    from mlflow import MlflowClient
+
+    told = sweep("merge=unet_only", "coefficients.a=0.3", "prompts.sweep_count=3,4")
+    assert "No winner set" in told
+    assert "viewStateShareKey=" in told
+    text = (folder_of(told) / "leaderboard.txt").read_text()
+    assert text in told + "\n"
+    means = {row["value"]["score"]: label for label, row in outcomes(told).items()}
+    best_first = [means[score] for score in sorted(means, reverse=True)]
+    assert re.findall(r"^ *(sweep_count \d)", text, re.MULTILINE) == best_first
+    assert not re.search(r"^[*=]", text, re.MULTILINE)
+    run = MlflowClient(database_of(place)).get_run(json.loads((folder_of(told) / "sweep.json").read_text())["id"])
+    assert run.info.status == "FINISHED"
+    assert "No winner set" in run.data.tags["mlflow.note.content"]
+
+
+@pytest.mark.slow
 def test_a_point_that_cannot_be_merged_is_told_and_the_others_are_drawn(sweep: Sweep) -> None:
     told = sweep("merge=unet_only", "coefficients.a=0.3,1e9", fails=True)
     found = outcomes(told)

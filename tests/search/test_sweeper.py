@@ -120,3 +120,28 @@ def test_a_search_that_learns_hands_out_as_many_points_as_there_are_slots(tmp_pa
     assert toy(tmp_path, "x=interval(0,1)", *search, f"hydra.sweeper.max_batch_size={slots}").returncode == 0
     assert (tmp_path / "prepared").read_text().split() == prepared.split()
     assert len(set((tmp_path / "processes").read_text().split())) == 1  # what it loads is loaded once
+
+
+def test_a_hook_can_be_called_in_the_process_that_drew_the_points(tmp_path):
+    assert toy(tmp_path, "x=1,2", "after=return").returncode == 0
+    assert {(tmp_path / "after").read_text()} == set((tmp_path / "processes").read_text().split())
+    again = toy(tmp_path, "x=1,2", "after=return")  # nothing is left to draw, and the process is there all the same
+    assert again.returncode == 0, again.stderr
+    assert calls(tmp_path) == ["1", "2"]
+
+
+@pytest.mark.parametrize(("how", "told"), [("raise", "BadSetting: so it is"), ("kill", "ended by SIGKILL")])
+def test_what_such_a_hook_fails_of_is_told_and_the_points_are_kept(tmp_path, how, told):
+    first = toy(tmp_path, "x=1,2", f"after={how}")
+    assert first.returncode == 1
+    assert told in first.stderr
+    assert toy(tmp_path, "x=1,2", "after=return").returncode == 0
+    assert calls(tmp_path) == ["1", "2"]
+
+
+def test_points_that_do_not_compose_are_told(tmp_path):
+    done = toy(tmp_path, "x=1", "z=1,2")
+    assert done.returncode == 1
+    assert "2 of 2 points failed" in done.stdout
+    assert done.stdout.count("Could not override 'z'") == 2
+    assert "exit code" not in done.stdout

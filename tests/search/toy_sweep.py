@@ -12,6 +12,8 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 
+from ambergrade.errors import BadSetting
+
 
 def point(cfg):
     root, place = Path(cfg.root), Path(HydraConfig.get().runtime.output_dir)
@@ -24,8 +26,10 @@ def point(cfg):
     if not cfg.journal:
         return work(cfg, root)
     from ambergrade.track.journal import Journal
+    from ambergrade.track.relay import Relayed
+    from hydra_plugins.ambergrade_sweeper import _reports
 
-    journal = Journal.open(root, "toy")
+    journal = Relayed(_reports.send, root) if _reports.send else Journal.open(root, "toy")
     sweep = journal.attached(**json.loads((place.parent / "sweep.json").read_text()))
     with journal.run(f"x {cfg.x}", key=place.name, kind="point", parent=sweep, params={"x": cfg.x}) as run:
         score = work(cfg, root)
@@ -79,18 +83,41 @@ class Hooks:
             return
         from ambergrade.store import write_json
         from ambergrade.track.journal import Journal
+        from ambergrade.track.relay import Scribe
 
         root = Path(cfg.root)
+        journal = Journal.open(root, "toy")
         try:
-            with Journal.open(root, "toy").run("toy", key=sweep.key, kind="sweep") as run:
+            with journal.run("toy", key=sweep.key, kind="sweep") as run:
                 write_json(sweep.folder / "sweep.json", {"id": run.id, "name": run.name, "key": run.key})
-                yield run
+                yield Scribe(journal)
         except BaseException:
             Journal.open(root, "toy")  # closes the runs of workers that were killed with us
             raise
 
     @staticmethod
+    def hears(sweep, message):
+        if sweep.around is None:
+            assert message is None
+        elif message is None:
+            sweep.around.lose()
+        else:
+            sweep.around.hear(message)
+
+    @staticmethod
+    def after(how):
+        """In the process that drew the points."""
+        if how == "raise":
+            raise BadSetting("so it is")
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return os.getpid()
+
+    @staticmethod
     def closes(cfg, sweep):
+        if cfg.after:
+            sweep.worker.call("after", cfg.after)
+            (Path(cfg.root) / "after").write_text(str(sweep.worker.answer()))
         best = sweep.search.best
         scores = {trial.label: trial.outcome.score for trial in sweep.trials if trial.outcome.status == "done"}
         (Path(cfg.root) / "result.json").write_text(json.dumps({"best": best, "scores": scores}))

@@ -179,14 +179,16 @@ def sleeper(root, request):
         child.kill()
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)])
-def test_a_signal_ends_the_open_runs_as_killed_and_the_program_as_usual(root, client, sleeper, sent, code):
+@pytest.mark.parametrize(
+    ("sent", "code", "status"), [(signal.SIGTERM, 143, "FAILED"), (signal.SIGINT, -signal.SIGINT, "KILLED")]
+)
+def test_a_signal_ends_the_open_runs_and_the_program_as_usual(root, client, sleeper, sent, code, status):
     child, run_id = sleeper
     child.send_signal(sent)
     assert child.wait(60) == code
     run = client.get_run(run_id)
     parent = client.get_run(run.data.tags["mlflow.parentRunId"])
-    assert [r.info.status for r in (run, parent)] == ["KILLED", "KILLED"]
+    assert [r.info.status for r in (run, parent)] == [status, status]
     assert run.data.tags["ag.reason"] == sent.name
     assert run.data.metrics == {"loss": 1.0}
 

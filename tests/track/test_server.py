@@ -205,7 +205,8 @@ def test_the_dead_are_closed(journal, client, tmp_path, request, sent):
     reasons = {signal.SIGKILL: "its process is gone", signal.SIGTERM: "SIGTERM", signal.SIGINT: "SIGINT"}
     again = Journal.open(tmp_path, request.node.name)
     run = client.get_run(run_id)
-    assert (run.info.status, run.data.tags["ag.reason"]) == ("KILLED", reasons[sent])
+    status = "FAILED" if sent == signal.SIGTERM else "KILLED"
+    assert (run.info.status, run.data.tags["ag.reason"]) == (status, reasons[sent])
     with again.run("train", key="t", kind="train") as taken:
         assert taken.id == run_id
     assert client.get_run(run_id).info.status == "FINISHED"

@@ -1,6 +1,7 @@
 """Opens MLflow quietly, and its local database safely: made once, under a lock, with a write-ahead log.
 
-Everything that this room needs of MLflow is imported here, after the settings that must come first.
+Everything that this room needs of MLflow comes from here, after the settings that must come first, and only when it is
+asked for: the import takes seconds, and a process whose journal is kept by another (relay.py) can do without.
 Eight processes that open a new SQLite database at once leave it broken for good, and so does a kill
 half way through its creation: therefore the lock, and the rename at the end.
 """
@@ -8,12 +9,21 @@ half way through its creation: therefore the lock, and the rename at the end.
 from __future__ import annotations
 
 import fcntl
+import importlib
+import importlib.metadata
 import os
 import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient, entities
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+    from mlflow.models.utils import get_external_mlflow_model_spec
 
 # MLflow reads these when it is imported. What a user has set stays.
 for _name, _value in {
@@ -25,13 +35,6 @@ for _name, _value in {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # a server's client prints two lines at the end of every run
 }.items():
     os.environ.setdefault(_name, _value)
-
-from mlflow import MlflowClient, __version__, entities  # noqa: E402
-from mlflow.artifacts import download_artifacts  # noqa: E402
-from mlflow.db import upgrade  # noqa: E402
-from mlflow.exceptions import MlflowException  # noqa: E402
-from mlflow.models.utils import get_external_mlflow_model_spec  # noqa: E402
-from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # noqa: E402
 
 __all__ = [
     "MlflowClient",
@@ -46,8 +49,24 @@ __all__ = [
     "tracking_uri",
 ]
 
-THIS_MLFLOW = int("".join(f"{int(part):03}" for part in re.findall(r"\d+", __version__)[:3]))
+LATER = {
+    "MlflowClient": "mlflow",
+    "MlflowException": "mlflow.exceptions",
+    "download_artifacts": "mlflow.artifacts",
+    "entities": "mlflow",
+    "get_external_mlflow_model_spec": "mlflow.models.utils",
+}
+"""What other modules take from MLflow, and where it lies."""
+
+_VERSION = importlib.metadata.version("mlflow")
+THIS_MLFLOW = int("".join(f"{int(part):03}" for part in re.findall(r"\d+", _VERSION)[:3]))
 """The version as a number for SQLite's `user_version`: 3.17.2 is 3017002."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(LATER[name]), name)
 
 
 def tracking_uri(root: Path) -> str:
@@ -89,6 +108,8 @@ def locked(uri: str, root: Path) -> Iterator[None]:
 
 def open_client(uri: str) -> MlflowClient:
     """A client whose database exists and has this MLflow's schema. Raises what MLflow, alembic or SQLite raise."""
+    from mlflow import MlflowClient
+
     file = database_file(uri)
     with locked(uri, file.parent) if file is not None else nullcontext():
         if file is not None:
@@ -102,6 +123,9 @@ def open_client(uri: str) -> MlflowClient:
 
 
 def _create(file: Path) -> None:
+    from mlflow.db import upgrade
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
     aside = file.with_name(f".{file.name}.new")
     for left in file.parent.glob(f"{aside.name}*"):
         left.unlink()
@@ -127,7 +151,9 @@ def _migrate(file: Path) -> None:
 
     MLflow itself would refuse the database or, where a table is missing, migrate it without a copy.
     """
-    kept = file.with_name(f"{file.name}.before-mlflow-{__version__}")
+    from mlflow.db import upgrade
+
+    kept = file.with_name(f"{file.name}.before-mlflow-{_VERSION}")
     with closing(sqlite3.connect(file)) as database:
         if not kept.exists():  # else a migration was killed, and the copy is the better one
             aside = kept.with_name(f".{kept.name}")

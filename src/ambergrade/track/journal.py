@@ -18,24 +18,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from alembic.util.exc import CommandError
-from sqlalchemy.exc import SQLAlchemyError
-
-from ambergrade.track import process, registry, told
-from ambergrade.track.database import (
-    MlflowClient,
-    MlflowException,
-    artifact_root,
-    entities,
-    locked,
-    open_client,
-    tracking_uri,
-)
+from ambergrade.track import bulk, database, process, registry, told
+from ambergrade.track.database import artifact_root, locked, open_client, tracking_uri
 from ambergrade.track.provenance import provenance
 from ambergrade.track.registry import Version
 from ambergrade.track.run import Run, first_line, verdict
+
+if TYPE_CHECKING:
+    from ambergrade.track.database import MlflowClient, entities
 
 __all__ = ["Journal", "Run"]
 
@@ -79,11 +71,14 @@ class Journal:
         `MLFLOW_TRACKING_URI` names another. Runs whose process died are closed as KILLED. `note` is
         markdown, shown on the experiment's page. Never raises for MLflow's sake.
         """
+        from alembic.util.exc import CommandError
+        from sqlalchemy.exc import SQLAlchemyError
+
         uri = tracking_uri(root)
         journal = cls(None, uri, "", root.resolve(), experiment)
         try:
             journal.client = open_client(uri)
-        except (MlflowException, OSError, SQLAlchemyError, CommandError) as error:
+        except (database.MlflowException, OSError, SQLAlchemyError, CommandError) as error:
             journal._close(f"opening {uri}", error)
         journal.attempt(f"opening the experiment {experiment}", lambda: journal._enter(experiment, note))
         return journal
@@ -104,7 +99,7 @@ class Journal:
         key: names what the run computes (a stage's identity); the same key is the same run.
         kind: what to filter by in the UI: chain, train, point, evaluation, release.
 
-        Leaving by an exception ends the run as FAILED, by SIGINT or SIGTERM as KILLED.
+        Leaving by an exception or by SIGTERM ends the run as FAILED, by SIGINT as KILLED.
         """
         with ExitStack() as stack:
             if self._depth == 0:
@@ -127,9 +122,11 @@ class Journal:
         """Do something to MLflow; what fails is told, never raised."""
         if self.client is None:
             return None
+        from sqlalchemy.exc import SQLAlchemyError
+
         try:
             return action()
-        except MlflowException as error:
+        except database.MlflowException as error:
             if error.error_code in ONE_CALL:
                 self.tell(f"MLflow refused {what}: {first_line(error)}")
             else:
@@ -186,7 +183,7 @@ class Journal:
                 place = None if base is None else f"{base}/{re.sub(r'[^A-Za-z0-9_-]', '_', experiment)}"
                 try:
                     self.experiment_id = client.create_experiment(experiment, artifact_location=place)
-                except MlflowException as error:  # a command on another machine, on the same server
+                except database.MlflowException as error:  # a command on another machine, on the same server
                     found = client.get_experiment_by_name(experiment)
                     if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:
                         raise
@@ -216,9 +213,18 @@ class Journal:
                 return found
 
     def _find_or_create(
-        self, name: str, key: str, kind: str, parent: Run | None, params: Mapping[str, Any], tags: Mapping[str, Any]
+        self,
+        name: str,
+        key: str,
+        kind: str,
+        parent: Run | None,
+        params: Mapping[str, Any],
+        tags: Mapping[str, Any],
+        owner: Mapping[str, str] | None = None,
     ) -> Run:
-        found = self.attempt(f"the run {name}", lambda: self._take_up(name, key, kind, parent, tags))
+        """`owner`: the process that the run ends with, where that is another."""
+        whose = dict(owner or process.owner())
+        found = self.attempt(f"the run {name}", lambda: self._take_up(name, key, kind, parent, {**tags, **whose}))
         if found is None:
             return Run(self, "", name, key, done=False, resumed=False)
         info, resumed = found
@@ -234,12 +240,11 @@ class Journal:
         assert "'" not in key, key
         lineage = {"mlflow.parentRunId": parent.id} if parent and parent.id else {}
         wanted = {"ag.key": key, "ag.kind": kind, **lineage}
-        given = {tag: str(value) for tag, value in tags.items()}
+        given = {tag: str(value) for tag, value in tags.items()}  # the owner among them
         with locked(self.uri, self.root):  # two commands at once must not make two of a run
-            same = self.search(f"tags.\"ag.key\" = '{key}'")  # one condition: each costs a join
-            found = [run for run in same if wanted.items() <= run.data.tags.items()]
+            found = [run for run in self._keyed(key) if wanted.items() <= run.data.tags.items()]
             if not found:
-                every = {"ag.cache": "miss", **provenance(self.root).tags, **process.owner(), **wanted, **given}
+                every = {"ag.cache": "miss", **provenance(self.root).tags, **wanted, **given}
                 start = time.time_ns() // 1_000_000
                 made = client.create_run(self.experiment_id, start_time=start, tags=every, run_name=name)
                 id, files = made.info.run_id, made.info.artifact_uri
@@ -248,13 +253,19 @@ class Journal:
                 return made, False
         run = found[0]
         if run.info.status != "FINISHED":
-            changed = {**process.owner(), **given}
-            self.note(run.info.run_id, status="RUNNING", tags=changed, untag=["ag.reason"])
+            self.note(run.info.run_id, status="RUNNING", tags=given, untag=["ag.reason"])
             client.update_run(run.info.run_id, status="RUNNING")
-            client.log_batch(run.info.run_id, tags=[entities.RunTag(*pair) for pair in changed.items()])
+            client.log_batch(run.info.run_id, tags=[database.entities.RunTag(*pair) for pair in given.items()])
             if "ag.reason" in run.data.tags:
                 client.delete_tag(run.info.run_id, "ag.reason")
         return run, True
+
+    def _keyed(self, key: str) -> list[entities.Run]:
+        """Every run with this key."""
+        ids = bulk.runs_of(self._client, self.experiment_id, key)
+        if ids is None:
+            return self.search(f"tags.\"ag.key\" = '{key}'")  # one condition: each costs a join
+        return [self._client.get_run(id) for id in ids]
 
     def _leave(self) -> None:
         self._depth -= 1

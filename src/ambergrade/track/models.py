@@ -9,11 +9,14 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
 from ambergrade.errors import BadSetting
-from ambergrade.track.database import MlflowClient, entities, get_external_mlflow_model_spec
+from ambergrade.track import database
+
+if TYPE_CHECKING:
+    from ambergrade.track.database import MlflowClient, entities
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +55,7 @@ def enter(
         )
     if str(model.status) != "READY":  # new, or a kill came between
         with tempfile.TemporaryDirectory() as folder:
-            description = get_external_mlflow_model_spec(model)
+            description = database.get_external_mlflow_model_spec(model)
             description.signature = None  # MLflow's own is a dummy of one boolean, and the UI would show it
             description.save(str(Path(folder) / "MLmodel"))
             client.log_model_artifacts(model.model_id, folder)
@@ -78,11 +81,11 @@ def connect(client: MlflowClient, run_id: str, made: str, made_from: Sequence[st
     """Draw the edges models -> run -> model, each once: MLflow itself would draw them again."""
     run = client.get_run(run_id)
     if made not in {output.model_id for output in run.outputs.model_outputs}:
-        client.log_outputs(run_id, [entities.LoggedModelOutput(made, step=0)])
+        client.log_outputs(run_id, [database.entities.LoggedModelOutput(made, step=0)])
     known = {used.model_id for used in run.inputs.model_inputs}
     new = [used for used in dict.fromkeys(made_from) if used not in known]
     if new:
-        client.log_inputs(run_id, models=[entities.LoggedModelInput(used) for used in new])
+        client.log_inputs(run_id, models=[database.entities.LoggedModelInput(used) for used in new])
 
 
 def register(

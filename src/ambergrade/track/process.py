@@ -15,7 +15,7 @@ BOOT_FILE = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Terminated(SystemExit):
-    """SIGTERM, raised where the program stood, so that open runs end as KILLED before it exits with 143."""
+    """SIGTERM, raised where the program stood, so that open runs end as FAILED before it exits with 143."""
 
 
 @contextmanager

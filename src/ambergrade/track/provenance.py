@@ -94,9 +94,13 @@ def hardware() -> dict[str, Any]:
     cards, driver = _cards()
     if cards:
         found |= {"gpu": cards, "gpu.driver": driver}
-    torch = sys.modules.get("torch")  # importing it takes seconds; a pipeline that computes has it already
-    cuda = getattr(getattr(torch, "version", None), "cuda", None)
-    return found | ({"cuda": cuda} if cuda else {})
+    return found | cuda()
+
+
+def cuda() -> dict[str, str]:
+    """CUDA's version where torch has one; importing torch takes seconds, and a process that computes has it already."""
+    found = getattr(getattr(sys.modules.get("torch"), "version", None), "cuda", None)
+    return {"cuda": str(found)} if found else {}
 
 
 def _cpu() -> str:

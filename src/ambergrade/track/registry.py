@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlparse
 
-from ambergrade.track.database import MlflowClient, entities
+if TYPE_CHECKING:
+    from ambergrade.track.database import MlflowClient, entities
 
 CHAMPION = "champion"
 BEFORE = "champion.before"

@@ -16,12 +16,13 @@ from PIL import Image
 
 from ambergrade.errors import AmbergradeError, BadSetting
 from ambergrade.nouns import Measurement
-from ambergrade.track import models, process, told
-from ambergrade.track.database import MlflowClient, entities, locked
+from ambergrade.track import bulk, database, models, process, told
+from ambergrade.track.database import locked
 from ambergrade.track.provenance import provenance
 from ambergrade.track.ui import VIEW_TAG, view_state
 
 if TYPE_CHECKING:
+    from ambergrade.track.database import MlflowClient, entities
     from ambergrade.track.journal import Journal
 
 T = TypeVar("T")
@@ -50,6 +51,8 @@ class Run:
         self._waiting: list[entities.Metric] = []
         self._flushed = time.monotonic()
         self._logged: dict[str, tuple[int, float]] = {}
+        self._written: set[str] = set()
+        """Keys of parameters and metrics that are in the database."""
         self._pictures: set[str] | None = None
 
     def metrics(self, values: Mapping[str, Number], step: int | None = None) -> None:
@@ -75,13 +78,13 @@ class Run:
                 file = f"params/{name.replace('/', '_')}.txt"
                 self.text(text, file)
                 text = f"{len(text)} characters, see {file}"
-            rows.append(entities.Param(name, text))
+            rows.append(database.entities.Param(name, text))
         for start in range(0, len(rows), PARAMS_PER_CALL):
             self._batch("params", params=rows[start : start + PARAMS_PER_CALL])
 
     def tags(self, values: Mapping[str, Any]) -> None:
         """Set tags; they can be searched for in the UI."""
-        self._batch("tags", tags=[entities.RunTag(key, str(value)) for key, value in values.items()])
+        self._batch("tags", tags=[database.entities.RunTag(key, str(value)) for key, value in values.items()])
 
     def note(self, markdown: str) -> None:
         """The description on the run's page. What is too long is cut, says so, and is kept whole as note.md."""
@@ -127,9 +130,12 @@ class Run:
         """Say what data went in, name to sha256. MLflow's digest column holds the first 32 hex, a tag all 64."""
         rows = []
         for name, sha256 in digests.items():
-            data = entities.Dataset(name, sha256[:32], "ambergrade", f'{{"sha256": "{sha256}"}}')
-            about = [entities.InputTag("mlflow.data.context", context), entities.InputTag("sha256", sha256)]
-            rows.append(entities.DatasetInput(data, about))
+            data = database.entities.Dataset(name, sha256[:32], "ambergrade", f'{{"sha256": "{sha256}"}}')
+            about = [
+                database.entities.InputTag("mlflow.data.context", context),
+                database.entities.InputTag("sha256", sha256),
+            ]
+            rows.append(database.entities.DatasetInput(data, about))
         if self._is_open and rows:
             self._journal.note(self.id, datasets=[{"digests": dict(digests), "context": context}])
             self._do(f"inputs of {self.name}", lambda client: client.log_inputs(self.id, datasets=rows))
@@ -270,7 +276,20 @@ class Run:
     def _batch(self, what: str, **rows: Any) -> None:
         if self._is_open:
             self._journal.note(self.id, **told.rows(**rows))
-        self._do(f"{what} of {self.name}", lambda client: client.log_batch(self.id, **rows))
+        self._do(f"{what} of {self.name}", lambda client: self._write(client, **rows))
+
+    def _write(
+        self,
+        client: MlflowClient,
+        metrics: Sequence[entities.Metric] = (),
+        params: Sequence[entities.Param] = (),
+        tags: Sequence[entities.RunTag] = (),
+    ) -> None:
+        keys = {f"metric {metric.key}" for metric in metrics} | {f"param {param.key}" for param in params}
+        new = not (self.resumed or tags or keys & self._written)
+        if not (new and bulk.insert(client, self.id, metrics, params)):
+            client.log_batch(self.id, metrics, params, tags)
+        self._written |= keys
 
     def _points(
         self, values: Mapping[str, Number], step: int = 0, model_id: str | None = None
@@ -287,7 +306,7 @@ class Run:
             self._journal.tell(f"{self.name}: {', '.join(infinite)} is infinite and is not journaled.")
         now = time.time_ns() // 1_000_000
         return [
-            entities.Metric(name, float(number), now, step, model_id or None)
+            database.entities.Metric(name, float(number), now, step, model_id or None)
             for name, number in flat.items()
             if name not in infinite
         ]
@@ -317,7 +336,7 @@ class Run:
 def verdict(error: BaseException) -> tuple[str, str, str]:
     """How a run that ends by `error` is closed: status, reason, what to keep as error.txt."""
     if isinstance(error, process.Terminated):
-        return "KILLED", "SIGTERM", ""
+        return "FAILED", "SIGTERM", ""
     if isinstance(error, KeyboardInterrupt):
         return "KILLED", "SIGINT", ""
     if isinstance(error, SystemExit) and not error.code:

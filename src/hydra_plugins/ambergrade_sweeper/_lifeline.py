@@ -10,7 +10,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from types import FrameType
 
 from ambergrade.track import process
 
@@ -40,6 +43,37 @@ def hand_to(launcher: object, owner: Mapping[str, str]) -> None:
     settings = getattr(launcher, "joblib", None)
     if isinstance(settings, dict):
         settings |= {"initializer": follow, "initargs": (dict(owner),)}
+
+
+@contextmanager
+def hears_sigterm(launcher: object) -> Iterator[None]:
+    """Start Ray where it is the launcher, and take SIGTERM back from it.
+
+    Its own handler aborts, so that runs stay open; and what ours raises it turns into an exit of another code.
+    """
+    if type(launcher).__name__ != "RayLauncher":
+        yield
+        return
+    settings, ours = launcher.ray_cfg.init, signal.getsignal(signal.SIGTERM)  # type: ignore[attr-defined]
+    settings.setdefault("object_store_memory", 75 << 20)  # bytes: Ray's least, as its launcher sets it
+    import_module("hydra_plugins.hydra_ray_launcher._launcher_util").start_ray(settings)
+    heard: list[int] = []
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        heard.append(number)
+        assert callable(ours)
+        ours(number, frame)
+
+    signal.signal(signal.SIGTERM, hear if callable(ours) else ours)
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt) as error:
+        import_module("ray").shutdown()  # its workers go now, so that their runs can be closed
+        if heard:
+            raise process.Terminated(128 + heard[0]) from error
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, ours)
 
 
 def _leave_with(owner: dict[str, str]) -> None:

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from ambergrade.errors import AmbergradeError
 from ambergrade.search.points import Point
 from ambergrade.store import write_json
-from hydra_plugins.ambergrade_sweeper import _lifeline
+from hydra_plugins.ambergrade_sweeper import _lifeline, _reports
 
 ENDED_BY_A_SIGNAL = (130, 143)
 """Exit codes of SIGINT and SIGTERM."""
@@ -139,12 +139,12 @@ class Recorded:
             if code in STARTED_AGAIN or (self.apart and code in ENDED_BY_A_SIGNAL):
                 raise
             failure = Left(code) if isinstance(error, SystemExit) else error
-            write(file, Outcome("failed", None, told(failure), time.monotonic() - start), failure)
+            _leave(file, Outcome("failed", None, told(failure), time.monotonic() - start), failure)
             lock.truncate(0)
             traceback.clear_frames(error.__traceback__)  # Hydra keeps the error, and with it a failed point's tensors
             raise failure from failure.__cause__
         outcome = Outcome("done", value, "", time.monotonic() - start)
-        write(file, outcome)
+        _leave(file, outcome)
         return outcome
 
 
@@ -170,9 +170,21 @@ def ending(code: int) -> str:
 
 
 def write(file: Path, outcome: Outcome, error: BaseException | None = None) -> None:
+    write_json(file, _row(outcome, error))
+
+
+def _leave(file: Path, outcome: Outcome, error: BaseException | None = None) -> None:
+    """Write the outcome, or have it written by the process that journals the point: never before the journal."""
+    if _reports.send is None:
+        write(file, outcome, error)
+    else:
+        _reports.send(_reports.Told(file, _row(outcome, error)))
+
+
+def _row(outcome: Outcome, error: BaseException | None) -> dict[str, Any]:
     trace = "".join(traceback.format_exception(error)) if error is not None else ""
     row = {"status": outcome.status, "value": outcome.value, "error": outcome.error, "seconds": outcome.seconds}
-    write_json(file, {**row, "trace": "" if isinstance(error, AmbergradeError) else trace})
+    return {**row, "trace": "" if isinstance(error, AmbergradeError) else trace}
 
 
 def read(file: Path) -> Outcome | None:

@@ -13,10 +13,10 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
@@ -24,16 +24,20 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ambergrade.errors import AmbergradeError, BadSetting
 from ambergrade.identity import digest
 from ambergrade.search.load import Search, search
 from ambergrade.search.racing import Race, Screening
-from hydra_plugins.ambergrade_sweeper import _apart, _lifeline
+from ambergrade.store import write_json
+from hydra_plugins.ambergrade_sweeper import _apart, _lifeline, _reports
+from hydra_plugins.ambergrade_sweeper._hooks import Hooks, Sweep
 from hydra_plugins.ambergrade_sweeper._outcomes import Outcome, Recorded, Trial, failure_table, told
 from hydra_plugins.ambergrade_sweeper._plan import Plan, point_key, read_plan
 from hydra_plugins.ambergrade_sweeper._single import Single
@@ -67,47 +71,6 @@ ConfigStore.instance().store(
 
 class SweepFailed(AmbergradeError):
     """Some points failed; the others are kept."""
-
-
-@dataclass
-class Sweep:
-    """What a pipeline is told of the sweep around its points."""
-
-    key: str
-    folder: Path
-    search: Search
-    plan: Plan
-    trials: list[Trial] = field(default_factory=list)
-    race: Race | None = None
-    around: Any = None
-    """What the hook `opens` yielded."""
-    composed: Any = None
-    """A trial's whole configuration, by its trial."""
-
-
-class Hooks(Protocol):
-    """What a task may offer as `task.sweep()`: code in the parent process around the points."""
-
-    def inputs(self, cfg: DictConfig) -> Mapping[str, str]:
-        """Digests of the files behind the settings: others make another sweep."""
-
-    def holds(self, cfg: DictConfig, value: Any) -> bool:
-        """Whether what a finished point returned still stands for something: else it is drawn again."""
-
-    def opens(self, cfg: DictConfig, sweep: Sweep) -> AbstractContextManager[Any]:
-        """Entered before the first job and left after the last."""
-
-    def previews(self, cfg: DictConfig) -> bool:
-        """Whether to show the points by `preview` instead of drawing them."""
-
-    def preview(self, sweep: Sweep, points: Sequence[tuple[Trial, DictConfig]]) -> None:
-        """Print what each point would cost."""
-
-    def judge(self, scores: Any, alive: Sequence[int], error: float, higher_is_better: bool) -> Sequence[int]:
-        """Rows of scores (K points, P prompts) that cannot be told from the best (search/racing.py: Judge)."""
-
-    def closes(self, cfg: DictConfig, sweep: Sweep) -> None:
-        """After the last job, failures included."""
 
 
 class AmbergradeSweeper(Sweeper):
@@ -159,9 +122,21 @@ class AmbergradeSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
         """Draw every point; returns the launched batches. Raises SweepFailed at the end if any point failed."""
         assert self.config is not None
-        sweep = self._sweep(arguments)
         task = self._task_config()
-        if self.hooks and self.hooks.previews(task):
+        previews = self.hooks is not None and self.hooks.previews(task)
+        self._reporting: Sweep | None = None
+        if not previews and self.keyed and self.apart and isinstance(self.launcher, BasicLauncher):
+            self._start_worker()  # its imports take as long as what is done here until the first point
+        try:
+            return self._swept(arguments, task, previews)
+        finally:
+            if self._worker is not None:
+                self._worker.close()
+
+    def _swept(self, arguments: list[str], task: DictConfig, previews: bool) -> list[Sequence[JobReturn]]:
+        assert self.config is not None
+        sweep = self._reporting = self._sweep(arguments)
+        if self.hooks and previews:
             trials = [self._trial(sweep, point) for point in self._asked(sweep.search)]
             self.hooks.preview(sweep, [(trial, self._composed(trial)) for trial in trials])
             return []
@@ -173,14 +148,11 @@ class AmbergradeSweeper(Sweeper):
         return self._returns
 
     def _draw_all(self, task: DictConfig, sweep: Sweep) -> None:
-        try:
-            if self.rungs:
-                self._race(sweep)
-            else:
-                self._search(sweep)
-        finally:
-            if self._worker is not None:
-                self._worker.close()
+        if self.rungs:
+            self._race(sweep)
+        else:
+            self._search(sweep)
+        sweep.worker = self._worker
         if self.hooks:
             self.hooks.closes(task, sweep)
         table = failure_table(sweep.trials)
@@ -275,9 +247,12 @@ class AmbergradeSweeper(Sweeper):
         return Trial(label, dict(point), [*overrides, *cheaper], folder, block)
 
     def _composed(self, trial: Trial) -> DictConfig:
-        assert self.config is not None
-        whole = self.hydra_context.config_loader.load_sweep_config(self.config, trial.lines)
+        whole = self._whole(trial.lines)
         return OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
+
+    def _whole(self, lines: list[str]) -> DictConfig:
+        assert self.config is not None
+        return self.hydra_context.config_loader.load_sweep_config(self.config, lines)
 
     # --- drawing ---------------------------------------------------------------------------------------------
 
@@ -394,10 +369,11 @@ class AmbergradeSweeper(Sweeper):
         if self.keyed:
             self._prepare(trials)
         if isinstance(self.task, Recorded) and self.apart and isinstance(self.launcher, BasicLauncher):
-            self._launch_apart(trials, self.task)
+            self._launch_apart(trials)
             return
         try:
-            returns = self.launcher.launch([self._job(trial) for trial in trials], initial_job_idx=self._launched)
+            with _lifeline.hears_sigterm(self.launcher):
+                returns = self.launcher.launch([self._job(trial) for trial in trials], initial_job_idx=self._launched)
         except Exception as error:
             if not self.keyed:
                 raise
@@ -432,31 +408,53 @@ class AmbergradeSweeper(Sweeper):
             if batch:
                 self._launch(batch)
 
-    def _launch_apart(self, trials: list[Trial], task: Recorded) -> None:
-        """A point whose process ends under it has failed; those after it get a new process."""
+    def _start_worker(self) -> None:
         assert self.config is not None
-        task.apart = True
+        assert isinstance(self.task, Recorded)
+        self.task.apart = True
+        self._worker = _apart.Worker(self.hydra_context, self.task, self.config, self._hear)
+
+    def _hear(self, message: Any) -> None:
+        if isinstance(message, _reports.Told):
+            write_json(message.file, message.row)
+        elif self.hooks is not None:
+            assert self._reporting is not None
+            self.hooks.hears(self._reporting, message)
+
+    def _launch_apart(self, trials: list[Trial]) -> None:
+        """A point whose process ends under it has failed; those after it get a new process."""
         left = trials
         while left:
             if self._worker is None:
-                self._worker = _apart.Worker(self.hydra_context, task, self.config)
-            code = self._worker.run([self._job(trial) for trial in left], self._launched)
+                self._start_worker()
+            assert self._worker is not None
+            code = self._worker.run(self._composed_jobs(left), len(left), self._launched)
+            if code is not None:
+                self._worker = None
+                if hasattr(self.hooks, "hears"):
+                    self._hear(None)
             for trial in left:
                 trial.recall()
             self._launched += sum(1 for trial in left if trial.outcome)
             left = [trial for trial in left if trial.outcome is None]
-            if code is not None:
-                self._worker = None
             if left:
                 ended = _apart.Ended(code or 0)
                 print(f"  {left[0].label}: {ended}; {len(left) - 1} points go on", flush=True)
                 left.pop(0).fail(ended)
                 self._launched += 1
 
+    def _composed_jobs(self, trials: Sequence[Trial]) -> Iterator[_apart.Job]:
+        for trial in trials:
+            lines = self._job(trial)
+            try:
+                whole = self._whole(lines)
+            except (HydraException, OmegaConfBaseException) as error:
+                trial.fail(error)
+                continue
+            yield lines, whole
+
     def _prepare(self, trials: Sequence[Trial]) -> None:
         """Folders that say which point they are; an outcome that no longer counts goes."""
-        from ambergrade.store import write_json
-
         for trial in trials:
             about = trial.folder / "point.json"
             if not self._recalled(trial):
