@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -192,3 +193,53 @@ def test_a_winner_set_of_all_points_is_the_race_s_last_look_at_the_same_error() 
     strict = ours.winner_set(scores, error=0.001)
     assert set(strict.members) >= set(ours.winner_set(scores).members)
     assert ours.winner_set(scores, alive=[0, 1]).best in (0, 1)
+
+
+def raced(points: int, prompts: int) -> np.ndarray:
+    """Scores as a race leaves them: a third of the points on a third of the prompts, a third on two thirds."""
+    scores = np.random.default_rng(5).normal(size=(points, prompts))
+    scores[: points // 3, prompts // 3 :] = np.nan
+    scores[points // 3 : 2 * points // 3, 2 * prompts // 3 :] = np.nan
+    return scores
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 300])
+def test_winner_set_does_not_depend_on_how_many_pairs_are_compared_at_once(
+    monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    scores, alive = raced(24, 30), range(16, 24)
+    whole = [ours.winner_set(scores[16:], draws=300), ours.winner_set(scores, alive=alive, error=0.02)]
+    monkeypatch.setattr(ours, "PAIRS_AT_ONCE", at_once)
+    pieces = [ours.winner_set(scores[16:], draws=300), ours.winner_set(scores, alive=alive, error=0.02)]
+    for one, other in zip(whole, pieces, strict=True):
+        assert one.members == other.members
+        np.testing.assert_allclose(other.low, one.low, rtol=1e-12)
+        np.testing.assert_allclose(other.high, one.high, rtol=1e-12)
+
+
+def test_winner_set_compares_every_pair_on_the_prompts_that_both_have() -> None:
+    """Against scipy's studentised t, pair by pair."""
+    scores, draws = raced(7, 24), 400
+    signs = ours._signs(24, 0, draws)
+    largest = np.zeros(draws)
+    for one, other in itertools.combinations(scores, 2):
+        both = ~np.isnan(one - other)
+        t = np.abs(stats.ttest_1samp(signs[:, both] * (one - other)[both], 0.0, axis=1).statistic)
+        n = both.sum()
+        if n < 24:  # to the t of 24 prompts that is as unlikely
+            t = stats.t.isf(stats.t.sf(t, n - 1), 23)
+        largest = np.maximum(largest, t)
+    expected = np.sort(largest)[int(np.ceil(0.95 * (draws + 1))) - 1]
+    assert ours._max_t(scores, 0, draws, 0.05) == pytest.approx(expected, rel=5e-3)  # Wallace's approximation
+
+
+def test_winner_set_of_many_points_stays_small() -> None:
+    """A thousand points are half a million pairs; what is held at once does not grow with them."""
+    scores = np.random.default_rng(6).normal(size=(500, 144))
+    tracemalloc.start()
+    try:
+        ours.winner_set(scores, draws=200)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 80e6  # 124,750 pairs x 144 prompts x 8 bytes are 144 MB, once

@@ -47,8 +47,9 @@ def card(
         "## Captions\n\n" + _facts(captions) if captions else "",
         "## Use\n\n" + _use(f"{name}-{version}.safetensors", config, evaluation["sampler"]),
         "## Limits\n\n" + _limits(evaluation),
-        "## Check\n\n`sha256sum -c SHA256SUMS` in this folder checks every file; `recipe.yaml` names every input by "
-        "its digest.",
+        "## Check\n\n`sha256sum -c SHA256SUMS` in this folder checks every file. `recipe.yaml` names every input by "
+        f"its digest, and with the inputs in a folder `ambergrade verify {name}-{version}.safetensors --models FOLDER` "
+        "merges them again and compares every byte.",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -88,15 +89,15 @@ def substituted(formula: str, coefficients: Mapping[str, float], models: Iterabl
     return re.sub(pattern, lambda found: numbers.get(found[0], found[0]), formula)
 
 
-def measurement(row: Mapping[str, Any], digits: int = 3) -> str:
-    """`value [low, high]`, or a dash where nothing was measured.
+def measurement(row: Mapping[str, Any], sign: str = "") -> str:
+    """`value [low, high]`, or a dash where nothing was measured; `sign="+"` for differences.
 
     >>> measurement({"value": 0.5, "low": 0.41, "high": 0.6})
     '0.500 [0.410, 0.600]'
     """
     if any(row.get(key) is None or row[key] != row[key] for key in ("value", "low", "high")):
         return "–"
-    return f"{row['value']:.{digits}f} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
+    return f"{row['value']:{sign}.3f} [{row['low']:{sign}.3f}, {row['high']:{sign}.3f}]"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -128,28 +129,36 @@ def _scores(evaluation: Mapping[str, Any]) -> str:
     for metric in sorted(scores):
         better = next(iter(scores[metric].values())).get("higher_is_better", True)
         cells = [measurement(scores[metric].get(model, {})) for model in models]
-        cells += [measurement(differences.get(metric, {}).get(model, {})) for model in others]
+        cells += [measurement(differences.get(metric, {}).get(model, {}), "+") for model in others]
         rows.append([f"{metric} {'↑' if better else '↓'}", *cells])
-    head = ["metric", *models, *(f"difference to {model}" for model in others)]
+    head = ["metric", *models, *(f"winner minus {model}" for model in others)]
     return (
-        f"On {prompts['count']} prompts of `{prompts['name']}`, one seed per picture, the same for every model. "
-        f"Brackets are 95 % intervals; differences are paired.\n\n{table(head, rows)}"
+        f"On {_counted(prompts['count'], 'prompt')} of `{prompts['name']}`, one seed per picture, the same for every "
+        "model. Brackets are 95 % intervals; differences are paired; ↑ higher is better, ↓ lower.\n\n"
+        + table(head, rows)
     )
 
 
 def _winner_set(evaluation: Mapping[str, Any]) -> str:
     points = [", ".join(f"{key} = {value:g}" for key, value in point.items()) for point in evaluation["winner_set"]]
-    return (
-        f"Points of the sweep that `{evaluation['objective']}` cannot tell from the best: {len(points)}.\n\n"
-        + "\n".join(f"- {point}" for point in points)
+    if len(points) == 1:
+        told = "One point of the sweep: every other is worse"
+    else:
+        told = f"{len(points):,} points of the sweep, of which none can be told from the best"
+    return f"{told} by `{evaluation['objective']}` (95 %, all comparisons at once).\n\n" + "\n".join(
+        f"- {point}" for point in points
     )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
     rows = []
     for key, value in facts.items():
         if isinstance(value, Mapping):
-            text = ", ".join(f"{inner} {_plain(item)}" for inner, item in value.items())
+            text = ", ".join(_plain(i) if inner == "name" else f"{inner} {_plain(i)}" for inner, i in value.items())
         elif isinstance(value, Sequence) and not isinstance(value, str):
             text = "<br>".join(_plain(item) for item in value)
         else:
@@ -170,10 +179,12 @@ def _use(file: str, config: str, sampler: Mapping[str, Any]) -> str:
     else:
         lines, arguments = [], f'config="{config}"'
     lines = ["from diffusers import StableDiffusionXLPipeline", *lines, ""]
-    lines += [f'pipeline = StableDiffusionXLPipeline.from_single_file("{file}", {arguments})']
+    lines += ["pipeline = StableDiffusionXLPipeline.from_single_file(", f'    "{file}",', f"    {arguments},", ")"]
     lines += [
-        f'picture = pipeline("1girl, …", num_inference_steps={sampler["steps"]}, '
-        f"guidance_scale={sampler['guidance']:g}, width={sampler['width']}, height={sampler['height']}).images[0]"
+        'picture = pipeline(\n    "1girl, …",',
+        f"    num_inference_steps={sampler['steps']}, guidance_scale={sampler['guidance']:g},",
+        f"    width={sampler['width']}, height={sampler['height']},",
+        ").images[0]",
     ]
     text = "```python\n" + "\n".join(lines) + "\n```"
     return text + (
@@ -188,7 +199,7 @@ def _limits(evaluation: Mapping[str, Any]) -> str:
         [f"`{name}`", f"`{row['fingerprint']}`", "tiny" if row.get("tiny") else "full size"]
         for name, row in sorted(scorers.items())
     ]
-    text = "Scores hold for these scorers only:\n\n" + table(["scorer", "fingerprint", ""], rows)
+    text = "Scores hold for these scorers only:\n\n" + table(["scorer", "fingerprint", "size"], rows)
     if any(row.get("tiny") for row in scorers.values()):
         text += (
             "\n\n**Tiny scorers of the embedded world judged this model. Their numbers compare models of that world "

@@ -144,10 +144,11 @@ def leaderboard_text(
     *,
     winner: str | None = None,
     winner_set: Collection[str] = (),
+    chosen: str = "",
 ) -> str:
     """A plain-text table of points with 95 % intervals, best first by the first column, at most 100 columns wide.
 
-    `*` marks the winner, `=` the others that cannot be told from it. Columns that do not fit stand in a
+    `*` marks the winner, `=` the others that cannot be told from it; `chosen` says whose winner, if not this table's. Columns that do not fit stand in a
     second block below.
 
     >>> old, new = Measurement(0.5, 0.4, 0.6, 40), Measurement(0.8, 0.7, 0.9, 40)
@@ -176,7 +177,9 @@ def leaderboard_text(
             lines.append("  ".join([label.ljust(width), *(cells[column][1 + row] for column in block)]))
         texts.append("\n".join(line.rstrip() for line in lines))
     better = next((found[first].higher_is_better for found in points.values() if first in found), True)
-    note = f"* best by {first}{'' if better else ' (lower is better)'}, 95 % intervals"
+    lower = "" if better else " (lower is better)"
+    note = f"* {chosen}; sorted by {first}{lower}" if chosen else f"* best by {first}{lower}"
+    note += ", 95 % intervals"
     if set(winner_set) - {winner}:
         note += "; = cannot be told from it"
     return "\n\n".join([*texts, note])
@@ -192,7 +195,11 @@ def _cells(column: str, found: Sequence[Measurement | None]) -> list[str]:
     largest = max((abs(m.value) for m in scored), default=1.0)
     digits = digits_of(largest)
     texts = [
-        "-" if m is None or math.isnan(m.value) else f"{m.value:.{digits}f} [{m.low:.{digits}f}–{m.high:.{digits}f}]"
+        "-"
+        if m is None or math.isnan(m.value)
+        else f"{m.value:.{digits}f} [–]"  # too few prompts for an interval
+        if math.isnan(m.low)
+        else f"{m.value:.{digits}f} [{m.low:.{digits}f}–{m.high:.{digits}f}]"
         for m in found
     ]
     width = max(len(text) for text in [column, *texts])
