@@ -1,6 +1,7 @@
 """The Gamma story from one command: captions -> base7 -> sweep over the merge -> evaluation -> release.
 
-Every finished stage is kept: run the same command again after a kill, and it goes on where it stopped.
+Every finished stage is kept: run the same command again after a kill, and it goes on where it stopped. Where a gate
+does not pass, the release is not made champion and the command ends with 1.
 
 Examples:
     python pipelines/gamma.py experiment=gamma_tiny                     the embedded world, on two CPU cores
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ambergrade import config
-from ambergrade.release.gate import load_gates
+from ambergrade.release.gate import insist, load_gates
 from ambergrade.store import find_file
 
 
@@ -34,11 +35,12 @@ def main(cfg: Any) -> None:
 
     stages.use_threads(settings["compute"])
     root, name = Path(settings["root"]), settings["name"]
-    what = {key: value for key, value in settings.items() if key not in ("root", "compute", "debug")}
+    what = {key: value for key, value in settings.items() if key not in ("root", "compute", "debug", "insist")}
     journal = Journal.open(root, name)
     release_name = f"{settings['release']['name']} {settings['release']['version']}"
     with journal.run(release_name, key=digest(what), kind="chain", params=stages.parameters(settings)) as parent:
         print(f"{release_name}, {root / 'mlruns'}")
+        print(f"  {'stage':<34}{'time':>10}{'':8}record")
         if settings["data"]["draw"]:
             stages.draw_world(settings)
         record(parent, settings)
@@ -55,7 +57,7 @@ def main(cfg: Any) -> None:
         folder = root / "mlruns" / "reports" / digest(what)[:12]
         verdict = report.judge(chain, merger, sheets, folder)
         final = report.finalists(chain, merger, models, verdict, stages.read_prompts(chain, "heldout"), folder)
-        made = report.publish(chain, merger, verdict, final, models, captions)
+        made, said = report.publish(chain, merger, verdict, final, models, captions)
         view, page = report.close(chain, verdict, final, made)
 
     print(f"\n{verdict.table}")
@@ -66,6 +68,8 @@ def main(cfg: Any) -> None:
     print(f"MLflow         {ui.ui_command(root)}\n               {ui.deep_link(journal.experiment_id, view=view)}")
     for trouble in journal.troubles:
         print(f"not journaled: {trouble}")
+    if settings["insist"]:
+        insist(release_name, said)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 from stages import Chain, Merger, evaluate, open_checkpoint
 
 from ambergrade.nouns import Checkpoint, Measurement, PromptSet
-from ambergrade.release.gate import Evidence, judge, load_gates
+from ambergrade.release.gate import Evidence, Judgement, judge, load_gates
 from ambergrade.score.comparison import aggregates, differences
 from ambergrade.score.sheet import ScoreSheet
 from ambergrade.store import Finished, Outputs
@@ -25,8 +25,8 @@ def gate(
     base: ScoreSheet,
     prompts: PromptSet,
     tiny: Mapping[str, bool],
-) -> str:
-    """Ask every gate about a registered candidate, and return what became of the alias `champion`.
+) -> dict[str, Judgement]:
+    """Ask every gate about a registered candidate, and move the alias `champion` by what they say, which is returned.
 
     The champion of this root, or the one before it if the candidate is champion already, is scored on the same held-out
     prompts, so that what a gate sees of it is paired like everything else. The verdict is a record (`records/gate`), a
@@ -49,20 +49,22 @@ def gate(
 
     def work(scratch: Path, run: Run) -> Outputs:
         family = settings["family"]["name"]
-        said = judge(gates, Evidence(family, aggregates(sheet), apart, tiny, tags))
-        return Outputs(values={"gates": {label: asdict(one) for label, one in said.items()}})
+        made = judge(gates, Evidence(family, aggregates(sheet), apart, tiny, tags))
+        return Outputs(values={"gates": {label: asdict(one) for label, one in made.items()}})
 
     def journal(run: Run, done: Finished) -> None:
         said = _said(done)
-        run.tags({f"gate.{label}": f"{'pass' if passed else 'fail'}: {told}" for label, (passed, told) in said.items()})
-        run.metrics({"gates_passed": sum(passed for passed, _ in said.values()), "gates": len(said)})
+        run.tags({f"gate.{label}": f"{'pass' if one.passed else 'fail'}: {one.told}" for label, one in said.items()})
+        run.metrics({"gates_passed": sum(one.passed for one in said.values()), "gates": len(said)})
 
     about = {"gates": settings["gates"], "tags": tags, "tiny": dict(tiny), "family": settings["family"]["name"]}
     done = chain.stage("gates", "gate", 1, about, inputs, work, journal)
     said = _said(done)
-    for label, (passed, told) in said.items():
-        print(f"    {'pass' if passed else 'FAIL'}  {label:<26}{told}")
-    return chain.journal.gated(name, candidate.digest, said)
+    for label, one in said.items():
+        print(f"    {'pass' if one.passed else 'FAIL'}  {label:<26}{one.told}")
+    told = {label: (one.passed, one.told) for label, one in said.items()}
+    print(f"  {name}: {chain.journal.gated(name, candidate.digest, told)}", flush=True)
+    return said
 
 
 def _scored(chain: Chain, held: Version, prompts: PromptSet) -> ScoreSheet | None:
@@ -83,5 +85,5 @@ def _measured(apart: Mapping[str, Any]) -> dict[str, Measurement]:
     return {m: Measurement(d.value, d.low, d.high, d.n, d.higher_is_better) for m, d in apart.items()}
 
 
-def _said(done: Finished) -> dict[str, tuple[bool, str]]:
-    return {label: (one["passed"], one["told"]) for label, one in done.values["gates"].items()}
+def _said(done: Finished) -> dict[str, Judgement]:
+    return {label: Judgement(**one) for label, one in done.values["gates"].items()}

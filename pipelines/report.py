@@ -15,6 +15,7 @@ from stages import Chain, Merger, Point, evaluate, filed_under, label_of, read_p
 from ambergrade.identity import digest
 from ambergrade.nouns import CaptionSet, Checkpoint, PromptSet, Release
 from ambergrade.release.build import build as build_release
+from ambergrade.release.gate import Judgement
 from ambergrade.score import figures
 from ambergrade.score.comparison import aggregates, differences
 from ambergrade.score.html import picture
@@ -105,7 +106,9 @@ def finalists(
     }
     sheets = {label: ScoreSheet.read(found.files["scores"]) for label, found in done.items()}
     named = settings["leaderboard"]
-    table = figures.leaderboard_text({label: aggregates(sheet) for label, sheet in sheets.items()}, named, winner=first)
+    table = figures.leaderboard_text(
+        {label: aggregates(sheet) for label, sheet in sheets.items()}, named, winner=first, chosen="the sweep's winner"
+    )
     apart = differences(sheets[first], sheets[settings["base"]])
     lines = [f"Held-out prompts ({len(prompts.prompts)}):", table, "", f"Winner minus {settings['base']}, paired:"]
     for name in named:
@@ -138,8 +141,8 @@ def publish(
     final: Finalists,
     models: Mapping[str, Checkpoint],
     captions: CaptionSet,
-) -> Release:
-    """Write the winner's checkpoint once, build its release folder, and register the model."""
+) -> tuple[Release, dict[str, Judgement]]:
+    """Write the winner's checkpoint once, build its release folder, register the model; and what the gates say."""
     winner = dict(zip(verdict.names, verdict.best, strict=True))
     merged, done = write_merge(chain, merger, winner, final.contact_sheet.parent)
     made = release(chain, merger, merged, verdict, final, captions, models)
@@ -170,9 +173,7 @@ def publish(
             )
     print(f"  {'release':<34}{'':<18}{made.digest[:12]}", flush=True)
     sheet, base = next(iter(final.sheets.values())), final.sheets[chain.settings["base"]]
-    champion = gate(chain, merged, sheet, base, final.prompts, _tiny(chain.settings, sheet))
-    print(f"  {about['name']}: {champion}", flush=True)
-    return made
+    return made, gate(chain, merged, sheet, base, final.prompts, _tiny(chain.settings, sheet))
 
 
 def close(chain: Chain, verdict: Verdict, final: Finalists, made: Release) -> tuple[str, Path]:

@@ -35,6 +35,7 @@ from ambergrade.merge.engine import merge
 from ambergrade.merge.formula import Formula
 from ambergrade.merge.job import Job as MergeJob
 from ambergrade.merge.job import open_job
+from ambergrade.merge.passes import placed
 from ambergrade.merge.recipe import Recipe
 from ambergrade.merge.resident import ResidentMerge
 from ambergrade.nouns import CaptionSet, Checkpoint, Picture, PromptSet, SamplerSettings
@@ -306,6 +307,7 @@ class Merger:
         inputs = {alias: sdxl.read_checkpoint(self._models[alias].path) for alias in self.formula.models}
         inputs |= {alias: read_tensors(path) for alias, path in self.loras.items()}
         chosen = self.chain.settings["merge"]
+        inputs = placed(inputs, self.chain.device)
         return ResidentMerge(self.formula, inputs, dtype=chosen["dtype"], policies=chosen["policies"])
 
     def recipe(self, point: Point) -> Recipe:

@@ -4,7 +4,7 @@ import pytest
 
 from ambergrade.errors import UnknownName
 from ambergrade.nouns import Measurement
-from ambergrade.release.gate import Evidence, judge, load_gate, load_gates
+from ambergrade.release.gate import Evidence, Judgement, Refused, insist, judge, load_gate, load_gates
 
 
 def found(low: float, high: float, higher: bool = True) -> Measurement:
@@ -99,3 +99,16 @@ def test_every_gate_is_asked_and_one_module_may_be_two_gates() -> None:
 def test_an_unknown_gate_is_told_with_the_nearest() -> None:
     with pytest.raises(UnknownName, match="Did you mean 'floor'"):
         load_gate("flor")
+
+
+def test_a_refused_candidate_is_told_with_every_reason() -> None:
+    said = {
+        "floor": Judgement(False, "fid 30"),
+        "veto": Judgement(True, "no tag veto"),
+        "yes": Judgement(False, "no tag"),
+    }
+    with pytest.raises(Refused) as refused:
+        insist("gamma rev1", said)
+    told = str(refused.value).splitlines()
+    assert told[:3] == ["gamma rev1 stays a candidate: 2 of 3 gates did not pass.", "  floor: fid 30", "  yes: no tag"]
+    insist("gamma rev1", {"veto": Judgement(True, "no tag veto")})  # nothing to tell

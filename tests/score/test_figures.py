@@ -108,3 +108,20 @@ def test_leaderboard_puts_the_better_first_and_the_unscored_last() -> None:
     text = leaderboard_text(board, ["fid"])
     assert [line.split()[0] for line in text.splitlines()[1:5]] == ["gamma", "gamma", "beta7", "empty"]
     assert "(lower is better)" in text
+
+
+@pytest.mark.parametrize("side", [1, 2, 5])
+def test_a_small_heat_map_has_room_for_its_title_and_legend(tmp_path: Path, side: int) -> None:
+    points = {(float(a), float(b)): 0.1 * a + 0.2 * b for a in range(side) for b in range(side)}
+    title = "gamma rev1 = beta7 + a * (anxl3 - anxl2) + b * (base7 - beta7)"
+    marks = {"card": (0.0, 0.0), "winner": (0.0, 0.0), "winner_set": [(0.0, 0.0)]}
+    drawn = pixels(heat_map(points, tmp_path / "map.png", title=title, **marks))
+    for edge in (drawn[0], drawn[-1], drawn[:, 0], drawn[:, -1]):
+        assert edge.min() == 255  # what is cut off reaches the edge
+
+
+def test_a_table_says_whose_winner_it_marks_and_where_no_interval_is_known() -> None:
+    points = {"first": {"m": Measurement(0.5, math.nan, math.nan, 1)}, "second": {"m": Measurement(0.4, 0.3, 0.5, 9)}}
+    lines = leaderboard_text(points, ["m"], winner="second", chosen="the sweep's winner").splitlines()
+    assert lines[1:3] == ["  first   0.500 [–]", "* second  0.400 [0.300–0.500]"]
+    assert lines[-1] == "* the sweep's winner; sorted by m, 95 % intervals"

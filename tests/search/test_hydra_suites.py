@@ -12,6 +12,8 @@ from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, Inte
 
 from hydra_plugins.ambergrade_sweeper.sweeper import AmbergradeSweeper
 
+Plugins.instance()  # before a test saves Hydra's state and restores it: Ray's plugin registers its settings only once
+
 
 @pytest.fixture(autouse=True)
 def hydras_own_defaults() -> Iterator[None]:

@@ -106,8 +106,8 @@ def test_gb_and_hours_are_told_and_a_small_disk_is_refused_before_it_starts(live
     told = []
     LatentStore(tmp_path, VAE).fill(live_networks.vae, CAPTIONS, open_picture, batch=2, told=told.append)
     assert "6 pictures to encode (0 are there)" in told[0]
-    assert "GB" in told[0]
-    assert "s at the pace" in told[1]
+    assert "3.3 KB" in told[0]  # (5 x 8 x 8 + 12 x 8) x 4 channels x 2 bytes
+    assert "s (by the pace" in told[1]
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr(latent_store.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(BadSetting, match="do not fit"):

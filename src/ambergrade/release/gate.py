@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-from ambergrade.errors import BadSetting, UnknownName
+from ambergrade.errors import AmbergradeError, BadSetting, UnknownName
 from ambergrade.nouns import Measurement
 from ambergrade.release import gates as plugs
 
@@ -48,6 +48,10 @@ class Judgement:
     """The number or the reason, in one line."""
 
 
+class Refused(AmbergradeError):
+    """A candidate that some gates did not pass. What was made of it is kept."""
+
+
 class Gate(Protocol):
     """A gate with its settings filled in."""
 
@@ -75,6 +79,17 @@ def load_gates(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Gate]:
 def judge(gates: Mapping[str, Gate], evidence: Evidence) -> dict[str, Judgement]:
     """What every gate says; all are asked, so that all reasons are known at once."""
     return {label: gate(evidence) for label, gate in gates.items()}
+
+
+def insist(candidate: str, said: Mapping[str, Judgement]) -> None:
+    """Raise Refused with every gate that did not pass, and why."""
+    failed = {label: one.told for label, one in said.items() if not one.passed}
+    if failed:
+        reasons = "\n".join(f"  {label}: {reason}" for label, reason in failed.items())
+        raise Refused(
+            f"{candidate} stays a candidate: {len(failed)} of {len(said)} gates did not pass.\n{reasons}\n"
+            "All that was made is kept."
+        )
 
 
 def told(metric: str, found: Measurement, sign: str = "") -> str:

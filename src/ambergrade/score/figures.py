@@ -6,6 +6,7 @@ The same values give the same PNG bytes. Colours hold for colour-blind eyes (vir
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -63,7 +64,8 @@ def heat_map(
 
     roomy = len(columns) <= 10
     cell = (1.02, 0.84) if roomy else (0.62, 0.42)
-    figure = blank(2.2 + cell[0] * len(columns), 1.9 + cell[1] * len(rows))
+    width = max(2.2 + cell[0] * len(columns), 6.4)  # inches; the legend needs as much
+    figure = blank(width, 1.9 + cell[1] * len(rows))
     ax = figure.add_subplot()
     shown = np.ma.masked_invalid(grid)
     colours = "viridis" if higher_is_better else "viridis_r"
@@ -87,7 +89,7 @@ def heat_map(
     ax.spines[:].set_visible(False)
     colour_bar(figure, ax, image, score_name, higher_is_better)
     if title:
-        ax.set_title(title, loc="left", pad=12, fontweight="bold")
+        ax.set_title(textwrap.fill(title, int(9 * width)), loc="left", pad=12, fontweight="bold")
     _heat_map_legend(figure, card is not None and card in points, winner is not None, bool(winner_set))
     return save(figure, path)
 
@@ -148,8 +150,8 @@ def leaderboard_text(
 ) -> str:
     """A plain-text table of points with 95 % intervals, best first by the first column, at most 100 columns wide.
 
-    `*` marks the winner, `=` the others that cannot be told from it; `chosen` says whose winner, if not this table's. Columns that do not fit stand in a
-    second block below.
+    `*` marks the winner, `=` the others that cannot be told from it; `chosen` says whose winner, if not this table's.
+    Columns that do not fit stand in a second block below.
 
     >>> old, new = Measurement(0.5, 0.4, 0.6, 40), Measurement(0.8, 0.7, 0.9, 40)
     >>> print(leaderboard_text({"beta7": {"recall": old}, "gamma": {"recall": new}}, ["recall"], winner="gamma"))

@@ -121,7 +121,7 @@ class LatentStore:
                 held |= {key_of(p): latent for p, latent in zip(pictures, latents, strict=True)}
                 if not done and len(missing) > len(pictures):
                     seconds = (time.monotonic() - started) * len(missing) / len(pictures)
-                    told(f"  latents: about {duration(seconds)} at the pace of the first {len(pictures)}")
+                    told(f"  latents: about {duration(seconds)} (by the pace of the first {len(pictures)})")
                 done += len(pictures)
                 bar.update(len(pictures))
                 if sum(latent.nbytes for latent in held.values()) >= SHARD:
