@@ -13,6 +13,7 @@ Examples:
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from typing import Any
@@ -48,3 +49,4 @@ main = config.main("sweep")(point)
 
 if __name__ == "__main__":
     main()
+    gc.freeze()  # on its way out Python would look for garbage among all of MLflow, for a second

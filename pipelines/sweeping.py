@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import json
 import threading
@@ -43,6 +44,7 @@ LOADED = ("models", "family", "compute", "root")
 """Settings that decide, with the merge's formula, dtype and policies, what lies in memory for a merge."""
 
 _live: dict[str, tuple[Chain, Merger]] = {}
+_settled = False
 
 
 def point(settings: dict[str, Any]) -> dict[str, Any]:
@@ -64,7 +66,17 @@ def point(settings: dict[str, Any]) -> dict[str, Any]:
         done = stages.evaluate(chain, merger, coefficients(settings), prompts, "draw and score", label, pictured=False)
         sheet = ScoreSheet.read(done.files["scores"])
         _show(run, chain, done, sheet, prompts)
+    if _reports.send:
+        _settle()
     return _told(settings, done, sheet)
+
+
+def _settle() -> None:
+    """After a first point: Python need not look for garbage among torch and the models, which takes half a second."""
+    global _settled
+    if not _settled:
+        gc.freeze()
+        _settled = True
 
 
 def journal_of(settings: Mapping[str, Any]) -> Journal:
@@ -110,11 +122,14 @@ def _told(settings: Mapping[str, Any], done: Any, sheet: ScoreSheet) -> dict[str
 
 def live(settings: dict[str, Any]) -> tuple[Chain, Merger]:
     """The chain and the merge with its models in memory: loaded once a process, whatever the coefficients."""
+    global _settled
     import stages
 
     free = {**settings["merge"], "coefficients": None}
     key = digest({**{name: value for name, value in settings.items() if name not in FREE}, "merge": free})
     if key not in _live:
+        gc.unfreeze()  # what is replaced is to be found
+        _settled = False
         stages.use_threads(settings["compute"])
         journal = Journal(None, "", "", Path(settings["root"]))  # a point brings its own
         chain = stages.Chain(settings, journal, Run(journal, "", "", "", done=False, resumed=False))

@@ -51,6 +51,15 @@ def test_lists_ranges_and_choices_become_values_as_they_were_spelled(line, value
     assert found.swept({"a": values[0]}) == [f"a={values[0]}"]
 
 
+def test_of_two_overrides_of_a_key_the_last_holds():
+    swept = plan("a=4", "b=2", "a=3,4")
+    assert (swept.axes, dict(swept.fixed)) == ({"a": ["3", "4"]}, {"b": "2"})
+    assert swept.overrides({"a": "3"}) == ["a=3", "b=2"]
+    fixed = plan("a=3,4", "b=1,2", "a=4")
+    assert (fixed.axes, dict(fixed.fixed)) == ({"b": ["1", "2"]}, {"a": "4"})
+    assert fixed.overrides({"b": "1"}) == ["a=4", "b=1"]
+
+
 def test_an_interval_needs_a_search_that_samples():
     with pytest.raises(BadSetting, match="search=tpe"):
         plan("a=interval(0,1)")

@@ -1,6 +1,6 @@
 """Starts workers at one instant, each opening the journal by itself: `python at_once.py WORKERS ROOT…`.
 
-Workers are forked from a process that has imported the journal and opened nothing: eight imports of MLflow take a
+Workers are forked from a process that has imported MLflow and opened nothing: eight imports of MLflow take a
 minute on two cores, and what is tested comes after them.
 """
 
@@ -31,7 +31,8 @@ def work(root: str, number: int, start: Any, told: Any) -> None:
 def main() -> None:
     workers, roots = int(sys.argv[1]), sys.argv[2:]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ambergrade.track.journal"])
+    mlflow = ["mlflow", "mlflow.db", "mlflow.store.tracking.sqlalchemy_store"]
+    context.set_forkserver_preload(["ambergrade.track.journal", *mlflow])  # the journal first: it sets MLflow quiet
     for root in roots:
         start, told = context.Barrier(workers), context.Queue()
         every = [context.Process(target=work, args=(root, number, start, told)) for number in range(workers)]

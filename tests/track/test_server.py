@@ -1,6 +1,7 @@
 """The journal on a real `mlflow server` with a real PostgreSQL behind it, by one setting: MLFLOW_TRACKING_URI."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -254,3 +255,24 @@ def test_a_local_record_moves_to_the_server(server, client, tmp_path, monkeypatc
     assert client.get_model_version_by_alias("moved", "champion").tags["gate.floor"] == "pass: 0.9"
     before = MlflowClient(local.uri)
     assert len(before.list_artifacts(run.id, "images")) == 2  # the local record stays whole
+
+
+def test_the_database_itself_can_be_the_record(database, server, tmp_path, monkeypatch):
+    """Without a server between: rows are written at once there too, and a row that is there is left to MLflow."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
+    journal = Journal.open(tmp_path, "straight")
+    for score in (0.5, 0.7):  # the second time it is finished
+        with journal.run("p", key="p", kind="point", params={"a": 0.8}) as run:
+            run.metrics({"score": score, "lost": math.nan})
+    with (
+        journal.run("q", key="q", kind="point") as run,
+        Journal.open(tmp_path, "straight").run("q", key="q", kind="point", params={"a": 1}) as same,
+    ):
+        same.metrics({"score": 0.1})
+        run.params({"a": 1})
+        run.metrics({"score": 0.1})
+    assert not journal.troubles
+    found = {one.data.tags["ag.key"]: one.data for one in journal.search("")}
+    assert (found["p"].params, found["p"].metrics["score"], found["q"].metrics) == ({"a": "0.8"}, 0.5, {"score": 0.1})
+    assert math.isnan(found["p"].metrics["lost"])
+    assert found["q"].params == {"a": "1"}

@@ -21,12 +21,12 @@ def insert(
 ) -> bool:
     """Insert rows of keys that the run never had; False where `client.log_batch` must do it.
 
-    False for a server, for a metric with several values, and where some key is there. Raises MlflowException for what
-    MLflow would refuse, SQLAlchemyError where the database cannot be written.
+    False for a server, for a metric with several values, and where the database refuses (a key is there, a disk full).
+    Raises MlflowException for what MLflow would refuse.
     """
     from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlMetric, SqlParam
     from mlflow.utils.validation import _validate_batch_log_data, _validate_param_keys_unique
-    from sqlalchemy.exc import IntegrityError
+    from sqlalchemy.exc import DBAPIError
 
     store = _sql_store(client)
     if store is None or len({metric.key for metric in metrics}) < len(metrics):
@@ -42,7 +42,7 @@ def insert(
             for table, rows in ((SqlParam, settings), (SqlMetric, values), (SqlLatestMetric, values)):
                 if rows:
                     connection.execute(table.__table__.insert(), rows)
-    except IntegrityError:
+    except DBAPIError:  # drivers disagree on what they call a key that is there; MLflow's call tells one that matters
         return False
     return True
 

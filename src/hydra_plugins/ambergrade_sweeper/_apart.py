@@ -160,11 +160,13 @@ class Worker:
         self._child.terminate()
         watch = threading.Timer(GRACE_SECONDS, self._child.kill)
         watch.start()
-        while (message := self._next()) is not None:
-            if not isinstance(message, _Answer | _JobEnded):
-                self._hear(message)
-        watch.cancel()
-        self._child.wait()
+        try:
+            while (message := self._next()) is not None:
+                if not isinstance(message, _Answer | _JobEnded):
+                    self._hear(message)
+            self._child.wait()
+        finally:
+            watch.cancel()
 
     def _next(self) -> Any:
         """The next message; None when the child is gone and has said all."""

@@ -65,6 +65,8 @@ def read_plan(overrides: Sequence[Override], values: Mapping[str, Spec], space: 
     texts: dict[str, dict[Value, str]] = {}
     for override in overrides:
         key = override.get_key_element()
+        for earlier in (fixed, axes, texts):  # the last one holds, as in Hydra
+            earlier.pop(key, None)
         if not override.is_sweep_override():
             fixed[key] = override.get_value_element_as_str()
         elif override.is_discrete_sweep():
