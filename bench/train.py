@@ -3,10 +3,11 @@
 python bench/train.py [--steps 12] [--rounds 3] [--batch 16] [--compile]
 
 Both train the tiny family's UNet and both text encoders from the same weights on the same cached latents and captions,
-fp32, AdamW of torch's default form, clipping at 1, no average, no states, one thread; they take turns, and each one's
-first step is not counted. Seconds are the CPU's, which other programs disturb less than the clock's, and each round's
-is the median step. The plain loop samples its noise batchwise and steps the optimizer through accelerate, as the
-example does; ours draws image by image.
+fp32, AdamW, clipping at 1, no average, no states, one thread. They take turns, each time in a process of its own, and
+a first step is not counted. Seconds are the CPU's, which other programs disturb less than the clock's, and each round's
+is the median step. The plain loop samples its noise batchwise and steps AdamW of torch's default form through
+accelerate, as the example does; ours draws image by image. The pictures' channels lie as each one's default has it:
+innermost in ours, outermost in the plain loop as in the example.
 
 Nothing is compiled unless `--compile` adds `fine_tune` with `compile=true`, whose first step then is told apart.
 """
@@ -15,7 +16,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -45,16 +49,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--loop", choices=list(LOOPS), help="one round of this alone, told as JSON")
     asked = parser.parse_args()
-    torch.set_num_threads(1)
-    captions, latents = data(64, (128, 128))
-    loops: dict[str, Callable[..., list[float]]] = {"fine_tune": train_ours, "plain loop": train_plainly}
-    if asked.compile:
-        loops["compiled"] = functools.partial(train_ours, compiled=True)
-    taken: dict[str, list[float]] = {name: [] for name in loops}
-    for _ in range(asked.rounds):  # in turn, so that all meet the same weather
-        for name, loop in loops.items():
-            first, *steps = loop(networks(), captions, latents, asked.steps + 1, asked.batch)
+    if asked.loop:
+        torch.set_num_threads(1)
+        captions, latents = data(64, (128, 128))
+        print(json.dumps(LOOPS[asked.loop](networks(), captions, latents, asked.steps + 1, asked.batch)))
+        return
+    taken: dict[str, list[float]] = {name: [] for name in LOOPS if name != "compiled" or asked.compile}
+    for turn in range(asked.rounds):  # in turn, and each first in turn, so that all meet the same weather
+        names = list(taken)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            first, *steps = apart(name, asked.steps, asked.batch)
             taken[name].append(statistics.median(steps))
             if name == "compiled":
                 print(f"compiling took about {first:.0f} s of a first step")
@@ -64,6 +70,14 @@ def main() -> None:
         pairs = [plain / ours for ours, plain in zip(taken[name], taken["plain loop"], strict=True)]
         whole = sum(taken["plain loop"]) / sum(taken[name])
         print(f"ratio {name:<12}{whole:6.2f}   by round: {', '.join(f'{ratio:.2f}' for ratio in pairs)}")
+
+
+def apart(name: str, steps: int, batch: int) -> list[float]:
+    """Seconds of each step of a loop in a process of its own, so that neither finds the other's heap or settings."""
+    line = [sys.executable, __file__, "--loop", name, "--steps", str(steps), "--batch", str(batch)]
+    done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
+    seconds: list[float] = json.loads(done.stdout.splitlines()[-1])
+    return seconds
 
 
 def data(count: int, bucket: tuple[int, int]) -> tuple[CaptionSet, Latents]:
@@ -154,6 +168,13 @@ def train_plainly(
 
 def differences(times: list[float]) -> list[float]:
     return [after - before for before, after in pairwise(times)]
+
+
+LOOPS: dict[str, Callable[..., list[float]]] = {
+    "fine_tune": train_ours,
+    "plain loop": train_plainly,
+    "compiled": functools.partial(train_ours, compiled=True),
+}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ambergrade.errors import BadSetting
-from ambergrade.train.optimizers import adafactor, adamw8bit, adamw_sr, lion
+from ambergrade.train.optimizers import adafactor, adamw, adamw8bit, adamw_sr, lion
 from ambergrade.train.rounding import lost_share, write_back
 
 
@@ -33,6 +33,32 @@ def test_adamw_sr_on_fp32_weights_is_torchs_adamw():
     ours = stepped(lambda p: adamw_sr.optimizer(groups(p), weight_decay=0.1), start, given)
     stock = stepped(lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1), start, given)
     torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-6)
+
+
+def test_adamw_is_torchs_also_where_a_gradient_comes_late_or_is_absent():
+    """Parameter 1 of three has no gradient at steps 0–3, parameter 2 none at 6 and 7: each counts its own steps."""
+    starts = [torch.randn(4, 3, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    given = [gradients((4, 3), 10, seed) for seed in range(3)]
+    makers = (
+        lambda p: adamw.optimizer(groups(p[:2]) + groups(p[2:], lr=3e-2, decayed=False), weight_decay=0.1),
+        lambda p: torch.optim.AdamW(
+            [{"params": p[:2], "lr": 1e-2}, {"params": p[2:], "lr": 3e-2, "weight_decay": 0.0}],
+            weight_decay=0.1,
+            foreach=False,
+        ),
+    )
+    ends = []
+    for make in makers:
+        parameters = [torch.nn.Parameter(start.clone()) for start in starts]
+        optimizer = make(parameters)
+        for step in range(10):
+            for number, parameter in enumerate(parameters):
+                absent = (number == 1 and step < 4) or (number == 2 and step in (6, 7))
+                parameter.grad = None if absent else given[number][step].clone()
+            optimizer.step()
+        assert [int(optimizer.state[p]["step"]) for p in parameters] == [10, 6, 8]
+        ends.append([parameter.detach() for parameter in parameters])
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
 
 
 def test_lion_is_its_algorithm():

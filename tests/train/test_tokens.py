@@ -11,7 +11,7 @@ from ambergrade.family import sdxl
 from ambergrade.generate.texts import TextEncoder
 from ambergrade.train.diffusion import alpha_bars
 from ambergrade.train.settings import TrainSettings
-from ambergrade.train.tokens import encode, tokenize_captions
+from ambergrade.train.tokens import encode, tokenize_captions, unread_layer_left_out
 from ambergrade.train.trainer import draw_micro_batch, fine_tune
 
 SETTINGS = TrainSettings(
@@ -144,3 +144,18 @@ def test_a_long_caption_is_read_alike_in_training_and_in_sampling(padded):
         ((drawn, drawn_pooled),) = encoder([", ".join(tags)])
     torch.testing.assert_close(drawn, states[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(drawn_pooled, pooled[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_layer_that_nobody_reads_is_not_computed_and_changes_nothing(padded):
+    modules = (padded.text_encoder, padded.text_encoder_2)
+    ids = tokenize_captions(padded, [["hair", "horns"], ["tail"]], 75)
+    whole = encode(*modules, *ids)
+    last, calls = padded.text_encoder.encoder.layers[-1], []
+    hook = last.self_attn.register_forward_hook(lambda *_: calls.append(1))
+    with unread_layer_left_out(padded.text_encoder):
+        for found, value in zip(encode(*modules, *ids), whole, strict=True):
+            assert torch.equal(found, value)
+        assert not calls
+    encode(*modules, *ids)
+    hook.remove()
+    assert len(calls) == 1

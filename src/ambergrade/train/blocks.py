@@ -146,7 +146,7 @@ def _forward_of(block: BasicTransformerBlock) -> Callable[..., Tensor]:
             or attention_mask is not None
             or encoder_attention_mask is not None
             or cross_attention_kwargs
-            or not torch.is_grad_enabled()
+            or not (torch.is_grad_enabled() and weights[0].requires_grad)
             or hidden_states.device.type != "cpu"
             or not dtype == words.dtype == weights[0].dtype
             or dtype not in (torch.float32, torch.float64)
@@ -190,11 +190,21 @@ def _is_plain(block: BasicTransformerBlock) -> bool:
         if not _is_plain_attention(attention):
             return False
         layers += [attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]]
-    if any(type(layer) is not nn.Linear or "forward" in vars(layer) or layer._forward_hooks for layer in layers):
+    if any(type(layer) is not nn.Linear for layer in layers) or any(map(_is_wrapped, block.modules())):
         return False
     unused = [module for module in block.modules() if isinstance(module, nn.Dropout)]
     biased = [layer for layer in layers if layer.bias is not None]
-    return len(biased) == 4 and all(dropout.p == 0 for dropout in unused) and None not in _weights(block)
+    return (
+        len(biased) == 4 and all(dropout.p == 0 for dropout in unused) and all(w is not None for w in _weights(block))
+    )
+
+
+def _is_wrapped(module: nn.Module) -> bool:
+    """Whether somebody else computes or listens here; on the block itself, listeners are called as ever."""
+    if isinstance(module, BasicTransformerBlock):
+        return "forward" in vars(module)
+    heard = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return "forward" in vars(module) or any(heard)
 
 
 def _is_plain_attention(attention: Attention) -> bool:

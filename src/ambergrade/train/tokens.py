@@ -5,7 +5,8 @@ One window is read exactly as SDXL's own pipeline reads it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,6 +44,20 @@ def encode(text_encoder: nn.Module, text_encoder_2: nn.Module, ids_1: Tensor, id
     states = states.view(batch, windows, *states.shape[1:])
     text = states[:, :, 1:-1].flatten(1, 2)
     return torch.cat([states[:, 0, :1], text, states[:, -1, -1:]], dim=1), pooled.view(batch, windows, -1)[:, 0]
+
+
+@contextmanager
+def unread_layer_left_out(text_encoder: Any) -> Iterator[None]:
+    """While it lasts, the first text encoder does not compute its last layer, whose states SDXL never reads.
+
+    Its own last state is then wrong; `encode` and the stock pipeline take the one before and the second's pooled.
+    """
+    last = text_encoder.encoder.layers[-1]
+    last.forward = lambda hidden_states, *_, **__: hidden_states
+    try:
+        yield
+    finally:
+        del last.forward
 
 
 def _windows(tokenizer: Any, tags: Sequence[str], tokens: int) -> Tensor:

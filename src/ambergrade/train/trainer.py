@@ -44,7 +44,7 @@ from ambergrade.train.latents import Cached
 from ambergrade.train.rounding import lost_share
 from ambergrade.train.run import QUARTERS, LogRow, Run, by_quarter
 from ambergrade.train.settings import TrainSettings, plug, plug_module
-from ambergrade.train.tokens import encode, tokenize_captions
+from ambergrade.train.tokens import encode, tokenize_captions, unread_layer_left_out
 from ambergrade.train.validation import ValidationLoss, validation_loss
 
 __all__ = ["Denoiser", "LogRow", "TrainReport", "fine_tune", "freeze", "parameter_groups"]
@@ -161,10 +161,12 @@ def fine_tune(
         disable=None if accelerator.is_main_process else True,
     )
     stock = settings.compile or adapters is not None
+    roomy = accelerator.device.type == "cpu" and not settings.in_backward  # which is chosen to save memory
     with (
         bar,
-        kept_heap() if accelerator.device.type == "cpu" else nullcontext(),
+        kept_heap() if roomy else nullcontext(),
         nullcontext() if stock else blocks_as_one(networks.unet),
+        nullcontext() if stock else unread_layer_left_out(networks.text_encoder),
     ):
         while run.seen < settings.images:
             bucket, rows = batches(run.seen // settings.batch)
