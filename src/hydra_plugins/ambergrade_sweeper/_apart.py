@@ -18,9 +18,10 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import cloudpickle
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.singleton import Singleton
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
@@ -281,7 +282,8 @@ def _serve(inbox: queue.SimpleQueue[Any], send: Callable[[Any], None]) -> None:
         with suppress(Exception):  # the first point meets it again, and there it is told
             task.task.prepares(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
     launcher, loader = BasicLauncher(), _Handed(context.config_loader)
-    launcher.setup(hydra_context=HydraContext(loader, context.callbacks), task_function=task, config=config)
+    stand_in = cast(ConfigLoader, loader)
+    launcher.setup(hydra_context=HydraContext(stand_in, context.callbacks), task_function=task, config=config)
     while (message := inbox.get()) is not None:
         if isinstance(message, _Batch):
             loader.jobs = _Jobs(message, inbox, send)

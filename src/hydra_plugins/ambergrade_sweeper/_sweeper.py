@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
@@ -180,7 +181,7 @@ class AmbergradeSweeper(Sweeper):
 
     def _sweep(self, arguments: Sequence[str]) -> Sweep:
         assert self.config is not None
-        loader = self.hydra_context.config_loader
+        loader = self._loader
         lines = [f"{key}={value}" for key, value in self.params.items()] + list(arguments)
         overrides = OverridesParser.create(config_loader=loader).parse_overrides(lines)
         settings = {key: value for key, value in self.settings.items() if key not in ("values", "start")}
@@ -218,7 +219,8 @@ class AmbergradeSweeper(Sweeper):
 
     def _options(self, plan: Plan) -> dict[str, Any]:
         """What the swept options of config groups hold: a file that was edited since makes other points."""
-        loader, found = self.hydra_context.config_loader, {}
+        assert self.config is not None
+        loader, found = self._loader, {}
         for key in (key for key in plan.axes if loader.get_group_options(key)):
             for text in plan.texts.get(key, {}).values():
                 config = loader.load_sweep_config(self.config, [f"{key}={text}"])
@@ -250,9 +252,14 @@ class AmbergradeSweeper(Sweeper):
         whole = self._whole(trial.lines)
         return OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
 
+    @property
+    def _loader(self) -> ConfigLoader:
+        assert self.hydra_context is not None
+        return self.hydra_context.config_loader
+
     def _whole(self, lines: list[str]) -> DictConfig:
         assert self.config is not None
-        return self.hydra_context.config_loader.load_sweep_config(self.config, lines)
+        return self._loader.load_sweep_config(self.config, lines)
 
     # --- drawing ---------------------------------------------------------------------------------------------
 
@@ -309,7 +316,9 @@ class AmbergradeSweeper(Sweeper):
             raise BadSetting("A race needs a pipeline that scores per prompt.\nUse python pipelines/sweep.py.")
         points = {sweep.plan.label(point): point for point in self._asked(sweep.search)}
         higher, hooks = sweep.search.higher_is_better, self.hooks
-        race = sweep.race = Race(list(points), self.rungs, lambda *look: hooks.judge(*look, higher))
+        race = sweep.race = Race(
+            list(points), self.rungs, lambda scores, alive, error: hooks.judge(scores, alive, error, higher)
+        )
         last: dict[str, Trial] = self._screened(sweep, points, race) if self.screen else {}
         while rung := race.ask():
             trials = [self._trial(sweep, points[label], (rung.start, rung.stop)) for label in rung.points]
@@ -334,13 +343,15 @@ class AmbergradeSweeper(Sweeper):
         """
         assert self.hooks is not None
         hooks, higher, block = self.hooks, sweep.search.higher_is_better, (0, self.rungs[0])
-        screening = Screening(points, lambda *look: hooks.judge(*look, higher), higher_is_better=higher)
+        screening = Screening(
+            points, lambda scores, alive, error: hooks.judge(scores, alive, error, higher), higher_is_better=higher
+        )
         cheap = [self._trial(sweep, point, block, self.screen) for point in points.values()]
         self._draw_new(cheap)
         failed = {trial.label: trial for trial in cheap if trial.outcome and trial.outcome.status != "done"}
         for trial in cheap:
-            done = trial.label not in failed and trial.outcome is not None
-            screening.tell(trial.label, trial.outcome.value["rows"] if done else [float("nan")] * block[1])
+            outcome = None if trial.label in failed else trial.outcome
+            screening.tell(trial.label, outcome.value["rows"] if outcome else [float("nan")] * block[1])
         for label in failed:
             race.fail(label)
         whole = [self._trial(sweep, points[label], block) for label in screening.controls()]
@@ -410,6 +421,7 @@ class AmbergradeSweeper(Sweeper):
 
     def _start_worker(self) -> None:
         assert self.config is not None
+        assert self.hydra_context is not None
         assert isinstance(self.task, Recorded)
         self.task.apart = True
         self._worker = _apart.Worker(self.hydra_context, self.task, self.config, self._hear)
