@@ -42,6 +42,32 @@ def test_sums_of_relatives_are_exact_values_rounded_once(digits: int, scale: flo
             assert wrong((*weights, last), xs) == 0
 
 
+@pytest.mark.parametrize("out", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("digits", [1, 4, 12])
+def test_other_dtypes_are_exact_values_rounded_once(dtype: torch.dtype, out: torch.dtype, digits: int) -> None:
+    """No number of the output's lies nearer to the fraction, and of two equally near the one with an even last bit."""
+    generator = torch.Generator().manual_seed(digits)
+    for scale, spread in ((1e-3, 0), (0.03, 0), (0.03, 30), (30, 3)):
+        base = torch.randn(300, generator=generator) * scale * torch.logspace(-spread, 0, 300)
+        xs = [(base + 0.03 * scale * torch.randn(300, generator=generator) * (k > 0)).to(dtype) for k in range(3)]
+        xs[1][:20] = 0.0
+        w = Fraction(10**digits // 3, 10**digits)
+        weights = (1 - w / 2, w, -w / 2)
+        made = torch.empty(300, dtype=out)
+        assert Combiner().combine(Weights(weights), xs, made, xs[0])
+        kind = torch.int32 if out == torch.float32 else torch.int16
+        for place, row in enumerate(zip(*(x.double().tolist() for x in xs), strict=True)):
+            truth = sum((w * Fraction(v) for w, v in zip(weights, row, strict=True)), Fraction(0))
+            size = int(made[place].abs().view(kind))
+            away = abs(abs(Fraction(float(made[place]))) - abs(truth))
+            assert truth == 0 or size == 0 or (truth > 0) == (float(made[place]) > 0)
+            for other in (size + 1, abs(size - 1)):
+                value = float(torch.tensor(other, dtype=kind).view(out))
+                beside = abs(Fraction(value) - abs(truth))
+                assert away < beside or (away == beside and size % 2 == 0), (row, made[place], value)
+
+
 def test_ties_go_to_the_even_one() -> None:
     """Half of neighbours lies midway between two numbers: of every fp16 and the next, subnormal ones included."""
     every = torch.arange(0x7BFE, dtype=torch.int16).view(torch.float16)

@@ -73,6 +73,8 @@ class Combiner:
 
     def finite(self, x: Tensor) -> bool:
         """Whether all of a flat float tensor is finite."""
+        if self.device.type != "cpu":
+            return bool(x.isfinite().all())
         for start in range(0, x.numel(), CHUNK):
             part = x[start : start + CHUNK]
             if self.device.type == "cpu" and x.dtype == torch.float16:
@@ -83,7 +85,6 @@ class Combiner:
         return True
 
     def _chunk(self, weights: Weights, xs: list[Tensor], out: Tensor, base: Tensor | None) -> bool:
-        small = all(x.dtype in _SMALL for x in xs)
         halves = self.device.type == "cpu" and all(x.dtype == torch.float16 for x in (*xs, out))
         if halves:
             error = self._error(weights, xs)
@@ -91,16 +92,32 @@ class Combiner:
                 return self._half(weights, xs, out, base, error)
         total = self._weighted(weights.scaled[0], xs)
         quotient = (total / weights.scaled[1]).add_(0.0)  # a sum of nothing but zeros is +0.0
-        if out.dtype == torch.float64 or (small and weights.short):
+        if out.dtype == torch.float64 or self._exact(weights, xs):
             out.copy_(_rounded(quotient, out.dtype))
         else:
             self._careful(weights, xs, total, quotient, out)
         if base is not None:
-            zeros = out == 0
+            zeros = ~(out != 0)  # torch's == is ten times slower than its !=
             if bool(zeros.any()):
                 wide = base.double()
                 out[zeros & (wide == 0) & torch.signbit(wide)] = -0.0
         return math.isfinite(float(out.float().abs().amax())) if len(out) else True
+
+    def _exact(self, weights: Weights, xs: list[Tensor]) -> bool:
+        """Whether float64 holds the sum, and no quotient but a midpoint is rounded to a midpoint.
+
+        The terms are whole multiples of the smallest ulp, and midpoints of half the result's own: one that is missed is
+        missed by that over Q at least, which is more than the rounding of the division while Q is no huge number.
+        """
+        if weights.short and all(x.dtype in _SMALL for x in xs):
+            return True
+        if weights.q >= 2**24:
+            return False
+        top, ulp = 0.0, math.inf
+        for x in xs:
+            largest, least = _magnitudes(x)
+            top, ulp = max(top, largest), min(ulp, least * 2.0 ** -(_DIGITS[x.dtype] + 1))
+        return weights.size * top < ulp * 2.0**52
 
     def _weighted(self, factors: Sequence[float], xs: list[Tensor], *, magnitudes: bool = False) -> Tensor:
         """The sum in float64 of factor * x, or of their magnitudes."""
@@ -246,6 +263,21 @@ class Combiner:
         out[index] = torch.copysign(settled.double(), signs).to(out.dtype).to(out.device)
 
 
+def _magnitudes(x: Tensor) -> tuple[float, float]:
+    """The largest one, and the smallest that is not zero; the former is infinity or NaN where any is."""
+    if x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16, torch.float32):
+        kind = torch.int16 if x.element_size() == 2 else torch.int32
+        bits = x.contiguous().view(kind).numpy()  # among numbers of one sign, larger bits are larger
+        sizes = bits & np.iinfo(bits.dtype).max
+        largest = int(sizes.max())
+        sizes -= 1
+        least = int(sizes.view(f"u{x.element_size()}").min()) + 1  # zero has become the largest of all
+        found = torch.tensor([largest, min(least, np.iinfo(bits.dtype).max)], dtype=kind).view(x.dtype).tolist()
+        return found[0], found[1] if least <= largest else math.inf
+    size = x.double().abs()
+    return float(size.max()), float(torch.where(size > 0, size, math.inf).min())
+
+
 def _bits(x: Tensor) -> np.ndarray[Any, Any]:
     """A flat fp16 tensor's own memory, as int16."""
     bits: np.ndarray[Any, Any] = x.detach().view(torch.int16).numpy()
@@ -277,11 +309,11 @@ def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float32:
         return single
     # Round to odd in float32, which keeps more than two bits beyond `dtype`: Boldo and Melquiond 2008, theorem 3.
-    exact = single.double() == x
-    up = torch.where(x > single.double(), math.inf, -math.inf).float()
-    even = (single.view(torch.int32) & 1) == 0
-    odd = torch.where(~exact & even & single.isfinite(), torch.nextafter(single, up), single)
-    return odd.to(dtype)
+    wide, bits = single.double(), single.view(torch.int32)
+    odd = torch.from_numpy(bits.numpy() & 1) if bits.device.type == "cpu" else bits & 1  # numpy's is ten times faster
+    open_ones = (wide != x) & (odd != 1) & (wide.abs() < math.inf)
+    away = (x.abs() > wide.abs()).int().mul_(2).sub_(1)  # sign and magnitude: one more is one further from zero
+    return (bits + away.mul_(open_ones)).view(torch.float32).to(dtype)
 
 
 def _as_finite(x: Tensor) -> np.ndarray[Any, Any]:

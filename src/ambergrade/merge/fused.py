@@ -1,13 +1,19 @@
 """Linear merges on a GPU in one pass over memory: every input read once, the result written straight where it lives.
 
-Whole weights over one divisor in float64, exact for fp16 with weights of few digits, one division, one rounding to odd
-on the way to fp16: the exact value rounded once, as on the CPU (`halves`). So its bits are the CPU's.
+Whole weights over one divisor in float64, exact for fp16 with weights of up to six digits, one division, one rounding
+to odd on the way to fp16: the exact value rounded once, as on the CPU (`halves`). So its bits are the CPU's. One launch
+serves thousands of tensors, each with weights of its own; inputs in the host's memory cross the bus stretch by stretch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -17,51 +23,185 @@ from ambergrade.errors import BadSetting
 from ambergrade.merge.weights import Weights
 
 MOST_MODELS = 4
-BLOCK = 1024
+BLOCK = 4096
+"""Elements of one program."""
+STRETCH = 1 << 24
+"""Elements of each input that cross the bus together."""
+NOT_FINITE, FAR = 1, 2
+"""What a pass says of a part: its result is infinite or NaN; or its inputs were so large that bits may be wrong."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Flat fp16 weights: what they are made of, and where they go, as fp16 or the same values as fp32."""
+
+    inputs: tuple[Tensor, ...]
+    factors: tuple[int, ...]
+    """One whole number for each input, over `divisor`."""
+    divisor: int
+    out: Tensor
+    signed: bool
+    """Whether a zero is -0.0 where the first input is."""
+
+    def piece(self, start: int, inputs: tuple[Tensor, ...]) -> Part:
+        """The stretch that begins at an element, its inputs lying elsewhere."""
+        return replace(self, inputs=inputs, out=self.out[start : start + len(inputs[0])])
+
+
+def fits(weights: Weights, inputs: Sequence[Tensor], out: Tensor) -> bool:
+    """Whether one pass does it: few contiguous fp16 inputs, an output of fp16 or fp32, and weights that are light."""
+    halves = all(x.dtype == torch.float16 for x in inputs) and out.dtype in (torch.float16, torch.float32)
+    together = all(x.is_contiguous() for x in (*inputs, out))
+    return halves and together and weights.light and len(inputs) <= MOST_MODELS
+
+
+def part(weights: Weights, inputs: Sequence[Tensor], out: Tensor, base: int | None = None) -> Part:
+    """The weighted sum of tensors of one size into `out`; where it is zero it is -0.0 if input number `base` is.
+
+    Raises BadSetting for what one pass cannot do: see `fits`.
+    """
+    if not fits(weights, inputs, out):
+        dtypes = ", ".join(sorted({str(x.dtype) for x in (*inputs, out)}))
+        raise BadSetting(
+            f"One fused pass takes up to {MOST_MODELS} contiguous fp16 inputs and weights of up to six digits; "
+            f"found {len(inputs)} of {dtypes} and divisor {weights.q}.\nMerge on the CPU, which has the same bits."
+        )
+    order = sorted(range(len(inputs)), key=lambda number: number != base)
+    flat, factors = tuple(inputs[number].view(-1) for number in order), tuple(weights.p[number] for number in order)
+    return Part(flat, factors, weights.q, out.view(-1), base is not None)
+
+
+def one_pass(parts: Sequence[Part]) -> Tensor:
+    """Make all parts in one launch; inputs and outputs are on one device.
+
+    Returns, for each part, 0, NOT_FINITE or FAR as int32 on the device: look at it when the pass is done.
+    """
+    device = parts[0].out.device
+    sizes = np.array([len(part.out) for part in parts], np.int64)
+    blocks = -(-sizes // BLOCK)
+    table = np.zeros((len(parts), MOST_MODELS + 4), np.int64)
+    numbers = np.zeros((len(parts), MOST_MODELS + 2), np.float64)
+    for row, part in enumerate(parts):
+        inputs = [x.data_ptr() for x in part.inputs]
+        table[row, : MOST_MODELS + 1] = *inputs, *[inputs[0]] * (MOST_MODELS - len(inputs)), part.out.data_ptr()
+        numbers[row, : len(inputs)] = part.factors
+        numbers[row, MOST_MODELS:] = part.divisor, sum(map(abs, part.factors))
+    table[:, -2], table[:, -1] = sizes, [part.signed for part in parts]
+    whole = ~(table[:, : MOST_MODELS + 1] % 16).any(axis=1) & (sizes % 8 == 0)
+    singles = np.array([part.out.dtype == torch.float32 for part in parts])
+    said = torch.zeros(len(parts), dtype=torch.int32, device=device)
+    count = max(len(part.inputs) for part in parts)
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        # Nearly all are aligned; the others cannot be moved 16 bytes at a time.
+        for aligned, single in itertools.product((True, False), (False, True)):
+            chosen = np.where((whole == aligned) & (singles == single), blocks, 0)
+            if chosen.any():
+                table[:, -3] = np.cumsum(chosen) - chosen
+                where = _rows(tuple(chosen.tolist()), device)
+                on_device = torch.tensor(table, device=device), torch.tensor(numbers, device=device)
+                _kernel[(len(where),)](where, *on_device, said, count, aligned, single, BLOCK, num_warps=8)
+    return said
+
+
+@functools.lru_cache(maxsize=4)
+def _rows(blocks: tuple[int, ...], device: torch.device) -> Tensor:
+    """Which part each program works on; the same for every point."""
+    return torch.from_numpy(np.repeat(np.arange(len(blocks), dtype=np.int32), blocks)).to(device)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _kernel(x0, x1, x2, x3, out, bad, n, p0, p1, p2, p3, q, count: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
-    place = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    inside = place < n
-    first = tl.load(x0 + place, mask=inside, other=0.0)
-    total = first.to(tl.float64) * p0
-    if count > 1:
-        total += tl.load(x1 + place, mask=inside, other=0.0).to(tl.float64) * p1
-    if count > 2:
-        total += tl.load(x2 + place, mask=inside, other=0.0).to(tl.float64) * p2
-    if count > 3:
-        total += tl.load(x3 + place, mask=inside, other=0.0).to(tl.float64) * p3
-    exact = (total + 0.0) / q  # a sum of nothing but zeros is +0.0
-    single = exact.to(tl.float32)
-    wide = single.to(tl.float64)
-    bits = single.to(tl.int32, bitcast=True)
+def _kernel(  # type: ignore[no-untyped-def]
+    where, table, numbers, said, count: tl.constexpr, aligned: tl.constexpr, single: tl.constexpr, block: tl.constexpr
+):
+    row = tl.load(where + tl.program_id(0)).to(tl.int64)
+    entry, number = table + row * 8, numbers + row * 6  # MOST_MODELS inputs, and what `one_pass` puts after them
+    inner = (tl.program_id(0) - tl.load(entry + 5)) * block + tl.arange(0, block)
+    size = tl.load(entry + 6)
+    if aligned:
+        size = tl.multiple_of(size, 8)
+    inside = inner < size
+    x0 = tl.load(entry).to(tl.pointer_type(tl.float16)) + inner
+    out = tl.load(entry + 4).to(tl.pointer_type(tl.float32 if single else tl.float16)) + inner
+    if aligned:
+        x0, out = tl.multiple_of(x0, 16), tl.multiple_of(out, 16)
+    first = tl.load(x0, mask=inside, other=0.0)
+    total = first.to(tl.float64) * tl.load(number)
+    top = tl.abs(first.to(tl.float32))
+    for place in tl.static_range(1, count):
+        x = tl.load(entry + place).to(tl.pointer_type(tl.float16)) + inner
+        if aligned:
+            x = tl.multiple_of(x, 16)
+        more = tl.load(x, mask=inside, other=0.0)
+        total += more.to(tl.float64) * tl.load(number + place)
+        top = tl.maximum(top, tl.abs(more.to(tl.float32)))
+    exact = (total + 0.0) / tl.load(number + 4)  # a sum of nothing but zeros is +0.0
+    near = exact.to(tl.float32)
+    wide = near.to(tl.float64)
+    bits = near.to(tl.int32, bitcast=True)
     # Round to odd: an inexact fp32 with an even last bit goes one step towards the exact value.
-    away = tl.where((exact > wide) == (single > 0), 1, -1)
+    away = tl.where((exact > wide) == (near > 0), 1, -1)
     odd = tl.where((exact != wide) & ((bits & 1) == 0) & (wide != 0), bits + away, bits)
-    half = odd.to(tl.float32, bitcast=True).to(tl.float16)
+    made = odd.to(tl.float32, bitcast=True).to(tl.float16).to(tl.int16, bitcast=True)
     sign = first.to(tl.int16, bitcast=True) & -32768
-    kept = half.to(tl.int16, bitcast=True)
-    both_zero = ((kept & 0x7FFF) == 0) & (first == 0)
-    kept = tl.where(both_zero, kept | sign, kept)  # -0.0 of the base stays
-    tl.atomic_max(bad, tl.max(tl.where(inside & ((kept & 0x7FFF) >= 0x7C00), 1, 0), axis=0))
-    tl.store(out + place, kept.to(tl.float16, bitcast=True), mask=inside)
+    both_zero = ((made & 0x7FFF) == 0) & (first == 0) & (tl.load(entry + 7) > 0)
+    made = tl.where(both_zero, made | sign, made)  # -0.0 of the base stays
+    half = made.to(tl.float16, bitcast=True)
+    tl.store(out, half.to(tl.float32) if single else half, mask=inside)
+    infinite = tl.max(tl.where(inside & ((made & 0x7FFF) >= 0x7C00), 1, 0), axis=0)
+    # Below 2**28 float64 holds the sum, and no quotient but a midpoint is rounded to one: see `halves._exactly`.
+    far = tl.where(tl.max(top, axis=0).to(tl.float64) * tl.load(number + 5) >= 268435456.0, 2, 0)
+    told = tl.maximum(infinite, far)
+    tl.atomic_max(said + row, told, mask=told > 0)
 
 
-def combine(weights: Weights, inputs: Sequence[Tensor], out: Tensor, bad: Tensor) -> None:
-    """`out` becomes the weighted sum of flat fp16 tensors on one device; `inputs[0]` is the base.
+def streamed(parts: Sequence[Part], device: torch.device) -> Tensor:
+    """The same for inputs in the host's memory: one stretch crosses the bus while the one before it is merged.
 
-    `bad`, one int32, becomes 1 where the result is not finite; read it when the pass is done. Raises BadSetting for
-    weights of too many digits, other dtypes, or more than MOST_MODELS inputs: those go the general way.
+    Pinned inputs cross at full speed. Takes `2 * MOST_MODELS * STRETCH` halves of the device's memory.
     """
-    fits = weights.short and 1 <= len(inputs) <= MOST_MODELS and len(weights.p) == len(inputs)
-    if not fits or any(x.dtype != torch.float16 for x in (*inputs, out)):
-        raise BadSetting(
-            f"One fused pass takes up to {MOST_MODELS} fp16 inputs and weights of few digits; "
-            f"found {len(inputs)} of {', '.join(sorted({str(x.dtype) for x in inputs}))} and divisor {weights.q}.\n"
-            "Merge on the CPU, which has the same bits."
-        )
-    filled = [*inputs, *[inputs[0]] * (MOST_MODELS - len(inputs))]
-    factors = [float(p) for p in weights.p] + [0.0] * (MOST_MODELS - len(inputs))
-    grid = (-(-out.numel() // BLOCK),)
-    _kernel[grid](*filled, out, bad, out.numel(), *factors, float(weights.q), len(inputs), BLOCK)
+    said = torch.zeros(len(parts), dtype=torch.int32, device=device)
+    slots = torch.empty(2, MOST_MODELS, STRETCH, dtype=torch.float16, device=device)
+    cuda = device.type == "cuda"
+    here = torch.cuda.current_stream(device) if cuda else None
+    crossing = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
+    if here and crossing:
+        crossing.wait_stream(here)
+    free: list[torch.cuda.Event | None] = [None, None]
+    for number, group in enumerate(_stretches(parts)):
+        slot = slots[number % 2]
+        if crossing and (before := free[number % 2]):
+            crossing.wait_event(before)
+        with torch.cuda.stream(crossing) if cuda else contextlib.nullcontext():
+            pieces, at = [], 0
+            for place, start, size in group:
+                part = parts[place]
+                there = tuple(slot[model, at : at + size] for model in range(len(part.inputs)))
+                for target, source in zip(there, part.inputs, strict=True):
+                    target.copy_(source[start : start + size], non_blocking=True)
+                pieces.append(part.piece(start, there))
+                at += -(-size // 8) * 8  # 16 bytes, what whole loads need
+        if here and crossing:
+            here.wait_stream(crossing)
+        found = one_pass(pieces)
+        index = torch.tensor([place for place, _, _ in group], device=device)
+        said.scatter_reduce_(0, index, found, "amax")
+        if here:
+            free[number % 2] = here.record_event()
+    return said
+
+
+def _stretches(parts: Sequence[Part]) -> Iterator[list[tuple[int, int, int]]]:
+    """What crosses together: number of a part, first element, elements."""
+    group: list[tuple[int, int, int]] = []
+    filled = 0
+    for place, part in enumerate(parts):
+        start = 0
+        while start < len(part.out):
+            size = min(len(part.out) - start, STRETCH - filled)
+            group.append((place, start, size))
+            start, filled = start + size, filled + -(-size // 8) * 8
+            if filled >= STRETCH:
+                yield group
+                group, filled = [], 0
+    if group:
+        yield group

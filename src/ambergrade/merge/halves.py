@@ -33,7 +33,8 @@ _TINY = np.float32(2.0**-112)
 """An fp16's bits, moved into those of an fp32, are the value times this."""
 _PLACES = np.int32(-0x70002000)
 """Where the sign, exponent and significand of an int16 lie as int32 after moving by 13 bits: 0x8FFFE000."""
-_INFINITE = 0x7C00
+_INFINITE, _MOST = 0x7C00, 65504
+"""Of fp16: the bits of infinity, and the largest number."""
 
 
 class Halves:
@@ -64,35 +65,33 @@ class Halves:
         works out the few elements in doubt; it must be given for weights that are not light, and those must sum to 1.
         Returns whether all of `out` is finite.
         """
-        finite = True
+        finite, settle = True, settle or _exactly(weights)
         for start in range(0, len(out), CHUNK):
             part = slice(start, start + CHUNK)
             zeros = None if base is None else base[part]
-            finite &= self._chunk(weights, [x[part] for x in xs], out[part], zeros, settle or _exactly(weights))
+            finite &= self._chunk(weights, [x[part] for x in xs], out[part], zeros, settle)
         return finite
 
     def _chunk(self, weights: Weights, xs: list[Array], out: Array, base: Array | None, settle: Settle) -> bool:
-        n = len(out)
-        if weights.short:
-            self._magnitudes(xs, self._most[:n], self._least[:n])
-            top = int(self._most[:n].max()) >> 1
-        else:
-            top = max(_largest(x) for x in xs)
-        bound = float(np.uint16(top).view(np.float16)) * weights.size / weights.q
-        doubtful: Array | None = None
-        if bound < 65504 and (self._gradual or self._torch):  # else infinity, NaN, or near it
-            doubtful = self._short(weights, xs, out) if weights.short else self._long(weights, xs, out, base)
-        if doubtful is None or len(doubtful) > n >> 3:
-            doubtful = np.arange(n)
+        doubtful, bound = self._short(weights, xs, out) if weights.short else self._long(weights, xs, out, base)
+        if doubtful is None or len(doubtful) > len(out) >> 3:
+            doubtful = np.arange(len(out))
         if len(doubtful):
             out[doubtful] = settle([x[doubtful] for x in xs])
             self._sign_zeros(doubtful, xs, out, base)
-        return bound < 65504 or _largest(out) < _INFINITE
+        return bound < _MOST or _largest(out) < _INFINITE
 
-    def _short(self, weights: Weights, xs: list[Array], out: Array) -> Array | None:
-        """Weights of few digits; returns where the sum may not be exact, and every place with a zero operand."""
+    def _short(self, weights: Weights, xs: list[Array], out: Array) -> tuple[Array | None, float]:
+        """Weights of few digits; returns where the sum may not be exact, and every place with a zero operand.
+
+        None is everywhere; and a bound on the result.
+        """
         n = len(out)
         most, least, flags = self._most[:n], self._least[:n], self._flags[:n]
+        self._magnitudes(xs, most, least)
+        bound = _value(int(most.max()) >> 1) * weights.size / weights.q
+        if not (bound < _MOST and (self._gradual or self._torch)):  # infinity, NaN, or near it
+            return None, math.inf
         spread = np.subtract(most, least, out=self._sizes[:n])
         # The sum is a multiple of the least one's ulp, and below 2**24 of them.
         binades = 13 - math.ceil(math.log2(weights.size))
@@ -101,36 +100,46 @@ class Halves:
             np.logical_or(flags, least == 0, out=flags)
         doubtful = np.flatnonzero(flags) if flags.any() else np.empty(0, np.intp)
         if len(doubtful) > n >> 3:
-            return None
+            return None, bound
         total, wide, other = self._sums[:n], self._wide[:n], self._first[:n]
         unit = np.float32(1) if self._torch else _TINY
-        for number, (factor, members) in enumerate(_grouped(weights.p, xs).items()):
+        for number, (factor, members) in enumerate(weights.groups):  # one multiplication serves for each group
             target = wide if number else total
-            for place, x in enumerate(members):
-                self._spread(x, other if place else target)
+            for place, member in enumerate(members):
+                self._spread(xs[member], other if place else target)
                 if place:
                     np.add(target, other, out=target)
             np.multiply(target, np.float32(factor) / unit, out=target)
             if number:
                 np.add(total, wide, out=total)
         self._divided(total, weights.q, out)
-        return doubtful
+        return doubtful, bound
 
-    def _long(self, weights: Weights, xs: list[Array], out: Array, base: Array | None) -> Array:
-        """x[0] + sum(w[i] * (x[i] - x[0])) and a bound on its error; returns where that leaves the rounding open."""
-        assert weights.affine, weights
+    def _long(self, weights: Weights, xs: list[Array], out: Array, base: Array | None) -> tuple[Array | None, float]:
+        """x[0] + sum(w * (x[i] - x[j])) and a bound on its error; returns where that leaves the rounding open.
+
+        None is everywhere; and a bound on the result.
+        """
         n = len(out)
-        first, wide, total = self._first[:n], self._wide[:n], self._sums[:n]
+        first, wide, total, other = self._first[:n], self._wide[:n], self._sums[:n], self._bits[:n].view(np.float32)
+        reach = _value(_largest(xs[0]))
+        if not (reach < _MOST and (self._gradual or self._torch)):
+            return None, math.inf
         self._widened(xs[0], first)
         size = 0.0
-        for number, (weight, x) in enumerate(zip(weights.exact[1:], xs[1:], strict=True)):
-            self._widened(x, wide)
-            np.subtract(wide, first, out=wide)
-            size += abs(float(weight)) * self._farthest(wide)
-            self._weighted(wide, float(weight), total, first=number == 0)
-        largest = float(np.uint16(_largest(xs[0])).view(np.float16)) + size
+        with np.errstate(invalid="ignore"):  # infinity less infinity is found below
+            for number, (weight, i, j) in enumerate(weights.differences):
+                self._widened(xs[i], wide)
+                if j:
+                    self._widened(xs[j], other)
+                np.subtract(wide, other if j else first, out=wide)
+                far = max(float(wide.max()), -float(wide.min()))
+                if not far + (_value(_largest(xs[j])) if j else reach) < _MOST:
+                    return None, math.inf
+                size += abs(weight) * far
+                self._weighted(wide, weight, total, first=number == 0)
         # Roundings of a difference, a weight, a product and the partial sums; then of the last sum and of the bounds.
-        error = np.float32(2.0**-24 * 1.01 * ((len(xs) + 2) * size + 2 * largest) + 2.0**-60)
+        error = np.float32(2.0**-24 * 1.01 * ((len(xs) + 2) * size + 2 * (reach + size)) + 2.0**-60)
         np.add(total, first, out=total)
         np.subtract(total, error, out=wide)
         np.add(total, error, out=total)
@@ -138,9 +147,9 @@ class Halves:
         self._divided(wide, 1, lower)
         self._divided(total, 1, out)
         flags = np.not_equal(lower, out, out=self._flags[:n])
-        if base is not None:
+        if base is not None and int(base.min()) == -0x8000:
             np.logical_or(flags, base == -0x8000, out=flags)
-        return np.flatnonzero(flags)
+        return np.flatnonzero(flags), reach + size + float(error)
 
     def _magnitudes(self, xs: list[Array], most: Array, least: Array) -> None:
         """Of each element the largest and the smallest operand, as bits without the sign, times two."""
@@ -157,13 +166,6 @@ class Halves:
                 np.maximum(most, sizes, out=most)
 
     # --- between fp16 and fp32, either way of computing
-
-    def _farthest(self, wide: Array) -> float:
-        """The largest magnitude."""
-        if self._torch:
-            low, high = self._torch.from_numpy(wide).aminmax()
-            return max(float(high), -float(low))
-        return max(float(wide.max()), -float(wide.min()))
 
     def _weighted(self, wide: Array, weight: float, total: Array, *, first: bool) -> None:
         """total += weight * wide, or = for the first."""
@@ -222,12 +224,8 @@ class Halves:
                 out[zero[base[zero] == -0x8000]] = -0x8000
 
 
-def _grouped(p: Sequence[int], xs: Sequence[Array]) -> dict[int, list[Array]]:
-    """Operands of one factor together: one multiplication serves for all of them."""
-    found: dict[int, list[Array]] = {}
-    for factor, x in zip(p, xs, strict=True):
-        found.setdefault(factor, []).append(x)
-    return found
+def _value(bits: int) -> float:
+    return float(np.uint16(bits).view(np.float16))
 
 
 def _largest(x: Array) -> int:
@@ -246,18 +244,26 @@ def _exactly(weights: Weights) -> Settle:
     factors = np.array(weights.p, np.float64)
 
     def settle(xs: list[Array]) -> Array:
-        values = np.stack(xs).view(np.float16).astype(np.float64)
+        values = _wide(np.stack(xs))
         with np.errstate(over="ignore", invalid="ignore"):
             total = np.add.reduce(factors[:, None] * values, axis=0) + 0.0  # nothing but zeros is +0.0
             rounded: Array = (total / weights.q).astype(np.float16)
-            if not weights.short:
+            if not weights.size * max(float(values.max()), -float(values.min())) < 2.0**28:
                 far = weights.size * np.maximum.reduce(np.abs(values)) >= 2.0**28
-                for place in np.flatnonzero(far & np.isfinite(total)):
+                for place in np.flatnonzero(far & np.isfinite(total)) if not weights.short else ():
                     terms = (w * Fraction(float(x)) for w, x in zip(weights.exact, values[:, place], strict=True))
                     rounded[place] = _nearest(sum(terms, Fraction(0)))
         return rounded.view(np.int16)
 
     return settle
+
+
+def _wide(bits: Array) -> Array:
+    """fp16 as float64."""
+    if torch := sys.modules.get("torch"):
+        values: Array = torch.from_numpy(bits).view(torch.float16).double().numpy()
+        return values
+    return bits.view(np.float16).astype(np.float64)
 
 
 def _nearest(exact: Fraction) -> np.float16:

@@ -6,9 +6,8 @@ The same plan and the same arithmetic as for files, so a live model has the bits
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from queue import SimpleQueue
 from typing import Any
@@ -20,7 +19,6 @@ from ambergrade.errors import BadInput, UnknownName
 from ambergrade.family.detect import Layout, detect
 from ambergrade.family.files import DTYPES as WORDS
 from ambergrade.family.files import TORCH
-from ambergrade.family.layouts import Source
 from ambergrade.merge.blocks import component
 from ambergrade.merge.checks import check_operands, needs_values, refuse_nonfinite
 from ambergrade.merge.evaluate import Evaluator, Kept
@@ -28,20 +26,8 @@ from ambergrade.merge.formula import Formula
 from ambergrade.merge.lora import targets
 from ambergrade.merge.mixture import Applied, Mixture
 from ambergrade.merge.parts import canonical_parts
+from ambergrade.merge.passes import Live, fused_point
 from ambergrade.merge.plan import DTYPES, Plan, Task, check_policies, make_plan, operands
-
-
-@dataclass(frozen=True)
-class _Live:
-    """One parameter of a live module and the part of a merged tensor that it holds."""
-
-    target: Tensor
-    source: Source
-
-    def holds(self, task: Task) -> bool:
-        """Whether it is the merged tensor, as it lies in memory."""
-        same = self.source.form == "as is" and self.target.dtype == TORCH[task.dtype]
-        return same and self.target.is_contiguous() and self.target.device.type == "cpu"
 
 
 class ResidentMerge:
@@ -82,6 +68,10 @@ class ResidentMerge:
         self._policies = check_policies(policies or {}, formula.models)
         self._inputs = {alias: inputs[alias] for alias in (*formula.models, *formula.loras)}
         self._base = inputs[formula.models[0]]
+        devices = {tensor.device for found in self._inputs.values() for tensor in found.values()}
+        if len(devices) > 1:
+            raise BadInput(f"The inputs lie on {', '.join(sorted(map(str, devices)))}. Move all of them to one device.")
+        self._device = devices.pop() if devices else torch.device("cpu")
         shapes = {name: tuple(tensor.shape) for name, tensor in self._base.items()}
         self._layout = _layout(shapes)
         self._parts = canonical_parts(self._layout, shapes)
@@ -131,13 +121,17 @@ class ResidentMerge:
         def one(evaluator: Evaluator, task: Task) -> None:
             if task.name in live:
                 parts = live[task.name]
-                straight = parts[0].target if len(parts) == 1 and parts[0].holds(task) else None
+                here = len(parts) == 1 and parts[0].holds(task) and parts[0].target.device == self._device
+                straight = parts[0].target if here else None
                 value = self._value(plan, task, evaluator, straight)
                 for part in parts if value is not straight else ():
                     part.target.copy_(part.source.take({task.name: value}))
 
         with torch.no_grad():
-            self._each(plan, one)
+            fused, wrong = fused_point(plan, live, self._inputs)
+            for name in sorted(wrong):
+                self._refuse(plan, plan.tasks[name])
+            self._each(plan, one, fused)
 
     def _plan(self, coefficients: Mapping[str, float]) -> Plan:
         """The last plan is kept: a point is assigned, and then asked what it is made of."""
@@ -155,11 +149,11 @@ class ResidentMerge:
             for alias in self.formula.models
         }
 
-    def _each(self, plan: Plan, work: Callable[[Evaluator, Task], None]) -> None:
+    def _each(self, plan: Plan, work: Callable[[Evaluator, Task], None], done: Collection[str] = ()) -> None:
         threads = torch.get_num_threads()
         free: SimpleQueue[Evaluator] = SimpleQueue()
         for _ in range(threads):
-            free.put(Evaluator(plan.base, self._parts, self._lora_tensors, kept=self._kept))
+            free.put(self._evaluator(plan, self._kept))
 
         def one(task: Task) -> None:
             evaluator = free.get()
@@ -171,7 +165,7 @@ class ResidentMerge:
         torch.set_num_threads(1)  # our threads, not torch's own within each
         try:
             with ThreadPoolExecutor(threads) as pool:
-                for _ in pool.map(one, plan.tasks.values()):
+                for _ in pool.map(one, [task for name, task in plan.tasks.items() if name not in done]):
                     pass
         finally:
             torch.set_num_threads(threads)
@@ -185,16 +179,23 @@ class ResidentMerge:
             return first.to(torch.int64)
         tensors = {alias: self._inputs[alias][task.name] for alias in operands(task, plan.base)}
         if task.mixture.linear:
-            value = torch.empty(task.shape, dtype=TORCH[task.dtype]) if out is None else out
+            value = torch.empty(task.shape, dtype=TORCH[task.dtype], device=self._device) if out is None else out
             flat = {alias: tensor.reshape(-1) for alias, tensor in tensors.items()}
             finite = evaluator.linear(task, flat, value.view(-1))
         else:
             value = evaluator.whole(task, tensors)
             finite = evaluator.combiner.finite(value.view(-1))
         if not finite:
-            sound = {alias: bool(tensor.double().isfinite().all()) for alias, tensor in tensors.items()}
-            refuse_nonfinite(task, sound, f"{self.formula.text} at {dict(plan.coefficients)}")
+            self._refuse(plan, task)
         return value
+
+    def _refuse(self, plan: Plan, task: Task) -> None:
+        tensors = {alias: self._inputs[alias][task.name] for alias in operands(task, plan.base)}
+        sound = {alias: bool(tensor.double().isfinite().all()) for alias, tensor in tensors.items()}
+        refuse_nonfinite(task, sound, f"{self.formula.text} at {dict(plan.coefficients)}")
+
+    def _evaluator(self, plan: Plan, kept: Kept | None = None) -> Evaluator:
+        return Evaluator(plan.base, self._parts, self._lora_tensors, str(self._device), kept=kept)
 
     def _lora_tensors(self, alias: str, name: str) -> Mapping[str, Tensor]:
         return {key: self._inputs[alias][key] for key in self._lora_targets[alias][name]}
@@ -209,22 +210,22 @@ class ResidentMerge:
 
     def _check(self, plan: Plan) -> None:
         """What values alone can tell, of every input, once."""
-        probe = Evaluator(plan.base, {}, self._lora_tensors)
+        probe = self._evaluator(plan)
         for task in plan.tasks.values():
             tensors = {alias: self._inputs[alias][task.name] for alias in operands(task, plan.base)}
             if needs_values(task):
-                values = {alias: tensor.double().numpy() for alias, tensor in tensors.items()}
+                values = {alias: tensor.double().cpu().numpy() for alias, tensor in tensors.items()}
                 check_operands(task, values, plan.base, cosmetic=self._policies["cosmetic"])
             for alias, tensor in tensors.items():
                 if tensor.is_floating_point() and not probe.combiner.finite(tensor.reshape(-1)):
                     raise BadInput(f"'{task.name}' of {alias} holds NaN or infinity. Mend or replace that checkpoint.")
 
-    def _live(self, modules: Mapping[str, nn.Module], plan: Plan) -> dict[str, list[_Live]]:
+    def _live(self, modules: Mapping[str, nn.Module], plan: Plan) -> dict[str, list[Live]]:
         """Merged name to the parameters it fills. Raises BadInput naming what does not fit; nothing is written then."""
         if self._layout is None:
             raise BadInput("Tensors of no known family cannot be written into live modules.")
         shapes = {name: task.shape for name, task in plan.tasks.items()}
-        found: dict[str, list[_Live]] = {}
+        found: dict[str, list[Live]] = {}
         complaints = []
         for part, module in modules.items():
             state: dict[str, Any] = module.state_dict(keep_vars=False)
@@ -238,7 +239,7 @@ class ResidentMerge:
                 if key in state and source.shape(shapes) != tuple(state[key].shape):
                     complaints.append(f"shape: {part}/{key}")
                 elif key in state:
-                    found.setdefault(source.keys[0], []).append(_Live(state[key], source))
+                    found.setdefault(source.keys[0], []).append(Live(state[key], source))
         if complaints:
             raise BadInput("The live modules do not fit the merge:\n" + "\n".join(complaints[:6]))
         return found
