@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,7 +48,6 @@ class Said:
     number: int
     method: str
     given: tuple[Any, ...] = ()
-    named: Mapping[str, Any] = field(default_factory=dict)
 
 
 Message = Opened | Said
@@ -154,7 +153,7 @@ class Scribe:
         run = self._runs.get(message.number)
         if run is None:  # a signal came while it was opened; it ends with its process
             return
-        getattr(run, message.method)(*message.given, **message.named)
+        getattr(run, message.method)(*message.given)
         if message.method == "end":
             del self._runs[message.number]
 
