@@ -1,14 +1,13 @@
-"""Weighted sums of weights of any dtypes, equal to exact arithmetic rounded once.
+"""Weighted sums of tensors of any dtypes on any device, equal to exact arithmetic rounded once.
 
-A linear formula comes to one rational weight per model, `sum(P[i] * x[i]) / Q` with whole P and Q. Weights of a few
-digits over fp16 go to `halves`. Where exactness is not certain beforehand (many digits, bf16, fp32) the elements whose
-rounding an error bound leaves open are decided by exact comparison with the midpoint, at last by fractions. A correctly
-rounded result is unique, so threads, chunks, SIMD width and device cannot change a bit.
+A linear formula comes to one rational weight per model, `sum(P[i] * x[i]) / Q` with whole P and Q. On the CPU fp16,
+bf16 and fp32 go to `sums`. Elsewhere the elements whose rounding an error bound leaves open are decided by exact
+comparison with the midpoint, at last by fractions. A correctly rounded result is unique, so threads, chunks, SIMD width
+and device cannot change a bit.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ambergrade.merge.halves import CHUNK, Halves
+from ambergrade.merge.sums import combine
 from ambergrade.merge.weights import Weights
 
 _DIGITS = {
@@ -30,6 +29,9 @@ _DIGITS = {
     torch.float8_e5m2: 2,
 }
 """Stored bits of the significand."""
+CHUNK = 1 << 16
+_EIGHTHS = {torch.float8_e4m3fn, torch.float8_e5m2}
+_WORDS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 _SMALL = {torch.float16, torch.float8_e4m3fn, torch.float8_e5m2}
 """Whole multiples of 2**-24 below 2**17."""
 
@@ -42,9 +44,6 @@ class Combiner:
         self._sum = torch.empty(CHUNK, dtype=torch.float64, device=self.device)
         self._wide = torch.empty(CHUNK, dtype=torch.float64, device=self.device)
         self._single = torch.empty(CHUNK, dtype=torch.float32, device=self.device)
-        self._magnitude, self._flag = np.empty(CHUNK, np.int16), np.empty(CHUNK, np.bool_)
-        self._spare = np.empty(CHUNK, np.int32)
-        self._halves = Halves()
 
     def combine(self, weights: Weights, tensors: Sequence[Tensor], out: Tensor, base: Tensor | None = None) -> bool:
         """`out` becomes the weighted sum of flat tensors of any float dtypes, correctly rounded to its dtype.
@@ -52,11 +51,13 @@ class Combiner:
         Where the result is zero and `base` is -0.0, it is -0.0, so that merging a model with itself changes no bit.
         Returns whether all of `out` is finite. float64 results may be an ulp off; all others are exact.
         """
-        halves = self.device.type == "cpu" and all(x.dtype == torch.float16 for x in (*tensors, out))
-        if halves and (weights.light or weights.affine):
-            old = None if base is None else _zeros_of(base)
-            settle = None if weights.light else functools.partial(self._settled, weights)
-            return self._halves.combine(weights, [_bits(x) for x in tensors], _bits(out), old, settle)
+        if self.device.type == "cpu":
+            tensors = [x.half() if x.dtype in _EIGHTHS else x for x in tensors]  # fp16 holds all of theirs
+            if all(x.dtype in _WORDS for x in (*tensors, out)):
+                return _summed(weights, tensors, out, base)
+        return self._general(weights, tensors, out, base)
+
+    def _general(self, weights: Weights, tensors: Sequence[Tensor], out: Tensor, base: Tensor | None) -> bool:
         finite = True
         pieces = [x.split(CHUNK) for x in (*tensors, out, *(() if base is None else (base,)))] if len(out) else []
         for piece in zip(*pieces, strict=True):
@@ -64,32 +65,17 @@ class Combiner:
             finite &= self._chunk(weights, xs, rest[0], rest[1] if base is not None else None)
         return finite
 
-    def _settled(self, weights: Weights, xs: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
-        """The elements that `halves` leaves open, weights of any digits."""
-        tensors = [torch.from_numpy(x).view(torch.float16) for x in xs]
-        out = torch.empty_like(tensors[0])
-        self._chunk(weights, tensors, out, None)
-        return _bits(out)
-
     def finite(self, x: Tensor) -> bool:
         """Whether all of a flat float tensor is finite."""
         if self.device.type != "cpu":
             return bool(x.isfinite().all())
         for start in range(0, x.numel(), CHUNK):
             part = x[start : start + CHUNK]
-            if self.device.type == "cpu" and x.dtype == torch.float16:
-                if int(self._sizes(part).max()) >= 0x7C00:
-                    return False
-            elif not math.isfinite(float(part.float().abs().amax() if x.dtype != torch.float64 else part.abs().amax())):
+            if not math.isfinite(float(part.float().abs().amax() if x.dtype != torch.float64 else part.abs().amax())):
                 return False
         return True
 
     def _chunk(self, weights: Weights, xs: list[Tensor], out: Tensor, base: Tensor | None) -> bool:
-        halves = self.device.type == "cpu" and all(x.dtype == torch.float16 for x in (*xs, out))
-        if halves:
-            error = self._error(weights, xs)
-            if error <= 2.0**-46 * weights.scaled[1]:
-                return self._half(weights, xs, out, base, error)
         total = self._weighted(weights.scaled[0], xs)
         quotient = (total / weights.scaled[1]).add_(0.0)  # a sum of nothing but zeros is +0.0
         if out.dtype == torch.float64 or self._exact(weights, xs):
@@ -97,10 +83,7 @@ class Combiner:
         else:
             self._careful(weights, xs, total, quotient, out)
         if base is not None:
-            zeros = ~(out != 0)  # torch's == is ten times slower than its !=
-            if bool(zeros.any()):
-                wide = base.double()
-                out[zeros & (wide == 0) & torch.signbit(wide)] = -0.0
+            _sign_zeros(out, base)
         return math.isfinite(float(out.float().abs().amax())) if len(out) else True
 
     def _exact(self, weights: Weights, xs: list[Tensor]) -> bool:
@@ -137,75 +120,6 @@ class Combiner:
             elif factor != 1:
                 total.mul_(factor)
         return total
-
-    # --- fp16 to fp16 on the CPU
-
-    def _error(self, weights: Weights, xs: list[Tensor]) -> float:
-        """A bound on the error of the sum in float64, 0 where it is exact.
-
-        Up to 2**-46 of the divisor it is below 4 fp32 ulps at every fp16 midpoint, the smallest of which is 2**-25.
-        """
-        most = max(int(self._sizes(x).max()) for x in xs)
-        top = float(np.array(most, np.int16).view(np.float16))
-        factors, divisor, whole = weights.scaled
-        size = sum(map(abs, factors)) * top
-        if whole and max(size, divisor) < 2.0**28:
-            return 0.0  # all terms are multiples of 2**-24, and no partial sum has more than 53 bits
-        return (len(xs) + 2) * 2.0**-51 * size
-
-    def _sizes(self, x: Tensor) -> np.ndarray[Any, Any]:
-        """Magnitudes as whole numbers, in the order of the values."""
-        sizes = self._magnitude[: len(x)]
-        np.bitwise_and(x.view(torch.int16).numpy(), np.int16(0x7FFF), out=sizes)
-        return sizes
-
-    def _half(self, weights: Weights, xs: list[Tensor], out: Tensor, base: Tensor | None, error: float) -> bool:
-        """`error` bounds that of the sum; 0 where it is exact."""
-        factors, divisor, _ = weights.scaled
-        total = self._weighted(factors, xs)
-        single = self._single[: len(out)]
-        # The reciprocal's error is far below fp32's half ulp, so what is a midpoint arrives on it.
-        single.copy_(torch.mul(total, 1 / divisor, out=self._wide[: len(out)]))
-        out.copy_(single)
-        sizes = self._sizes(out)
-        if len(out) == 0:
-            return True
-        smallest, largest = int(sizes.min()), int(sizes.max())
-        open_ones = self._decided(single.view(torch.int32).numpy(), total, divisor, out, error)
-        self._settle(weights, xs, total, out, open_ones)
-        if smallest == 0:
-            zeros = np.flatnonzero(np.equal(sizes, 0, out=self._flag[: len(out)]))
-            _bits(out)[zeros[total.numpy()[zeros] == 0]] = 0  # a sum of nothing but zeros is +0.0
-            if base is not None:
-                _bits(out)[zeros[_zeros_of(base)[zeros] == -0x8000]] = -0x8000
-        return largest < 0x7C00
-
-    def _decided(
-        self, bits: np.ndarray[Any, Any], total: Tensor, divisor: float, out: Tensor, error: float
-    ) -> np.ndarray[Any, Any]:
-        """Round what lies near a midpoint to the side that float64 is sure of; returns where it is not sure."""
-        spare = self._spare[: len(bits)]
-        np.bitwise_and(np.add(bits, np.int32(4), out=spare), np.int32(0xFFF), out=spare)
-        where = np.flatnonzero(np.less_equal(spare, 8, out=self._flag[: len(bits)]))
-        where = where[_near_midpoint(bits[where], window=4)]
-        middle = ((bits[where] + np.int32(4)) & np.int32(~0xFFF)).view(np.float32)
-        sums, scaled = total.numpy()[where], middle.astype(np.float64) * divisor
-        # Below 2**-14 all midpoints are the odd multiples of 2**-25.
-        tiny = np.abs(middle) < 2.0**-14
-        steps = np.floor(np.abs(sums[tiny]) / divisor * 2.0**24)
-        scaled[tiny] = np.copysign((steps + 0.5) * 2.0**-24 * divisor, sums[tiny])
-        beside = sums - scaled
-        side = np.where(beside > 0, np.inf, -np.inf).astype(np.float32)
-        rounded = np.where(beside == 0, middle, np.nextafter(middle, side))  # a tie goes to the even one below
-        farther = np.abs(sums) > np.abs(scaled)
-        ahead = np.where(beside == 0, 0.5, farther)
-        rounded[tiny] = np.copysign((steps + ahead[tiny]) * 2.0**-24, sums[tiny])
-        sure = np.full(len(where), True) if error == 0 else np.abs(beside) > error + np.abs(scaled) * 2.0**-51
-        out.view(torch.int16).numpy()[where[sure]] = torch.from_numpy(rounded[sure]).half().view(torch.int16).numpy()
-        left: np.ndarray[Any, Any] = where[~sure]
-        return left
-
-    # --- anything else
 
     def _careful(self, weights: Weights, xs: list[Tensor], total: Tensor, quotient: Tensor, out: Tensor) -> None:
         """Round, and settle what the error bound leaves open."""
@@ -263,42 +177,37 @@ class Combiner:
         out[index] = torch.copysign(settled.double(), signs).to(out.dtype).to(out.device)
 
 
-def _magnitudes(x: Tensor) -> tuple[float, float]:
-    """The largest one, and the smallest that is not zero; the former is infinity or NaN where any is."""
-    if x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16, torch.float32):
-        kind = torch.int16 if x.element_size() == 2 else torch.int32
-        bits = x.contiguous().view(kind).numpy()  # among numbers of one sign, larger bits are larger
-        sizes = bits & np.iinfo(bits.dtype).max
-        largest = int(sizes.max())
-        sizes -= 1
-        least = int(sizes.view(f"u{x.element_size()}").min()) + 1  # zero has become the largest of all
-        found = torch.tensor([largest, min(least, np.iinfo(bits.dtype).max)], dtype=kind).view(x.dtype).tolist()
-        return found[0], found[1] if least <= largest else math.inf
-    size = x.double().abs()
-    return float(size.max()), float(torch.where(size > 0, size, math.inf).min())
+def _summed(weights: Weights, tensors: Sequence[Tensor], out: Tensor, base: Tensor | None) -> bool:
+    """On the CPU, by `sums`."""
+    assert out.is_contiguous(), out.stride()
+    mine = None if base is None else (base.data_ptr(), base.dtype)
+    place = next((i for i, x in enumerate(tensors) if (x.data_ptr(), x.dtype) == mine), None)
+    dtypes, xs = [_WORDS[x.dtype] for x in tensors], [_bits(x) for x in tensors]
+    finite = combine(weights, dtypes, xs, _WORDS[out.dtype], _bits(out), base=place)
+    if base is not None and place is None:
+        _sign_zeros(out, base)
+    return finite
 
 
 def _bits(x: Tensor) -> np.ndarray[Any, Any]:
-    """A flat fp16 tensor's own memory, as int16."""
-    bits: np.ndarray[Any, Any] = x.detach().view(torch.int16).numpy()
+    """A flat tensor's memory, or where it has gaps a copy, as whole numbers."""
+    kind = torch.int16 if x.element_size() == 2 else torch.int32
+    bits: np.ndarray[Any, Any] = x.detach().contiguous().view(kind).numpy()
     return bits
 
 
-def _zeros_of(base: Tensor) -> np.ndarray[Any, Any]:
-    """fp16 bits in which -0.0 stands where it stands in `base`."""
-    if base.dtype == torch.float16:
-        return _bits(base)
-    return ((base == 0) & torch.signbit(base.float())).numpy() * np.int16(-0x8000)
+def _sign_zeros(out: Tensor, base: Tensor) -> None:
+    """A zero is -0.0 where the base is."""
+    zeros = ~(out != 0)  # torch's == is ten times slower than its !=
+    if bool(zeros.any()):
+        wide = base.double()
+        out[zeros & (wide == 0) & torch.signbit(wide)] = -0.0
 
 
-def _near_midpoint(bits: np.ndarray[Any, Any], *, window: int) -> np.ndarray[Any, Any]:
-    """Whether fp32 values, as bits, lie within `window` ulps of where fp16 changes; subnormal ones may be in doubt."""
-    shifted = bits + np.int32(window)
-    near = (shifted & 0xFFF) <= 2 * window
-    found = np.flatnonzero(near)
-    representable = ((shifted[found] & 0x1000) == 0) & ((shifted[found] & 0x7FFFFFFF) >= 0x38800000)  # 2**-14
-    near[found[representable]] = False
-    return near
+def _magnitudes(x: Tensor) -> tuple[float, float]:
+    """The largest one, and the smallest that is not zero; the former is infinity or NaN where any is."""
+    size = x.double().abs()
+    return float(size.max()), float(torch.where(size > 0, size, math.inf).min())
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -24,13 +24,14 @@ from ambergrade.errors import BadSetting
 from ambergrade.family.files import torch_dtypes
 from ambergrade.merge.batches import Batch, Place, Segment, Slot, gather, new_slot
 from ambergrade.merge.checks import NUMPY, Array, check_operands, finite, needs_values, numbers, refuse_nonfinite
-from ambergrade.merge.halves import Halves
 from ambergrade.merge.header import ITEM, header_bytes
 from ambergrade.merge.inputs import Digests, Stored
 from ambergrade.merge.job import BATCH, Job
+from ambergrade.merge.kernel import FORMATS
 from ambergrade.merge.plan import Task
 from ambergrade.merge.reading import Readers, large
 from ambergrade.merge.recipe import Recipe
+from ambergrade.merge.sums import combine
 from ambergrade.merge.writing import Sink, file_sink
 from ambergrade.store import written_aside
 
@@ -109,23 +110,16 @@ def _threads() -> int:
     return min(4, ((os.cpu_count() or 1) + 1) // 2)
 
 
-@dataclass
-class _Tools:
-    """What a thread works with: buffers of its own."""
-
-    halves: Halves
-    evaluator: Evaluator | None
-    """None where no tensor needs torch."""
-
-
 class _Pipeline:
     def __init__(self, job: Job, sink: Sink, readers: Readers, threads: int, device: str) -> None:
         self.job, self.sink, self.readers, self.device = job, sink, readers, device
         self.threads = threads
-        self.tools: queue.SimpleQueue[_Tools] = queue.SimpleQueue()
-        general = not all(self.plain(task) for task in job.plan.tasks.values())
+        self.evaluators: queue.SimpleQueue[Evaluator | None] = queue.SimpleQueue()
+        """One for each thread, with buffers of its own; None where no tensor needs torch."""
+        self.straights = {name for name, task in job.plan.tasks.items() if self.plain(task)}
+        general = len(self.straights) < len(job.plan.tasks)
         for _ in range(threads):
-            self.tools.put(_Tools(Halves(), self.evaluator() if general else None))
+            self.evaluators.put(self.evaluator() if general else None)
 
     def evaluator(self) -> Evaluator:
         from ambergrade.merge.evaluate import Evaluator
@@ -133,15 +127,15 @@ class _Pipeline:
         return Evaluator(self.job.plan.base, self.job.parts, self.job.lora_tensors, self.device)
 
     def plain(self, task: Task) -> bool:
-        """Whether bytes are copied, or fp16 is summed with weights of few digits; then torch is not needed."""
+        """Whether bytes are copied, or models summed on the CPU; then torch is not needed."""
         if task.kind != "merge":
             return True
         if not task.mixture.linear:  # a GPU takes methods; sums wait for the disk in any case
             return False
         dtypes = {self.job.stored(alias, task.name).dtype for alias in self.job.operands(task)}
-        if task.mixture.only(task.mixture.models[0]):
-            return dtypes == {task.dtype}
-        return dtypes == {task.dtype} == {"F16"} and task.mixture.weights.light
+        if task.mixture.only(task.mixture.models[0]) and dtypes == {task.dtype}:
+            return True
+        return {*dtypes, task.dtype} <= FORMATS.keys()
 
     def run(self, batches: Sequence[Batch]) -> None:
         """All batches, a few at a time; the first failure ends the rest."""
@@ -166,21 +160,76 @@ class _Pipeline:
                 future.result()
 
     def work(self, batch: Batch, slot: Slot, reads: list[Future[None]], back: Callable[[], None]) -> None:
-        tools = self.tools.get()
+        evaluator = self.evaluators.get()
         try:
             for future in reads:
                 future.result()
-            for segment, places, at in zip(batch.segments, batch.places, batch.out_at, strict=True):
-                self.segment(tools, segment, places, slot, at)
+            for first, end in self.stretches(batch):
+                if end - first > 1 and self.together(batch, first, end, slot):
+                    continue
+                for number in range(first, end):
+                    self.segment(evaluator, batch.segments[number], batch.places[number], slot, batch.out_at[number])
             for offset, at, size in batch.writes:
                 self.sink.write(offset, slot.data[at : at + size])
         finally:
-            self.tools.put(tools)
+            self.evaluators.put(evaluator)
             back()
+
+    def stretches(self, batch: Batch) -> Iterator[tuple[int, int]]:
+        """Segments that are summed alike and lie together in the slot, from one to before another: most are small."""
+        first = 0
+        for number in range(1, len(batch.segments) + 1):
+            if number == len(batch.segments) or not self.follows(batch, number):
+                yield first, number
+                first = number
+
+    def follows(self, batch: Batch, number: int) -> bool:
+        """Whether a segment is the one before it, continued."""
+        before, task = batch.segments[number - 1], batch.segments[number].task
+        return (
+            self.summed(before.task)
+            and self.summed(task)
+            and before.task.mixture is task.mixture
+            and self.dtypes(before.task) == self.dtypes(task)
+            and batch.out_at[number] == batch.out_at[number - 1] + before.count * ITEM[task.dtype]
+            and all(
+                place.offset == (last := batch.places[number - 1][owner]).offset + last.size
+                for owner, place in batch.places[number].items()
+            )
+        )
+
+    def summed(self, task: Task) -> bool:
+        """Whether all there is to do is a sum, element by element."""
+        if task.kind != "merge" or task.name not in self.straights or needs_values(task):
+            return False
+        if task.mixture.only(task.mixture.models[0]):
+            return False
+        return not any(self.job.stored(alias, task.name).transposed for alias in task.mixture.models)
+
+    def dtypes(self, task: Task) -> tuple[str, ...]:
+        """The operands' and the result's."""
+        return (*(self.job.stored(alias, task.name).dtype for alias in task.mixture.models), task.dtype)
+
+    def together(self, batch: Batch, first: int, end: int, slot: Slot) -> bool:
+        """Several segments in one sum; returns whether the result is finite."""
+        task, places, at = batch.segments[first].task, batch.places[first], batch.out_at[first]
+        count = sum(segment.count for segment in batch.segments[first:end])
+        stretches = {}
+        for alias, dtype in zip(task.mixture.models, self.dtypes(task), strict=False):
+            offset = places[self.job.owner[alias]].offset
+            stretches[alias] = slot[offset : offset + count * ITEM[dtype]]
+        return self.sum(task, stretches, slot[at : at + count * ITEM[task.dtype]])
+
+    def sum(self, task: Task, operands: Mapping[str, Array], out: Slot) -> bool:
+        """Bytes of the operands and of the result; returns whether that is finite."""
+        models, (*dtypes, dtype) = task.mixture.models, self.dtypes(task)
+        base = models.index(self.job.plan.base) if self.job.plan.base in models else None
+        xs = [operands[alias].view(f"u{ITEM[kind]}") for alias, kind in zip(models, dtypes, strict=True)]
+        return combine(task.mixture.weights, dtypes, xs, dtype, out.view(f"u{ITEM[dtype]}"), base=base)
 
     def segment(
         self,
-        tools: _Tools,
+        evaluator: Evaluator | None,
         segment: Segment,
         places: Mapping[str, Place],
         slot: Slot,
@@ -198,31 +247,28 @@ class _Pipeline:
             }
             check_operands(task, values, job.plan.base, cosmetic=job.policies["cosmetic"])
         out = slot[at : at + segment.count * ITEM[task.dtype]]
-        if self.plain(task):
-            sound = self.straight(tools.halves, task, operands, out)
+        if task.name in self.straights:
+            sound = self.straight(task, operands, out)
         else:
-            assert tools.evaluator is not None
-            sound = self.general(tools.evaluator, segment, operands, out)
+            assert evaluator is not None
+            sound = self.general(evaluator, segment, operands, out)
         if not sound:
             found = {alias: finite(operand.stored.dtype, operand.data) for alias, operand in operands.items()}
             refuse_nonfinite(task, found, f"{job.plan.formula.text} at {dict(job.plan.coefficients)}")
 
-    def straight(self, halves: Halves, task: Task, operands: Mapping[str, _Operand], out: Slot) -> bool:
+    def straight(self, task: Task, operands: Mapping[str, _Operand], out: Slot) -> bool:
         """What needs no torch; returns whether the result is finite."""
         first = operands[task.mixture.models[0]]
         if task.kind != "merge" and first.stored.dtype != task.dtype:
             out.view(np.dtype("<" + NUMPY[task.dtype]))[:] = first.numbers
             return True
-        if task.mixture.only(task.mixture.models[0]):
-            width = f"u{ITEM[task.dtype]}"
-            out.view(width)[:] = first.shaped(first.data.view(width)).reshape(-1)
+        if task.mixture.only(task.mixture.models[0]) and first.stored.dtype == task.dtype:
+            out[:] = first.flat
             return finite(task.dtype, out)
-        bits = {alias: operand.shaped(operand.data.view(np.int16)).reshape(-1) for alias, operand in operands.items()}
-        xs = [bits[alias] for alias in task.mixture.models]
-        return halves.combine(task.mixture.weights, xs, out.view(np.int16), bits.get(self.job.plan.base))
+        return self.sum(task, {alias: operands[alias].flat for alias in task.mixture.models}, out)
 
     def general(self, evaluator: Evaluator, segment: Segment, operands: Mapping[str, _Operand], result: Slot) -> bool:
-        """The same by torch: other dtypes, weights of many digits, methods, GPUs."""
+        """The same by torch: other dtypes, methods, GPUs."""
         import torch
 
         task = segment.task
@@ -253,6 +299,13 @@ class _Operand:
     @cached_property
     def numbers(self) -> Array:
         return numbers(self.stored.dtype, self.data)
+
+    @property
+    def flat(self) -> Array:
+        """The bytes, in the single file's order."""
+        if not self.stored.transposed:
+            return self.data
+        return self.shaped(self.data.view(f"u{ITEM[self.stored.dtype]}")).reshape(-1).view(np.uint8)
 
     def shaped(self, flat: Array) -> Array:
         """A transposed tensor as the single file has it, which is read whole; any other as it is, flat."""

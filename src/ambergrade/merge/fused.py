@@ -1,7 +1,7 @@
 """Linear merges on a GPU in one pass over memory: every input read once, the result written straight where it lives.
 
 Whole weights over one divisor in float64, exact for fp16 with weights of up to six digits, one division, one rounding
-to odd on the way to fp16: the exact value rounded once, as on the CPU (`halves`). So its bits are the CPU's. One launch
+to odd on the way to fp16: the exact value rounded once, as on the CPU (`sums`). So its bits are the CPU's. One launch
 serves thousands of tensors, each with weights of its own; inputs in the host's memory cross the bus stretch by stretch.
 """
 
@@ -148,7 +148,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     half = made.to(tl.float16, bitcast=True)
     tl.store(out, half.to(tl.float32) if single else half, mask=inside)
     infinite = tl.max(tl.where(inside & ((made & 0x7FFF) >= 0x7C00), 1, 0), axis=0)
-    # Below 2**28 float64 holds the sum, and no quotient but a midpoint is rounded to one: see `halves._exactly`.
+    # Below 2**28 float64 holds the sum, and no quotient but a midpoint is rounded to one: see `sums`.
     far = tl.where(tl.max(top, axis=0).to(tl.float64) * tl.load(number + 5) >= 268435456.0, 2, 0)
     told = tl.maximum(infinite, far)
     tl.atomic_max(said + row, told, mask=told > 0)

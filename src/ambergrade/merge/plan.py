@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cached_property
 from typing import Literal
 
 from ambergrade.errors import BadInput, BadSetting, UnknownName
@@ -193,7 +193,7 @@ class _Maker:
         out = dtype if self.dtype is None else DTYPES[self.dtype]
         return Task(name, out, shape, mixture, "merge")
 
-    @cached_property
+    @functools.cached_property
     def involved(self) -> tuple[str, ...]:
         """The base and the models that have a weight somewhere."""
         floats = [name for name, (dtype, _) in self.described[self.base].items() if dtype in FLOATS]
@@ -206,7 +206,7 @@ class _Maker:
             for atom, weight in mixture.terms
             if not (isinstance(atom, Applied) and atom.function == "lora" and name not in self.loras[_file(atom)])
         ]
-        return Mixture(tuple(kept))
+        return Mixture(tuple(kept)) if len(kept) < len(mixture.terms) else mixture  # the shared one knows its weights
 
     def with_what_is_there(self, mixture: Mixture, name: str, shape: tuple[int, ...]) -> Mixture:
         """The mixture, once the models that lack the tensor are dealt with as policies.missing says."""
@@ -285,6 +285,7 @@ class _Maker:
             self.audit.append(f"lines that the result does not need: {', '.join(self.formula.unused)}")
 
 
+@functools.cache
 def _copy(alias: str) -> Mixture:
     return Mixture(((alias, Fraction(1)),))
 

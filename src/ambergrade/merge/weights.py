@@ -42,27 +42,8 @@ class Weights:
 
     @cached_property
     def light(self) -> bool:
-        """Few enough digits for `halves` alone: short ones, or a model's of up to six digits or so."""
+        """Few enough digits for exact sums of fp16 below hundreds: short ones, or a model's of up to six digits."""
         return self.short or (self.affine and max(self.size, self.q) <= 1 << 20)
-
-    @cached_property
-    def groups(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        """Each factor among P, and the numbers of the tensors that have it."""
-        return tuple((p, tuple(i for i, other in enumerate(self.p) if other == p)) for p in dict.fromkeys(self.p))
-
-    @cached_property
-    def differences(self) -> tuple[tuple[float, int, int], ...]:
-        """Of weights that sum to 1: (w, i, j) so that the sum is `x[0] + sum(w * (x[i] - x[j]))`; j may be 0."""
-        assert self.affine, self
-        left = list(range(1, len(self.exact)))
-        found = []
-        while left:
-            i = left.pop(0)
-            j = next((j for j in left if self.exact[j] == -self.exact[i]), 0)
-            if j:
-                left.remove(j)
-            found.append((float(self.exact[i]), i, j))
-        return tuple(found)
 
     @cached_property
     def scaled(self) -> tuple[tuple[float, ...], float, bool]:
