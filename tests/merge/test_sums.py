@@ -36,6 +36,8 @@ WEIGHTS = (
     (Fraction(5079, 10**4), Fraction(4921, 10**4), Fraction(-8137, 10**4), Fraction(8137, 10**4)),  # many digits
     (Fraction(123457, 10**6), 1 - Fraction(123457, 10**6)),
     (Fraction(0.1), Fraction(0.7), 1 - Fraction(0.1) - Fraction(0.7)),  # more than float64 holds
+    (Fraction(repr(0.1 + 0.2)), 1 - Fraction(repr(0.1 + 0.2)), -FIFTHS, FIFTHS),  # near tenths, so near midpoints
+    (HALF + Fraction(1, 10**28), HALF - Fraction(1, 10**28)),  # nearer to halves than doubled precision tells
 )
 MIXED = ["F32", "F16", "BF16", "F16"]
 PROCESSORS = ("", "-avx512f", "-avx512f,-avx2,-fma", "-f16c")
@@ -152,6 +154,25 @@ def test_other_dtypes_are_rounded_once_as_well(processor: str, dtypes: list[str]
             assert wrong(Weights(exact), kinds, xs, dtype, number) == []
 
 
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
+@pytest.mark.parametrize("whole", [3 * 10**6, 10**17, 10**25])
+def test_a_sum_that_is_small_beside_its_terms(processor: str, dtype: str, whole: int) -> None:
+    """What is left of them is less than float64's error, or than its doubled one; zeros among it."""
+    random = np.random.default_rng(9)
+    base = bits_of(random.normal(0, 0.03, 200).astype(np.float32), dtype)
+    other = base.copy()
+    other[::5] ^= np.arange(40).astype(base.dtype) & 1  # the last bit
+    other[1] ^= 1
+    base[::50] = other[::50] = 0
+    near, weight = bits_of(random.normal(0, 0.03, 200).astype(np.float32), dtype), Fraction(1, 10**7)
+    for rest in (weight, Fraction(1, 3)):
+        weights = (whole + rest, Fraction(-whole), 1 - rest)
+        xs = [base, base, near]
+        assert wrong(Weights(weights), [dtype] * 3, xs, dtype, 0) == []
+        small = tuple(w / whole / 4096 for w in weights)
+        assert wrong(Weights(small), [dtype] * 3, [base, other, near], dtype, 0) == []
+
+
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 def test_the_whole_range_of_wide_dtypes(processor: str, dtype: str) -> None:
     """Any bits that are a number, subnormal ones included, with weights that keep the sum in range."""
@@ -187,7 +208,7 @@ def test_cuts_and_places_in_memory_change_no_bit(dtypes: list[str]) -> None:
     n = 3 * sums.STRETCH + 12_345
     base = random.normal(0, 0.03, n)
     xs = [bits_of((base + random.normal(0, 1e-3, n)).astype(np.float32), kind) for kind in dtypes]
-    for exact in (WEIGHTS[0], WEIGHTS[-3]):
+    for exact in (WEIGHTS[0], WEIGHTS[7], (Fraction(1, 7), Fraction(6, 7), -FIFTHS, FIFTHS)):
         weights = Weights(exact)
         whole, cut = np.empty(n, np.uint16), np.empty(n, np.uint16)
         combine(weights, dtypes, xs, "F16", whole, base=0)

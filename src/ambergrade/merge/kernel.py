@@ -110,8 +110,8 @@ class Kernel:
 
         Where the result is zero it is -0.0 if `signed` and the first operand is, else it has the sum's sign.
         A careful pass raises `flags` (bool) where the quotient lies within `error` * sum(|factors[i] * xs[i]|) of a
-        midpoint, unless that sum is below `exact` * the smallest operand other than zero: so the caller says that it
-        was exact. It lowers them elsewhere.
+        midpoint or of zero, unless that sum is below `exact` * the smallest operand other than zero: so the caller says
+        that it was exact. It lowers them elsewhere.
         """
         n = len(out)
         assert len(xs) == len(factors) == self._count
@@ -270,9 +270,9 @@ class _Loop:
         bits = at.select(none, self.all(self.result, self.out.sign), bits)
         at.store(bits, at.gep(self.target, [place], source_etype=self.result.element), align=1)
         if self.careful:
-            away = self.call("fabs", at.fsub(moved, half))
+            away = self.smaller(self.call("fabs", at.fsub(moved, half)), self.call("fabs", quotient))
             near = at.fcmp_unordered("<=", away, at.fmul(size, self.error))
-            unsure = at.fcmp_unordered(">=", size, at.fmul(least, self.exact))
+            unsure = at.fcmp_ordered(">=", size, at.fmul(least, self.exact))
             flags = at.zext(at.and_(near, unsure), self.seen)
             at.store(flags, at.gep(self.flags, [place], source_etype=self.seen.element), align=1)
             seen = at.or_(seen, flags)

@@ -2,12 +2,13 @@
 
 `kernel` sums in float64. All fp16 are multiples of 2**-24, so with whole weights of up to six digits over one divisor
 float64 holds their sum, and no quotient but a midpoint is rounded to one: a plain pass is exact. For other weights and
-dtypes a careful pass bounds each element's error; the few whose rounding it leaves open are worked out by fractions.
-A correctly rounded result is unique, so threads, cuts and processors change no bit.
+dtypes a careful pass bounds each element's error; the few whose rounding it leaves open are worked out in doubled
+precision, at last by fractions. A correctly rounded result is unique, so threads, cuts and processors change no bit.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, TypeAlias
@@ -49,8 +50,9 @@ def _careful(
     whole = weights.q < 2**24 and weights.size < 2**53
     factors = weights.p if whole else tuple(map(float, weights.exact))
     divisor = weights.q if whole else 1
-    # Roundings of the weights, the products, the sums and the quotient, each half of 2**-52.
-    error = (len(xs) + 4) * 2.0**-52 / divisor
+    # Roundings of the weights, the products, the sums and the quotient, each 2**-53; four times as much, so that what
+    # the kernel takes for the power of two beyond the largest number is looked at as well.
+    error = (len(xs) + 4) * 2.0**-51 / divisor
     # The sum is a multiple of the least operand's ulp. Below 2**51 of them it is exact, and a quotient that is no
     # midpoint is farther from one than the division rounds.
     exact = 2.0 ** (51 - max(FORMATS[kind].digits for kind in kinds) - 1) if whole else 0.0
@@ -60,25 +62,75 @@ def _careful(
         pieces, target = [x[part] for x in xs], out[part]
         raised = flags[: len(target)]
         said = careful.combine(factors, divisor, pieces, target, signed=signed, flags=raised, error=error, exact=exact)
-        finite &= said.finite
         if said.doubts:
             _settle(weights, kinds, pieces, dtype, target, np.flatnonzero(raised), signed=signed)
+        finite &= said.finite or (said.doubts and _is_finite(target, FORMATS[dtype]))
     return finite
+
+
+def _is_finite(bits: Array, form: Format) -> bool:
+    return int((bits.view(f"u{form.bits // 8}") & (form.sign - 1)).max()) < form.infinity
 
 
 def _settle(
     weights: Weights, kinds: Sequence[str], xs: Sequence[Array], dtype: str, out: Array, where: Array, *, signed: bool
 ) -> None:
-    """Some elements by fractions."""
+    """Some elements, each near a midpoint: by its distance in doubled precision, and where that is open by fractions.
+
+    0.1 + 0.2 prints 0.30000000000000004: so weights of many digits lie near to tenths, and sums near to many midpoints.
+    """
     form = FORMATS[dtype]
     values = np.array([_values(kind, x[where]) for kind, x in zip(kinds, xs, strict=True)])
+    sound = np.isfinite(values).all(axis=0)  # what is not finite stays so, and is refused later
+    where, values = where[sound], values[:, sound]
     words = out.view(f"u{form.bits // 8}")
-    for place, row in zip(where.tolist(), values.T, strict=True):
-        if np.isfinite(row).all():
-            truth = sum((w * Fraction(float(x)) for w, x in zip(weights.exact, row, strict=True)), Fraction(0))
-            bits = nearest(truth, form)
-            negative = signed and bits == 0 and row[0] == 0 and np.signbit(row[0])
-            words[place] = bits | form.sign if negative else bits
+    bits, sure = _beside_midpoints(weights, values, form)
+    for place in np.flatnonzero(~sure):
+        row = values[:, place]
+        truth = sum((w * Fraction(float(x)) for w, x in zip(weights.exact, row, strict=True)), Fraction(0))
+        bits[place] = nearest(truth, form)
+    if signed:
+        bits[(bits == 0) & (values[0] == 0) & np.signbit(values[0])] = form.sign
+    words[where] = bits
+
+
+def _beside_midpoints(weights: Weights, values: Array, form: Format) -> tuple[Array, Array]:
+    """The bits of sums of `values` (operand by element, finite), and where they are sure.
+
+    The sum less the midpoint that float64's guess is nearest to, as two float64: the products with the weights' first
+    26 digits are exact, the errors of their additions are kept (Knuth's TwoSum), the rest is small.
+    """
+    parts = [_split(weight) for weight in weights.exact]
+    guess = np.add.reduce([sum(part) * x for part, x in zip(parts, values, strict=True)])
+    exponent = np.where(guess == 0, form.least, np.maximum(np.frexp(guess)[1] - 1, form.least))
+    ulp = np.ldexp(1.0, exponent - form.digits)
+    below = np.floor(np.abs(guess) / ulp)
+    middle = np.copysign((below + 0.5) * ulp, guess)
+    total, rest, size = -middle, np.zeros_like(guess), np.zeros_like(guess)
+    for (first, second, third), x in zip(parts, values, strict=True):
+        product = first * x
+        before, total = total, total + product
+        shadow = total - before
+        lost = (before - (total - shadow)) + (product - shadow)
+        for term in (lost, second * x, third * x):
+            rest, size = rest + term, size + np.abs(term)
+    distance = total + rest
+    error = size * (4 * len(values) + 4) * 2.0**-53 + np.abs(distance) * 2.0**-50
+    sure = (np.abs(distance) > error) & (np.abs(distance) < ulp / 2)
+    farther = (distance > 0) == (guess > 0)
+    # A word that is too large for the dtype is infinity's.
+    word = (exponent.astype(np.int64) - form.least << form.digits) + below.astype(np.int64) + farther
+    return np.minimum(word, form.infinity) | np.where(guess < 0, form.sign, 0), sure
+
+
+def _split(weight: Fraction) -> tuple[float, float, float]:
+    """Three floats that add up to it: of 26 digits, of 26, and what a float holds of the rest."""
+    found: list[float] = []
+    for _ in range(2):
+        digits, exponent = math.frexp(float(weight))
+        found.append(math.ldexp(round(math.ldexp(digits, 26)), exponent - 26))
+        weight -= Fraction(found[-1])
+    return found[0], found[1], float(weight)
 
 
 def nearest(exact: Fraction, form: Format) -> int:
