@@ -17,6 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ambergrade.family.files import DTYPES as WORDS
+from ambergrade.merge.checks import finite
+from ambergrade.merge.kernel import FORMATS
 from ambergrade.merge.sums import combine
 from ambergrade.merge.weights import Weights
 
@@ -31,8 +34,7 @@ _DIGITS = {
 """Stored bits of the significand."""
 CHUNK = 1 << 16
 _EIGHTHS = {torch.float8_e4m3fn, torch.float8_e5m2}
-_WORDS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
-_SMALL = {torch.float16, torch.float8_e4m3fn, torch.float8_e5m2}
+_SMALL = {torch.float16, *_EIGHTHS}
 """Whole multiples of 2**-24 below 2**17."""
 
 
@@ -53,27 +55,23 @@ class Combiner:
         """
         if self.device.type == "cpu":
             tensors = [x.half() if x.dtype in _EIGHTHS else x for x in tensors]  # fp16 holds all of theirs
-            if all(x.dtype in _WORDS for x in (*tensors, out)):
+            if all(WORDS[x.dtype] in FORMATS for x in (*tensors, out)):
                 return _summed(weights, tensors, out, base)
         return self._general(weights, tensors, out, base)
 
     def _general(self, weights: Weights, tensors: Sequence[Tensor], out: Tensor, base: Tensor | None) -> bool:
-        finite = True
+        sound = True
         pieces = [x.split(CHUNK) for x in (*tensors, out, *(() if base is None else (base,)))] if len(out) else []
         for piece in zip(*pieces, strict=True):
             xs, rest = list(piece[: len(tensors)]), piece[len(tensors) :]
-            finite &= self._chunk(weights, xs, rest[0], rest[1] if base is not None else None)
-        return finite
+            sound &= self._chunk(weights, xs, rest[0], rest[1] if base is not None else None)
+        return sound
 
     def finite(self, x: Tensor) -> bool:
         """Whether all of a flat float tensor is finite."""
         if self.device.type != "cpu":
             return bool(x.isfinite().all())
-        for start in range(0, x.numel(), CHUNK):
-            part = x[start : start + CHUNK]
-            if not math.isfinite(float(part.float().abs().amax() if x.dtype != torch.float64 else part.abs().amax())):
-                return False
-        return True
+        return finite(WORDS[x.dtype], x.detach().view(torch.uint8).numpy())
 
     def _chunk(self, weights: Weights, xs: list[Tensor], out: Tensor, base: Tensor | None) -> bool:
         total = self._weighted(weights.scaled[0], xs)
@@ -182,11 +180,11 @@ def _summed(weights: Weights, tensors: Sequence[Tensor], out: Tensor, base: Tens
     assert out.is_contiguous(), out.stride()
     mine = None if base is None else (base.data_ptr(), base.dtype)
     place = next((i for i, x in enumerate(tensors) if (x.data_ptr(), x.dtype) == mine), None)
-    dtypes, xs = [_WORDS[x.dtype] for x in tensors], [_bits(x) for x in tensors]
-    finite = combine(weights, dtypes, xs, _WORDS[out.dtype], _bits(out), base=place)
+    dtypes, xs = [WORDS[x.dtype] for x in tensors], [_bits(x) for x in tensors]
+    sound = combine(weights, dtypes, xs, WORDS[out.dtype], _bits(out), base=place)
     if base is not None and place is None:
         _sign_zeros(out, base)
-    return finite
+    return sound
 
 
 def _bits(x: Tensor) -> np.ndarray[Any, Any]:

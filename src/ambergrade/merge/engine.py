@@ -117,6 +117,7 @@ class _Pipeline:
         self.evaluators: queue.SimpleQueue[Evaluator | None] = queue.SimpleQueue()
         """One for each thread, with buffers of its own; None where no tensor needs torch."""
         self.straights = {name for name, task in job.plan.tasks.items() if self.plain(task)}
+        self.sums = {name for name in self.straights if self.summed(job.plan.tasks[name])}
         general = len(self.straights) < len(job.plan.tasks)
         for _ in range(threads):
             self.evaluators.put(self.evaluator() if general else None)
@@ -187,8 +188,8 @@ class _Pipeline:
         """Whether a segment is the one before it, continued."""
         before, task = batch.segments[number - 1], batch.segments[number].task
         return (
-            self.summed(before.task)
-            and self.summed(task)
+            before.task.name in self.sums
+            and task.name in self.sums
             and before.task.mixture is task.mixture
             and self.dtypes(before.task) == self.dtypes(task)
             and batch.out_at[number] == batch.out_at[number - 1] + before.count * ITEM[task.dtype]
@@ -199,10 +200,8 @@ class _Pipeline:
         )
 
     def summed(self, task: Task) -> bool:
-        """Whether all there is to do is a sum, element by element."""
-        if task.kind != "merge" or task.name not in self.straights or needs_values(task):
-            return False
-        if task.mixture.only(task.mixture.models[0]):
+        """Whether of what needs no torch this is a sum, element by element, and nothing else."""
+        if task.kind != "merge" or needs_values(task) or task.mixture.only(task.mixture.models[0]):
             return False
         return not any(self.job.stored(alias, task.name).transposed for alias in task.mixture.models)
 

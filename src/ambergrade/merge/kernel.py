@@ -2,8 +2,9 @@
 
 Sixteen elements at a time are widened to float64, multiplied, added, divided and rounded. To round to D stored digits,
 a power of two is added whose last digit is the result's: what float64's own rounding (to nearest, ties to even) leaves
-in the last digits is the result's significand. So no bit depends on the width of the processor's registers, nor on
-whether it flushes subnormal numbers to zero: float64 holds those of the narrower dtypes as normal ones.
+in the last digits is the result's significand. So no bit depends on the width of the processor's registers; nor on
+whether it flushes subnormal numbers to zero, since float64 holds those of the narrower dtypes as normal ones: where it
+would flush them as they are widened, that is done by whole numbers.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ class Kernel:
 
 def kernel(inputs: tuple[str, ...], out: str, *, careful: bool) -> Kernel:
     """The one for these dtypes. Compiling takes some hundredths of a second, once in a process."""
-    return _kernel(inputs, out, careful, {*inputs} == {"F16"} or is_gradual())
+    return _kernel(inputs, out, careful, {*inputs} == {"F16"} or _is_gradual())
 
 
 @functools.cache
@@ -139,7 +140,7 @@ def _kernel(inputs: tuple[str, ...], out: str, careful: bool, gradual: bool) -> 
     return Kernel(inputs, out, careful=careful, gradual=gradual)
 
 
-def is_gradual() -> bool:
+def _is_gradual() -> bool:
     """Whether this thread's processor keeps subnormal fp32 numbers; libraries may have it flush them to zero."""
     return bool(np.full(1, 2.0**-140, np.float32) * np.float32(2.0**100))
 

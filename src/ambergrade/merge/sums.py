@@ -11,14 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, TypeAlias
 
 import numpy as np
 
+from ambergrade.merge.checks import Array, finite, numbers
 from ambergrade.merge.kernel import FORMATS, Format, kernel
 from ambergrade.merge.weights import Weights
 
-Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 STRETCH = 1 << 16
 """Elements of a careful pass: as many flags."""
 
@@ -56,7 +55,7 @@ def _careful(
     # The sum is a multiple of the least operand's ulp. Below 2**51 of them it is exact, and a quotient that is no
     # midpoint is farther from one than the division rounds.
     exact = 2.0 ** (51 - max(FORMATS[kind].digits for kind in kinds) - 1) if whole else 0.0
-    flags, careful, finite = np.empty(min(STRETCH, len(out)), np.bool_), kernel(kinds, dtype, careful=True), True
+    flags, careful, sound = np.empty(min(STRETCH, len(out)), np.bool_), kernel(kinds, dtype, careful=True), True
     for start in range(0, len(out), STRETCH):
         part = slice(start, start + STRETCH)
         pieces, target = [x[part] for x in xs], out[part]
@@ -64,12 +63,8 @@ def _careful(
         said = careful.combine(factors, divisor, pieces, target, signed=signed, flags=raised, error=error, exact=exact)
         if said.doubts:
             _settle(weights, kinds, pieces, dtype, target, np.flatnonzero(raised), signed=signed)
-        finite &= said.finite or (said.doubts and _is_finite(target, FORMATS[dtype]))
-    return finite
-
-
-def _is_finite(bits: Array, form: Format) -> bool:
-    return int((bits.view(f"u{form.bits // 8}") & (form.sign - 1)).max()) < form.infinity
+        sound &= said.finite or (said.doubts and finite(dtype, target.view(np.uint8)))
+    return sound
 
 
 def _settle(
@@ -80,7 +75,7 @@ def _settle(
     0.1 + 0.2 prints 0.30000000000000004: so weights of many digits lie near to tenths, and sums near to many midpoints.
     """
     form = FORMATS[dtype]
-    values = np.array([_values(kind, x[where]) for kind, x in zip(kinds, xs, strict=True)])
+    values = np.array([numbers(kind, x[where].view(np.uint8)) for kind, x in zip(kinds, xs, strict=True)])
     sound = np.isfinite(values).all(axis=0)  # what is not finite stays so, and is refused later
     where, values = where[sound], values[:, sound]
     words = out.view(f"u{form.bits // 8}")
@@ -143,15 +138,3 @@ def nearest(exact: Fraction, form: Format) -> int:
     exponent = max(exponent, form.least)
     digits = round(size / Fraction(2) ** (exponent - form.digits))  # of two the even one
     return sign | min(((exponent - form.least) << form.digits) + digits, form.infinity)
-
-
-def _values(dtype: str, bits: Array) -> Array:
-    """As float64."""
-    wide: Array
-    if dtype == "F16":
-        wide = bits.view(np.float16)
-    elif dtype == "F32":
-        wide = bits.view(np.float32)
-    else:
-        wide = (bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return wide.astype(np.float64)
