@@ -3,7 +3,9 @@
 import dataclasses
 import importlib.util
 import io
+import math
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -291,3 +293,29 @@ def test_settings_gather_all_complaints() -> None:
         assert part in text, part
     with pytest.raises(BadSetting, match="trainer: steps cannot be negative"):
         config.settings(Trainer, {"steps": -1, "rate": {"unet": 1.0}}, where="trainer")
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"steps": None, "rate": {"unet": 1.0}}, "trainer.steps: a whole number is needed, found None."),
+        ({"steps": 1.5, "rate": {"unet": 1.0}}, "trainer.steps: a whole number is needed, found 1.5."),
+        ({"steps": 1, "rate": {"unet": None}}, "trainer.rate.unet: a number is needed, found None."),
+        ({"steps": 1, "rate": {"unet": math.nan}}, "trainer.rate.unet: a finite number is needed, found nan."),
+        ({"steps": 1, "rate": {"unet": -math.inf}}, "trainer.rate.unet: a finite number is needed, found -inf."),
+        ({"steps": True, "rate": {"unet": 1.0}}, "trainer.steps: a whole number is needed, found True."),
+        ({"steps": 1, "rate": "false"}, "trainer.rate: a mapping is needed, found 'false'."),
+    ],
+)
+def test_nulls_and_numbers_that_are_none_are_told_with_their_key(values: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(BadSetting, match=re.escape(complaint)):
+        config.settings(Trainer, values, where="trainer")
+
+
+def test_infinity_hides_nowhere_in_an_open_value() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Open:
+        parameters: Mapping[str, Any]
+
+    with pytest.raises(BadSetting, match=re.escape("parameters.betas[1]: a finite number is needed, found inf.")):
+        config.settings(Open, {"parameters": {"betas": [0.9, math.inf]}})

@@ -1,8 +1,9 @@
-"""Dataclasses from plain mappings, types checked: what a configuration says, as the class that a room takes."""
+"""Reads settings: builds dataclasses from plain mappings and checks every type. The only reader of settings here."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ def settings(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """Build a dataclass from a mapping, with types checked and lists made tuples where the class says so.
 
     `where` names the mapping in complaints. Nested dataclasses are built from nested mappings; an int is
-    taken for a float.
+    taken for a float. A null passes only where the class allows None, and NaN and infinity pass nowhere.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Size:
@@ -66,7 +67,11 @@ def _build(cls: Any, values: Any, where: str, wrong: list[str]) -> Any:
 def _converted(hint: Any, value: Any, where: str, wrong: list[str]) -> Any:
     """`value` as the type `hint` wants it; a complaint is appended if it cannot be."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(value, float) and not math.isfinite(value):
+        wrong.append(f"{where}: a finite number is needed, found {value}.")
+        return None
     if hint is Any:
+        _check_numbers(value, where, wrong)
         return value
     if origin in (Union, types.UnionType):
         return _converted_union(arguments, value, where, wrong, hint)
@@ -94,6 +99,18 @@ def _converted(hint: Any, value: Any, where: str, wrong: list[str]) -> Any:
         return value
     wrong.append(f"{where}: {_type_name(hint)} is needed, found {value!r}.")
     return None
+
+
+def _check_numbers(value: Any, where: str, wrong: list[str]) -> None:
+    """Complain of NaN and infinity anywhere in a value whose type is left open."""
+    if isinstance(value, float) and not math.isfinite(value):
+        wrong.append(f"{where}: a finite number is needed, found {value}.")
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_numbers(item, f"{where}.{key}", wrong)
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            _check_numbers(item, f"{where}[{number}]", wrong)
 
 
 def _converted_union(arguments: tuple[Any, ...], value: Any, where: str, wrong: list[str], hint: Any) -> Any:
