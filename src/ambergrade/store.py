@@ -66,6 +66,12 @@ def write_json(target: Path, value: Any) -> None:
         aside.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file to `target` in one step: whole or not at all."""
+    with written_aside(target) as aside:
+        shutil.copyfile(source, aside)
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """Put `source` at `target` by hard link, or by copy across filesystems; replaces in one step."""
     target.parent.mkdir(parents=True, exist_ok=True)

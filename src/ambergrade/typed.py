@@ -15,6 +15,22 @@ from ambergrade.errors import AmbergradeError, BadSetting, unknown_name
 T = TypeVar("T")
 
 
+@dataclasses.dataclass(frozen=True)
+class Plugin:
+    """A member of a kind, as a yaml of conf/<kind>/ chooses it: the name of its module, and its parameters.
+
+    The member itself checks its parameters; nothing but its module knows them.
+    """
+
+    name: str
+    parameters: Mapping[str, Any]
+
+    @property
+    def as_mapping(self) -> dict[str, Any]:
+        """Name and parameters side by side, as the yaml has them."""
+        return {"name": self.name, **self.parameters}
+
+
 def settings(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """Build a dataclass from a mapping, with types checked and lists made tuples where the class says so.
 
@@ -75,6 +91,8 @@ def _converted(hint: Any, value: Any, where: str, wrong: list[str]) -> Any:
         return value
     if origin in (Union, types.UnionType):
         return _converted_union(arguments, value, where, wrong, hint)
+    if hint is Plugin:
+        return _plugin(value, where, wrong)
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, where, wrong)
     if origin is Literal:
@@ -99,6 +117,14 @@ def _converted(hint: Any, value: Any, where: str, wrong: list[str]) -> Any:
         return value
     wrong.append(f"{where}: {_type_name(hint)} is needed, found {value!r}.")
     return None
+
+
+def _plugin(value: Any, where: str, wrong: list[str]) -> Plugin | None:
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+        wrong.append(f"{where}: a mapping with a name is needed, found {value!r}.")
+        return None
+    _check_numbers(value, where, wrong)
+    return Plugin(value["name"], {key: item for key, item in value.items() if key != "name"})
 
 
 def _check_numbers(value: Any, where: str, wrong: list[str]) -> None:
