@@ -1,0 +1,108 @@
+"""Lets gates judge a candidate by what was measured of it, writes the verdict down, and moves the champion by it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from ambergrade.chain.context import Context, Stage
+from ambergrade.chain.point import HELDOUT, LiveMerge, LiveNetworks, Scoring, open_checkpoint, score_point
+from ambergrade.chain.settings import MergeFormula
+from ambergrade.nouns import Checkpoint, Measurement, PromptSet
+from ambergrade.release.gate import Evidence, Judgement, judge, load_gates
+from ambergrade.score.comparison import aggregates, differences
+from ambergrade.score.sheet import ScoreSheet
+from ambergrade.score.statistics import PairedDifference
+from ambergrade.store import Finished, Outputs
+from ambergrade.track.journal import Run
+from ambergrade.track.registry import Version
+from ambergrade.typed import Plugin
+
+GATE = Stage("gate", 1)
+
+
+def judge_candidate(
+    context: Context,
+    gates: Mapping[str, Plugin],
+    name: str,
+    candidate: Checkpoint,
+    sheet: ScoreSheet,
+    base: ScoreSheet,
+    scoring: Scoring,
+    live: LiveNetworks,
+    prompts: PromptSet,
+) -> dict[str, Judgement]:
+    """Ask every gate about a registered candidate, and move the alias `champion` by what they say, which is returned.
+
+    name: of the registered model. sheet, base: scores of the candidate and of its base on `prompts`.
+
+    The champion of this root, or the one before it if the candidate is champion already, is scored on the same
+    prompts, so that what a gate sees of it is paired like everything else. The verdict is a record (`records/gate`), a
+    run, and tags of the version; it is no part of the release folder, which is the same on every machine, where
+    champions and vetoes are not.
+    """
+    loaded = load_gates({label: one.as_mapping for label, one in gates.items()})
+    family = live.family.name
+    rivals = {one.parameters["than"] for one in gates.values() if "than" in one.parameters}
+    apart: dict[str, Mapping[str, Measurement]] = {"base": _measured(differences(sheet, base))}
+    inputs = {"weights": candidate.digest, "scores": sheet.digest, "base": base.digest}
+    champion = context.journal.rival(name, candidate.digest) if "champion" in rivals else None
+    if champion is not None:
+        other = _champion_sheet(context, champion, scoring, live, prompts)
+        apart["champion"] = {} if other is None else _measured(differences(sheet, other))
+        inputs["champion"] = champion.digest
+    judged = context.journal.version(name, candidate.digest)
+    asked = {one.parameters["tag"] for one in gates.values() if "tag" in one.parameters}
+    tags = {tag: value for tag, value in (judged.tags.items() if judged else ()) if tag in asked}
+    tiny = tiny_scorers(scoring.suite.metrics, sheet)
+
+    def work(scratch: object, run: Run) -> Outputs:
+        made = judge(loaded, Evidence(family, aggregates(sheet), apart, tiny, tags))
+        return Outputs(values={"gates": {label: asdict(one) for label, one in made.items()}})
+
+    def journal(run: Run, done: Finished) -> None:
+        verdict = _verdict(done)
+        run.tags({f"gate.{label}": f"{'pass' if one.passed else 'fail'}: {one.told}" for label, one in verdict.items()})
+        run.metrics({"gates_passed": sum(one.passed for one in verdict.values()), "gates": len(verdict)})
+
+    settings = {"gates": {label: one.as_mapping for label, one in gates.items()}, "tags": tags, "tiny": tiny}
+    done = context.run(GATE.task({**settings, "family": family}, inputs), "gates", work, journal=journal)
+    verdict = _verdict(done)
+    for label, one in verdict.items():
+        print(f"    {'pass' if one.passed else 'FAIL'}  {label:<26}{one.told}")
+    lines = {label: (one.passed, one.told) for label, one in verdict.items()}
+    print(f"  {name}: {context.journal.gated(name, candidate.digest, lines)}", flush=True)
+    return verdict
+
+
+def tiny_scorers(metrics: Mapping[str, Plugin], sheet: ScoreSheet) -> dict[str, bool]:
+    """Scorer to whether it is one of the embedded world's."""
+    return {
+        name: any(str(value).startswith("builtin://") for value in metrics[name].parameters.values())
+        for name in sheet.fingerprints
+    }
+
+
+def _champion_sheet(
+    context: Context, champion: Version, scoring: Scoring, live: LiveNetworks, prompts: PromptSet
+) -> ScoreSheet | None:
+    """The champion's scores on these prompts; None where its file is gone."""
+    if champion.path is None:
+        print(f"    the champion, version {champion.number}, cannot be scored: its checkpoint is gone from the record")
+        return None
+    model = open_checkpoint(champion.path, live.family.name)
+    merge = LiveMerge(MergeFormula("champion", {}), {"champion": model}, live)
+    line = f"held out: champion, version {champion.number}"
+    done = score_point(
+        context, merge, scoring, {}, prompts, "champion", stage=HELDOUT, line=line, journaled_as="evaluation"
+    )
+    return ScoreSheet.read(done.files["scores"])
+
+
+def _measured(apart: Mapping[str, PairedDifference]) -> dict[str, Measurement]:
+    """Paired differences as the numbers that gates take."""
+    return {m: Measurement(d.value, d.low, d.high, d.n, d.higher_is_better) for m, d in apart.items()}
+
+
+def _verdict(done: Finished) -> dict[str, Judgement]:
+    return {label: Judgement(**one) for label, one in done.values["gates"].items()}
