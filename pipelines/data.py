@@ -10,24 +10,15 @@ Examples:
     python pipelines/data.py action=lint data=world family=sdxl_tiny                    the embedded world
 """
 
-from __future__ import annotations
-
-from typing import Any
-
-from ambergrade import config
-from ambergrade.errors import UnknownName
-
-ACTIONS = ("build", "lint", "explain", "captions", "percentiles")
+from ambergrade.chain.settings import DataPipelineSettings, Invocation
+from ambergrade.door.main import pipeline
 
 
-@config.main("data")
-def main(cfg: Any) -> None:
-    settings = config.plain(cfg)
-    if settings["action"] not in ACTIONS:
-        raise UnknownName("action", settings["action"], ACTIONS)
-    import curating
+@pipeline("data")
+def main(settings: DataPipelineSettings, invocation: Invocation) -> None:
+    from ambergrade.chain import curation
 
-    curating.run(settings)
+    curation.run(settings, invocation)
 
 
 if __name__ == "__main__":

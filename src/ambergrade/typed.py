@@ -54,6 +54,31 @@ def settings(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     return cast(T, built)
 
 
+def open_keys(cls: Any, key: str) -> bool:
+    """Whether a dotted key lies in a mapping whose keys the dataclass leaves open, as `models.base8` does.
+
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Merge:
+    ...     models: Mapping[str, str]
+    ...     out: str = ""
+    >>> open_keys(Merge, "models.base8"), open_keys(Merge, "models"), open_keys(Merge, "out")
+    (True, False, False)
+    """
+    hint: Any = cls
+    for place, part in enumerate(key.split(".")):
+        hint = next((one for one in _members(hint) if one is not type(None)), hint)
+        if typing.get_origin(hint) in (dict, Mapping):
+            return place > 0
+        if not dataclasses.is_dataclass(hint) or hint is Plugin:
+            return False
+        hint = typing.get_type_hints(hint).get(part)
+    return False
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else ()
+
+
 def _build(cls: Any, values: Any, where: str, wrong: list[str]) -> Any:
     prefix = f"{where}." if where else ""
     if not isinstance(values, Mapping):

@@ -21,9 +21,9 @@ METRICS = ("score", "fav_count")
 class YearBand:
     """Posts uploaded in `first`–`last` (inclusive; None is open) get `tag`."""
 
-    first: int | None
-    last: int | None
     tag: str
+    first: int | None = None
+    last: int | None = None
 
     def holds(self, year: int) -> bool:
         return (self.first is None or year >= self.first) and (self.last is None or year <= self.last)
@@ -123,7 +123,7 @@ class CaptionRecipe:
         lists = ("special", "keep", "flexible", "suffix", "never_drop", "quality_percentiles")
         made = {key: tuple(values[key]) for key in lists if key in values}
         tables = {key: {k: tuple(v) for k, v in values[key].items()} for key in ("drop", "rating", "quality_table")}
-        bands = tuple(YearBand(band.get("first"), band.get("last"), band["tag"]) for band in values["year"])
+        bands = tuple(YearBand(band["tag"], band.get("first"), band.get("last")) for band in values["year"])
         return cls(**{**values, **made, **tables, "year": bands, "quality_above": dict(values["quality_above"])})
 
     def spelled(self, name: str) -> str:

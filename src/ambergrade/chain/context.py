@@ -10,13 +10,16 @@ preview. What does not change a result (device, workers, paths) is in neither.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from ambergrade.chain.settings import Compute
+from ambergrade.chain.settings import Compute, Invocation
+from ambergrade.errors import BadSetting
+from ambergrade.identity import canonical_json
 from ambergrade.store import Finished, Ledger, Outputs
 from ambergrade.track.journal import Journal, Run
 
@@ -75,12 +78,7 @@ class Context:
 
     @cached_property
     def device(self) -> str:
-        """The torch device: `auto` is the first GPU if there is one, else the CPU."""
-        import torch
-
-        if self.compute.device != "auto":
-            return self.compute.device
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return torch_device(self.compute)
 
     def below(self, run: Run) -> Context:
         """The same context with `run` as the parent of what comes."""
@@ -131,9 +129,27 @@ class Context:
             print(f"not journaled: {trouble}")
 
 
+def record_command(run: Run, settings: object, invocation: Invocation) -> None:
+    """Keep on a run what made it: the resolved settings, the command's overrides, code, lock and hardware."""
+    if not run.done:
+        run.provenance(json.loads(canonical_json(settings)), invocation.overrides)
+
+
 def use_threads(compute: Compute) -> None:
     """Give torch `compute.threads` threads."""
     if compute.threads:
         import torch
 
         torch.set_num_threads(compute.threads)
+
+
+def torch_device(compute: Compute) -> str:
+    """The device for torch: `auto` is the first GPU if there is one, else the CPU. Raises BadSetting for a lost GPU."""
+    import torch
+
+    found = torch.cuda.is_available()
+    if compute.device == "cuda" and not found:
+        raise BadSetting("compute.device is cuda, and torch finds no GPU here.\nGive compute=cpu, or mend the driver.")
+    if compute.device != "auto":
+        return compute.device
+    return "cuda" if found else "cpu"

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from html import escape
 from pathlib import Path
 
-from ambergrade.chain.context import Context, use_threads
+from ambergrade.chain.context import Context, record_command, use_threads
 from ambergrade.chain.dataset import dataset, draw_world, read_sets
 from ambergrade.chain.gates import judge_candidate
 from ambergrade.chain.heldout import Finalists, compare_finalists
@@ -39,8 +39,7 @@ def run(settings: GammaSettings, invocation: Invocation) -> None:
         print(f"{title}, {settings.root / 'mlruns'}")
         print(f"  {'stage':<34}{'time':>10}{'':8}record")
         draw_world(settings.data, settings.compute)
-        if not parent.done:
-            parent.provenance(asdict(settings), invocation.overrides)
+        record_command(parent, settings, invocation)
         context = Context(settings.root, journal, parent, settings.compute)
         sets = read_sets(dataset(context, settings.data, settings.captions, settings.family))
         parent.datasets({"captions": sets[0].digest, "held out": sets[1].digest})

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ambergrade.captions.lint import Limits
 from ambergrade.captions.recipe import CaptionRecipe
 from ambergrade.captions.selection import Selection
 from ambergrade.errors import BadSetting, UnknownName
@@ -277,6 +278,30 @@ class EvaluateSettings(Common):
         wrong = [f"{name} is {number}" for name, number in numbers.items() if number is not None and number < 1]
         if wrong or self.noise_count < 1:
             raise BadSetting(f"{', '.join(wrong) or f'noise_count is {self.noise_count}'}: at least 1 is needed.")
+        self._check_given()
+        files = [self.baseline, self.pictures, self.prompts_path, self.post, self.reference, self.reference_pictures]
+        files += [self.sheet] if isinstance(self.sheet, str) else list(self.sheet or ())
+        files += [self.model] if self.model is not None and not self.model.startswith("models:/") else []
+        for file in files:
+            if file is not None:
+                find_file(file)
+        if self.pictures is not None and not Path(self.pictures).is_dir():
+            raise BadSetting(f"pictures={self.pictures} is no folder.")
+
+    def _check_given(self) -> None:
+        """Raise BadSetting for what the action needs and nobody gave."""
+        needed = {"compare": ("sheet", "baseline"), "reference": ("reference",), "calibrate": ("pictures", "tagger")}
+        missing = [name for name in needed.get(self.action, ()) if getattr(self, name) is None]
+        if self.action == "score":
+            if (self.model is None) == (self.pictures is None):
+                raise BadSetting(
+                    "Give either model=… (pictures are drawn) or pictures=DIR (they are there), and not both."
+                )
+            if "fid" in self.suite.metrics and self.reference is None:
+                missing.append("reference")
+        if missing:
+            given = " ".join(f"{name}=…" for name in missing)
+            raise BadSetting(f"No value for: {', '.join(missing)}.\nGive it on the command line: {given}")
 
 
 @dataclass(frozen=True)
@@ -295,7 +320,7 @@ class DataPipelineSettings(Common):
     captions: CaptionRecipe
     compute: Compute
     action: Literal["build", "lint", "explain", "captions", "percentiles"]
-    limits: Mapping[str, float]
+    limits: Limits
     percentiles: Percentiles
     database: str | None = None
     pictures: str | None = None
