@@ -234,7 +234,8 @@ def test_no_more_is_kept_than_may_be(inputs: dict[str, dict[str, Tensor]]) -> No
 
 
 def test_components_are_made_of_the_same_only_while_their_own_coefficients_stay() -> None:
-    named = {"model.diffusion_model.w": torch.ones(2), "conditioner.embedders.0.w": torch.ones(2)}
+    text = "conditioner.embedders.0.transformer.text_model.w"
+    named = {"model.diffusion_model.w": torch.ones(2), text: torch.ones(2)}
     formula = Formula.parse("x + unet(a * (y - x)) + te1(b * (y - x))", ["x", "y"])
     merge = ResidentMerge(formula, {"x": named, "y": {name: 2 * value for name, value in named.items()}})
     texts = [merge.made_of({"a": a, "b": b}, "te1", "te2") for a, b in ((0.5, 0.5), (0.7, 0.5), (0.5, 0.7))]

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ambergrade.errors import BadInput, BadSetting, MissingObject
-from ambergrade.family.detect import EMA, Layout, detect, families
+from ambergrade.family.detect import EMA, Layout, detect, require
 from ambergrade.family.files import PASSIVE_FILE, Entry, entries, write_streamed
 from ambergrade.family.layouts import Source, listed, renamed
+from ambergrade.family.load import Family, families
 from ambergrade.store import write_json
 
 if TYPE_CHECKING:
@@ -42,13 +43,14 @@ class Opened:
         return dtypes.pop(), source.shape({key: self.entries[key].shape for key in source.keys})
 
 
-def open_checkpoint(path: Path) -> Opened:
-    """Read the headers of a single file or a diffusers folder.
+def open_checkpoint(path: Path, family: Family | None = None) -> Opened:
+    """Read the headers of a single file or a diffusers folder, of any family or of the given one.
 
-    Raises BadInput for a damaged file or an unknown family, MissingObject for a path that is not there.
+    Raises BadInput for a damaged file or an unknown or another family, MissingObject for a path that is not there.
     """
-    found = entries(path, {part for family in families() for part in family.components})
-    return Opened(found, detect({key: entry.shape for key, entry in found.items()}))
+    found = entries(path, {part for each in families() for part in each.components})
+    shapes = {key: entry.shape for key, entry in found.items()}
+    return Opened(found, require(family, shapes, path.name) if family else detect(shapes))
 
 
 def to_folder(checkpoint: Path, folder: Path, config: Path, *, ema: Ema = "drop") -> Layout:

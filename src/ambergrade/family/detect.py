@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import pkgutil
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ambergrade import family as package
 from ambergrade.errors import BadInput
-from ambergrade.family.layouts import Family, Shape, Source, listed, renamed
+from ambergrade.family.layouts import Shape, Source, listed, renamed
+from ambergrade.family.load import Family, families
+
+__all__ = ["EMA", "Layout", "detect", "ema_name", "families"]
 
 ENOUGH = 0.9
 """Of the keys of the components found, so many must be there: a few missing are a fault, many another family."""
@@ -41,16 +41,6 @@ class Layout:
     """Whether every shape is the published one."""
 
 
-@functools.cache
-def families() -> tuple[Family, ...]:
-    """Every module of this package that defines `FAMILY`, by name."""
-    modules = (
-        importlib.import_module(f"{package.__name__}.{info.name}") for info in pkgutil.iter_modules(package.__path__)
-    )
-    found = (getattr(module, "FAMILY", None) for module in modules)
-    return tuple(sorted((family for family in found if family), key=lambda family: family.name))
-
-
 def detect(shapes: Mapping[str, Shape]) -> Layout:
     """The family and layout of a checkpoint.
 
@@ -58,6 +48,20 @@ def detect(shapes: Mapping[str, Shape]) -> Layout:
     `unet/conv_in.weight`. Raises BadInput where no family fits, saying what the nearest lacks.
     """
     return _detected(tuple((key, tuple(shape)) for key, shape in shapes.items()))
+
+
+def require(family: Family, shapes: Mapping[str, Shape], what: str) -> Layout:
+    """`detect`, where the family is known. Raises BadInput, naming keys, where `what` is of another one."""
+    layout = detect(shapes)
+    if layout.family.name in (family.name, family.like):
+        return layout
+    own = {name for name in layout.sources if layout.family.component_of(name)}
+    there, lacking = sorted(own - family.published.keys()), sorted(family.published.keys() - own)
+    raise BadInput(
+        f"{what} is of family {layout.family.name}, not {family.name}: it has {len(there)} tensors such as "
+        f"'{(there or sorted(own))[0]}', and lacks {len(lacking)} such as '{lacking[0]}'.\n"
+        f"Say family={layout.family.name}, or name another file."
+    )
 
 
 @functools.lru_cache(maxsize=4)  # the models of a merge have the same keys and shapes

@@ -1,4 +1,4 @@
-"""What a family of models is, and how its two layouts hold the same weights.
+"""How the two layouts of a checkpoint hold the same weights.
 
 The *single file* (A1111, ComfyUI, kohya) has the names of the original code; the *folder* (diffusers, transformers) has
 one file or more for each component. A tensor's own name is its single file's. A plan of `Source`s says where each
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -74,6 +73,16 @@ class Source:
                 return parts[0].chunk(3)[self.part]
         return parts[0]
 
+    def reversed(self, name: str, shape: Shape) -> dict[str, Source]:
+        """The way back: the sources of this tensor's sources, once it is called `name` and has that shape."""
+        if self.form == "stacked":
+            return {key: Source((name,), "third", part) for part, key in enumerate(self.keys)}
+        back: dict[Form, Form] = {"1x1 conv": "matrix", "transposed": "transposed", "as is": "as is"}
+        form = back[self.form]
+        if form == "matrix" and len(shape) == 2:
+            form = "as is"
+        return {self.keys[0]: Source((name,), form)}
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -96,125 +105,8 @@ class Component:
     """Begins its keys in a single file."""
     config: Mapping[str, Any]
     """The published numbers, named as in diffusers' or transformers' `config.json`."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """Models whose tensors have the same names; the widths may differ."""
-
-    name: str
-    architecture: str
-    """ModelSpec's word for it."""
-    components: Mapping[str, Component]
-    """By folder name of the diffusers layout."""
-    passive: Collection[str] = ()
-    """Single-file keys that no network reads; kept, so that files stay mergeable key by key."""
-    variants: Mapping[str, str] = field(default_factory=dict)
-    """Beginnings of keys that some files have instead of our own, the longer ones first."""
-
-    def own_name(self, key: str) -> str:
-        """A single-file key with a known variant of its beginning evened out."""
-        for theirs, ours in self.variants.items():
-            if key.startswith(theirs) and not key.startswith(ours):
-                return ours + key.removeprefix(theirs)
-        return key
-
-    def component_of(self, name: str) -> str | None:
-        """Which component a single-file key belongs to; None for what no network holds."""
-        if name in self.passive:
-            return None
-        for part, component in self.components.items():
-            if name.startswith(component.prefix):
-                return part
-        return None
-
-    def table(self, configs: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Shape]:
-        """Every single-file key that a network holds, with its shape; of the published widths or those of `configs`.
-
-        `configs` maps components to the contents of their `config.json`.
-        """
-        found: dict[str, Shape] = {}
-        for part, component in self.components.items():
-            shapes = component.kind.shapes((configs or {}).get(part, component.config))
-            found |= {name: source.shape(shapes) for name, source in self.to_single(part, shapes).items()}
-        return found
-
-    @cached_property
-    def published(self) -> dict[str, Shape]:
-        """`table()`, of the published widths."""
-        return self.table()
-
-    def to_single(self, part: str, keys: Iterable[str]) -> dict[str, Source]:
-        """Single-file key to its source, for the diffusers keys of one component."""
-        component = self.components[part]
-        return {component.prefix + name: source for name, source in component.kind.to_single(keys).items()}
-
-    def to_diffusers(self, part: str, shapes: Mapping[str, Shape]) -> dict[str, Source]:
-        """diffusers key to its source, for those of the single-file keys that belong to the component.
-
-        Keys that no rule knows are left out; `shapes` tells 1x1 convolutions that were saved as matrices.
-        """
-        component = self.components[part]
-        mine = [name for name in shapes if self.component_of(name) == part]
-        keys = component.kind.to_diffusers(name.removeprefix(component.prefix) for name in mine)
-        found: dict[str, Source] = {}
-        for name, source in self.to_single(part, keys).items():
-            if name in shapes:
-                found |= _reversed(name, source, shapes[name])
-        return found
-
-    def into_module(self, part: str, keys: Iterable[str], shapes: Mapping[str, Shape]) -> dict[str, Source]:
-        """A module's own keys to their sources among single-file tensors; keys that nothing there fills are left out.
-
-        Right for any version of transformers, whose modules name the same weights differently.
-        """
-        found: dict[str, Source] = {}
-        for name, source in self.to_single(part, keys).items():
-            if name in shapes:
-                found |= _reversed(name, source, shapes[name])
-        return found
-
-
-def _reversed(name: str, source: Source, shape: Shape) -> dict[str, Source]:
-    """The sources of a single-file tensor's sources."""
-    if source.form == "stacked":
-        return {key: Source((name,), "third", part) for part, key in enumerate(source.keys)}
-    back: dict[Form, Form] = {"1x1 conv": "matrix", "transposed": "transposed", "as is": "as is"}
-    form = back[source.form]
-    if form == "matrix" and len(shape) == 2:
-        form = "as is"
-    return {source.keys[0]: Source((name,), form)}
-
-
-def to_single_file(family: Family, part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One component's tensors under single-file keys; most share memory with `state`."""
-    return {name: source.take(state) for name, source in family.to_single(part, state).items()}
-
-
-def from_single_file(
-    family: Family, part: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape]
-) -> dict[str, Tensor]:
-    """One component's tensors under the diffusers keys that its module has.
-
-    `shapes` maps those keys to the module's shapes. Raises BadInput naming what is missing, unexpected or misshapen.
-    """
-    wanted = family.to_single(part, shapes)
-    mine = {name: tuple(tensor.shape) for name, tensor in tensors.items() if family.component_of(name) == part}
-    complaints = [f"missing: {name}" for name in sorted(wanted.keys() - mine.keys())]
-    complaints += [f"unexpected: {name}" for name in sorted(mine.keys() - wanted.keys())]
-    state: dict[str, Tensor] = {}
-    for name in sorted(wanted.keys() & mine.keys()):
-        for key, source in _reversed(name, wanted[name], mine[name]).items():
-            if source.shape(mine) != tuple(shapes[key]):
-                complaints.append(f"shape: {name} gives {source.shape(mine)}, the {part} has {tuple(shapes[key])}")
-            else:
-                state[key] = source.take(tensors)
-    if complaints:
-        raise BadInput(
-            f"These weights do not fit the {part}:\n{listed(complaints)}\n"
-            "Check that the checkpoint and the family's config folder belong together."
-        )
-    return state
+    short: str
+    """Its name in formulas and settings: `unet`, `vae`, `te1`, `te2`."""
 
 
 def renamed(plan: Mapping[str, Source], rename: Callable[[str], str]) -> dict[str, Source]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ambergrade.family import original
-from ambergrade.family.layouts import Component, Family
+from ambergrade.family.layouts import Component
+from ambergrade.family.load import Family
 
 TEXT = "cond_stage_model.transformer.text_model."
 FAMILY = Family(
@@ -21,10 +22,12 @@ FAMILY = Family(
                 "cross_attention_dim": 768,
                 "attention_head_dim": 8,
             },
+            "unet",
         ),
-        "vae": Component(original.VAE, "first_stage_model.", original.VAE_CONFIG),
-        "text_encoder": Component(original.CLIP, TEXT, original.CLIP_L_CONFIG),
+        "vae": Component(original.VAE, "first_stage_model.", original.VAE_CONFIG, "vae"),
+        "text_encoder": Component(original.CLIP, TEXT, original.CLIP_L_CONFIG, "te1"),
     },
+    blocks=12,
     # The noise schedule that the original training code kept among its weights, and two markers of v-prediction.
     passive=frozenset(
         {f"{TEXT}embeddings.position_ids", "v_pred", "ztsnr", "logvar", "scale_factor", "betas"}

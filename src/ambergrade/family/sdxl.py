@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from ambergrade.errors import BadInput, MissingObject
 from ambergrade.family import original
-from ambergrade.family.files import PASSIVE_FILE, read_tensors, weight_files, weights_digest, write_tensors
-from ambergrade.family.layouts import Component, Family, from_single_file, to_single_file
+from ambergrade.family.files import weights_digest
+from ambergrade.family.layouts import Component
+from ambergrade.family.load import Family
 from ambergrade.identity import random_seed
 
 if TYPE_CHECKING:
@@ -69,10 +70,11 @@ FAMILY = Family(
                 "addition_time_embed_dim": 256,
                 "projection_class_embeddings_input_dim": 1280 + 6 * 256,
             },
+            "unet",
         ),
-        "vae": Component(original.VAE, "first_stage_model.", original.VAE_CONFIG),
+        "vae": Component(original.VAE, "first_stage_model.", original.VAE_CONFIG, "vae"),
         "text_encoder": Component(
-            original.CLIP, "conditioner.embedders.0.transformer.text_model.", original.CLIP_L_CONFIG
+            original.CLIP, "conditioner.embedders.0.transformer.text_model.", original.CLIP_L_CONFIG, "te1"
         ),
         "text_encoder_2": Component(
             original.OPEN_CLIP,
@@ -86,14 +88,20 @@ FAMILY = Family(
                 "vocab_size": 49408,
                 "max_position_embeddings": 77,
             },
+            "te2",
         ),
     },
+    blocks=9,
+    live="sdxl",
     # v_pred, ztsnr and edm_vpred mark what a model predicts; denoiser.sigmas is generative-models' noise schedule.
     passive=frozenset(
         {POSITION_IDS, LOGIT_SCALE, "v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min", "denoiser.sigmas"}
         | {"alphas_cumprod"}
     ),
 )
+
+
+read_checkpoint, write_checkpoint = FAMILY.read_checkpoint, FAMILY.write_checkpoint
 
 
 @dataclass
@@ -139,7 +147,7 @@ def load(
             continue
         chosen = (dtype.get(name) if isinstance(dtype, Mapping) else dtype) or torch.float32
         shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-        state = from_single_file(FAMILY, name, weights, shapes)
+        state = FAMILY.module_tensors(name, weights, shapes)
         # A copy even where dtype and device agree: what is read may be mapped from the file.
         state = {key: value.to(device, chosen, copy=True).contiguous() for key, value in state.items()}
         module.load_state_dict(state, assign=True)
@@ -165,7 +173,7 @@ def tensors(networks: Networks) -> dict[str, Tensor]:
     """All weights under single-file keys. Most share memory with the live modules: clone what must not change."""
     found = dict(networks.passive)
     for name, module in networks.modules().items():
-        found |= to_single_file(FAMILY, name, {key: value.detach() for key, value in module.state_dict().items()})
+        found |= FAMILY.single_tensors(name, {key: value.detach() for key, value in module.state_dict().items()})
     return found
 
 
@@ -179,31 +187,13 @@ def assign(networks: Networks, tensors: Mapping[str, Tensor]) -> None:
     states = {}
     for name, module in networks.modules().items():
         shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-        states[name] = from_single_file(FAMILY, name, tensors, shapes)
+        states[name] = FAMILY.module_tensors(name, tensors, shapes)
     with torch.no_grad():
         for name, module in networks.modules().items():
             live = module.state_dict()
             for key, value in states[name].items():
                 live[key].copy_(value)
     _take_passive(networks, tensors)
-
-
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Weights under single-file keys, from a single file or a diffusers folder; pickles are refused."""
-    if not path.is_dir():
-        return read_tensors(path)
-    found: dict[str, Tensor] = {}
-    for name in FAMILY.components:
-        state: dict[str, Tensor] = {}
-        for file in weight_files(path / name):
-            state |= read_tensors(file)
-        found |= to_single_file(FAMILY, name, state)
-    return found | (read_tensors(path / PASSIVE_FILE) if (path / PASSIVE_FILE).is_file() else {})
-
-
-def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Write a single file of canonical bytes under its final name in one step; returns the weights' digest."""
-    return write_tensors(path, tensors, metadata)
 
 
 def tokenize(networks: Networks, texts: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -7,34 +7,33 @@ value of its own, the 21st. In both the text encoders are BASE and the last laye
 
 from __future__ import annotations
 
+import functools
 import re
 from fractions import Fraction
 
 from ambergrade.errors import BadSetting, UnknownName
+from ambergrade.family.load import families
 
 DIALECTS = ("supermerger", "mecha")
-_COMPONENTS = (
-    ("unet", "model.diffusion_model."),
-    ("vae", "first_stage_model."),
-    ("te1", "conditioner.embedders.0."),
-    ("te2", "conditioner.embedders.1."),
-    ("te1", "cond_stage_model."),
-)
-_DEPTH = {20: 9, 21: 9, 26: 12}
-"""Values given to the number of input (and output) blocks: SDXL has 9, SD 1.5 has 12."""
+
+
+@functools.cache
+def _prefixes() -> tuple[tuple[str, str], ...]:
+    """The beginnings of names and their components' short names, of all families: none contradicts another."""
+    components = [component for family in families() for component in family.components.values()]
+    return tuple({component.prefix: component.short for component in components}.items())
 
 
 def component(name: str) -> str:
     """`unet`, `te1`, `te2`, `vae`, or '' for what belongs to none."""
-    return next((word for word, prefix in _COMPONENTS if name.startswith(prefix)), "")
+    return next((short for prefix, short in _prefixes() if name.startswith(prefix)), "")
 
 
-def block_names(count: int) -> list[str]:
-    """The blocks that 20, 21 or 26 values stand for, in order."""
-    depth = _DEPTH[count]
-    inner = [f"IN{block:02}" for block in range(depth)]
-    outer = [f"OUT{block:02}" for block in range(depth)]
-    return ["BASE", *inner, "M00", *outer, *(["VAE"] if count == 21 else [])]
+@functools.cache
+def _blocks() -> dict[int, list[str]]:
+    """How many values there may be, to the blocks they stand for, in order."""
+    named = [["BASE", *family.block_names] for family in families()]
+    return {len(names): names for names in [*named, *([*names, "VAE"] for names in named)]}
 
 
 def block_weights(text: str, dialect: str) -> list[tuple[str, str]]:
@@ -42,24 +41,24 @@ def block_weights(text: str, dialect: str) -> list[tuple[str, str]]:
     if dialect not in DIALECTS:
         raise UnknownName("MBW dialect", dialect, DIALECTS)
     values = [value.strip() for value in text.split(",")]
-    if len(values) not in _DEPTH:
+    if len(values) not in _blocks():
+        known = [f"{len(f.block_names) + 1} ({f.name}: BASE, IN00 to {f.block_names[-1]})" for f in families()]
         raise BadSetting(
-            f"{len(values)} block weights; there are 20 (SDXL: BASE, IN00-08, M00, OUT00-08), 21 (the same and VAE) "
-            "or 26 (SD 1.5: BASE, IN00-11, M00, OUT00-11)."
+            f"{len(values)} block weights; there are {' or '.join(known)}, and one more for the VAE with dialect mecha."
         )
-    if len(values) == 21 and dialect != "mecha":
-        raise BadSetting("The 21st value is the VAE's, which only the dialect mecha has; supermerger takes it as BASE.")
+    if "VAE" in _blocks()[len(values)] and dialect != "mecha":
+        raise BadSetting("The last value is the VAE's, which only the dialect mecha has; supermerger takes it as BASE.")
     for value in values:
         if not re.fullmatch(r"[+-]?(\d{1,20}(\.\d{0,20})?|\.\d{1,20})", value):
             raise BadSetting(f"'{value[:40]}' is no block weight. Write decimal numbers, separated by commas.")
-    return list(zip(block_names(len(values)), values, strict=True))
+    return list(zip(_blocks()[len(values)], values, strict=True))
 
 
 def block_of(name: str, dialect: str, count: int) -> str:
-    """The block, as in `block_names`, of a single-file tensor name."""
-    depth = _DEPTH[count]
+    """The block that `count` values give to a single-file tensor name."""
+    names = _blocks()[count]
     if component(name) == "vae":
-        return "VAE" if count == 21 else "BASE"
+        return "VAE" if "VAE" in names else "BASE"
     if component(name) != "unet":
         return "BASE"
     part, _, rest = name.removeprefix("model.diffusion_model.").partition(".")
@@ -68,7 +67,7 @@ def block_of(name: str, dialect: str, count: int) -> str:
     if part == "middle_block":
         return "M00"
     if part == "out":
-        return f"OUT{depth - 1:02}"
+        return [block for block in names if block.startswith("OUT")][-1]
     number = rest.partition(".")[0]
     return f"{'IN' if part == 'input_blocks' else 'OUT'}{int(number):02}"
 
