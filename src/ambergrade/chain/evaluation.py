@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ from ambergrade.chain.context import Context, Stage, record_command, use_threads
 from ambergrade.chain.point import Scoring, open_checkpoint
 from ambergrade.chain.settings import EvaluateSettings, Invocation
 from ambergrade.errors import BadInput, BadSetting
-from ambergrade.family import sdxl
+from ambergrade.family.load import family
 from ambergrade.generate import stream
 from ambergrade.generate.contact_sheet import write_png
 from ambergrade.generate.fast import accelerate, drawn_ahead
@@ -36,6 +37,9 @@ from ambergrade.score.sheet import ScoreSheet, refuse_unlike
 from ambergrade.store import Finished, Outputs, copy_file, find_file, written_aside
 from ambergrade.track.journal import Journal, Run
 from ambergrade.track.lookup import registered_checkpoint
+
+if TYPE_CHECKING:
+    from ambergrade.family.sdxl import Networks
 
 EVALUATION = Stage("evaluation", 4)
 _WHERE = ("root", "compute", "debug", "out", "name", "baseline", "primary")
@@ -135,8 +139,9 @@ class _Subject:
         return open_checkpoint(self.path, self.settings.family.name).digest
 
     @cached_property
-    def networks(self) -> sdxl.Networks:
-        found = sdxl.load(self.path, find_file(self.settings.family.config), device=self.context.device)
+    def networks(self) -> Networks:
+        chosen = self.settings.family
+        found = family(chosen.name).load(self.path, find_file(chosen.config), device=self.context.device)
         if self.how:
             dtype = torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
             accelerate(found, dtype=dtype, compiled=self.settings.compiled)

@@ -12,7 +12,8 @@ from ambergrade.chain.context import Context, Stage
 from ambergrade.chain.dataset import SPLITS, picture_files
 from ambergrade.chain.settings import DataSettings, FamilySettings
 from ambergrade.errors import BadInput
-from ambergrade.family import sdxl
+from ambergrade.family.files import weights_digest
+from ambergrade.family.load import family as load_family
 from ambergrade.nouns import CaptionSet, Checkpoint
 from ambergrade.store import Outputs, find_file
 from ambergrade.train.latent_store import LatentStore
@@ -40,7 +41,8 @@ def encode(
     def fill() -> int:
         if not store.missing(captions) and not store.missing(validation):
             return 0
-        networks = sdxl.load(base.path, find_file(family.config), device=context.device, only=["vae"])
+        loaded = load_family(family.name)
+        networks = loaded.load(base.path, find_file(family.config), device=context.device, only=["vae"])
         at_once = max(1, min(16, 16 * 512**2 // family.resolution**2))  # 10 GB in fp32 at most
         return sum(store.fill(networks.vae, chosen, picture, batch=at_once) for chosen in (captions, validation))
 
@@ -64,8 +66,9 @@ def prove_latents(
 
     Nothing is written: pictures without a latent are counted, and a training makes their latents.
     """
-    networks = sdxl.load(base.path, find_file(family.config), device=context.device, only=["vae"])
-    store = LatentStore(context.ledger.root / "latents", vae_digest(sdxl.read_checkpoint(base.path)))
+    loaded = load_family(family.name)
+    networks = loaded.load(base.path, find_file(family.config), device=context.device, only=["vae"])
+    store = LatentStore(context.ledger.root / "latents", vae_digest(loaded.read_checkpoint(base.path)))
     complaints = store.verify()
     print(f"  {len(list(store.folder.glob('*.safetensors')))} shard(s) hashed in {store.folder}")
     files = picture_files(context, data)
@@ -86,4 +89,4 @@ def prove_latents(
 
 def vae_digest(weights: Mapping[str, torch.Tensor]) -> str:
     """What the latents of a checkpoint's VAE are filed under."""
-    return sdxl.weights_digest({key: value for key, value in weights.items() if key.startswith("first_stage_model.")})
+    return weights_digest({key: value for key, value in weights.items() if key.startswith("first_stage_model.")})

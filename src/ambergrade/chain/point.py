@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +15,8 @@ from PIL import Image
 from ambergrade.chain.context import Context, Stage, Task
 from ambergrade.chain.settings import FamilySettings, MergeFormula, PromptFiles, Suite
 from ambergrade.errors import UnknownName
-from ambergrade.family import sdxl
 from ambergrade.family.files import read_tensors
+from ambergrade.family.load import family
 from ambergrade.generate import stream
 from ambergrade.generate.contact_sheet import write_png
 from ambergrade.generate.texts import TextEncoder
@@ -32,6 +33,9 @@ from ambergrade.score.scoring import Metric, load_metric, score
 from ambergrade.score.sheet import ScoreSheet
 from ambergrade.store import Finished, Outputs, copy_file, find_file
 from ambergrade.track.journal import Run
+
+if TYPE_CHECKING:
+    from ambergrade.family.sdxl import Networks
 
 Point = Mapping[str, float]
 
@@ -70,13 +74,14 @@ class LiveNetworks:
 
     def __init__(self, family: FamilySettings, device: str) -> None:
         self.family, self.device = family, device
-        self._networks: sdxl.Networks | None = None
+        self._networks: Networks | None = None
         self._texts: tuple[object, TextEncoder] | None = None
 
-    def filled(self, merge: ResidentMerge, point: Point, first: Path) -> sdxl.Networks:
+    def filled(self, merge: ResidentMerge, point: Point, first: Path) -> Networks:
         """The networks with this point's weights; they are built from the file `first` the first time."""
         if self._networks is None:
-            self._networks = sdxl.load(first, find_file(self.family.config), device=self.device)
+            chosen = family(self.family.name)
+            self._networks = chosen.load(first, find_file(self.family.config), device=self.device)
         merge.assign(self._networks.modules(), point)
         return self._networks
 
@@ -100,7 +105,8 @@ class LiveMerge:
 
     @cached_property
     def resident(self) -> ResidentMerge:
-        inputs = {alias: sdxl.read_checkpoint(self._models[alias].path) for alias in self.formula.models}
+        read = family(self.live.family.name).read_checkpoint
+        inputs = {alias: read(self._models[alias].path) for alias in self.formula.models}
         inputs |= {alias: read_tensors(path) for alias, path in self.loras.items()}
         inputs = placed(inputs, self.live.device)
         return ResidentMerge(self.formula, inputs, dtype=self.chosen.dtype, policies=self.chosen.policies)
@@ -114,7 +120,7 @@ class LiveMerge:
         dtype, policies = self.chosen.dtype, self.chosen.policies
         return open_job(self.formula, paths, coefficients=point, dtype=dtype, policies=policies)
 
-    def networks(self, point: Point) -> sdxl.Networks:
+    def networks(self, point: Point) -> Networks:
         """The live networks with this point's weights in them; no file is written."""
         return self.live.filled(self.resident, point, self._models[self.formula.models[0]].path)
 
@@ -128,9 +134,9 @@ class LiveMerge:
         return self.live.texts((self.inputs, self.chosen.dtype, made_of, prompts.digest, batch))
 
 
-def open_checkpoint(path: Path, family: str) -> Checkpoint:
-    """A checkpoint with the digest of its weights. Raises BadInput for a file of another family."""
-    return Checkpoint(path, family, sdxl.weights_digest(sdxl.read_checkpoint(path)))
+def open_checkpoint(path: Path, name: str) -> Checkpoint:
+    """A checkpoint of the family `name`, with the digest of its weights."""
+    return Checkpoint(path, name, family(name).weights_digest(path))
 
 
 def read_prompts(files: PromptFiles, which: str) -> PromptSet:

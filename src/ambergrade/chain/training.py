@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from ambergrade.chain.latents import encode
 from ambergrade.chain.point import open_checkpoint
 from ambergrade.chain.settings import DataSettings, FamilySettings
 from ambergrade.errors import BadSetting
-from ambergrade.family import sdxl
+from ambergrade.family.load import Family
+from ambergrade.family.load import family as load_family
 from ambergrade.generate import stream
 from ambergrade.generate.contact_sheet import picture_grid
 from ambergrade.identity import random_seed
@@ -30,6 +32,9 @@ from ambergrade.train.validation import ValidationLoss
 from ambergrade.train.verify import verify_gradients, verify_resume
 from ambergrade.train.worker import Job as TrainingJob
 from ambergrade.train.worker import launch
+
+if TYPE_CHECKING:
+    from ambergrade.family.sdxl import Networks
 
 TRAIN = Stage("train", 3)
 
@@ -56,10 +61,15 @@ class Subject:
     def config(self) -> Path:
         return find_file(self.family.config)
 
+    @property
+    def loaded(self) -> Family:
+        """The family's own functions."""
+        return load_family(self.family.name)
+
 
 def train(context: Context, subject: Subject) -> Checkpoint:
     """Fine-tune the base, and file what comes out: the checkpoint, and an adapter's own file where one is trained."""
-    weights = sdxl.read_checkpoint(subject.base.path)
+    weights = subject.loaded.read_checkpoint(subject.base.path)
     latents = _latents(context, subject, weights)
     trainer, name = subject.trainer, subject.name
 
@@ -69,10 +79,10 @@ def train(context: Context, subject: Subject) -> Checkpoint:
         else:
             tuned, losses, seen = _train_here(context, subject, latents, scratch, run)
         kept = {key: value.to(weights[key].dtype) if key in weights else value for key, value in tuned.items()}
-        about = {"modelspec.title": name, "modelspec.architecture": "stable-diffusion-xl-v1-base"}
+        about = {"modelspec.title": name, "modelspec.architecture": subject.loaded.architecture}
         if trainer.loss["name"] == "v":
             about["modelspec.prediction_type"] = "v"
-        sdxl.write_checkpoint(scratch / f"{name}.safetensors", kept, about)
+        subject.loaded.write_checkpoint(scratch / f"{name}.safetensors", kept, about)
         files = {"checkpoint": scratch / f"{name}.safetensors"}
         if trainer.lora is not None:
             files["lora"] = scratch / "lora.safetensors"
@@ -81,7 +91,7 @@ def train(context: Context, subject: Subject) -> Checkpoint:
     def journal(run: Run, done: Finished) -> None:
         losses = done.values["validation"]
         run.metrics({f"val_loss_{when}": losses[when]["mean"] for when in ("before", "after")})
-        made = sdxl.weights_digest(sdxl.read_checkpoint(done.files["checkpoint"]))
+        made = subject.loaded.weights_digest(done.files["checkpoint"])
         run.model(name, done.files["checkpoint"], made, parents={subject.base_name: subject.base.digest})
 
     inputs = {
@@ -124,9 +134,9 @@ def _train_here(context: Context, subject: Subject, latents: LatentStore, scratc
     trainer, prompts = subject.trainer, subject.samples
     # bf16 weights are never in memory as fp32; the VAE, which draws samples, always is
     half = dict.fromkeys(TRAINED, torch.bfloat16) if trainer.precision in HALF else None
-    networks = sdxl.load(subject.base.path, subject.config, dtype=half, device=context.device)
+    networks = subject.loaded.load(subject.base.path, subject.config, dtype=half, device=context.device)
 
-    def show(live: sdxl.Networks, seen: int) -> None:
+    def show(live: Networks, seen: int) -> None:
         assert prompts is not None
         drawn = [picture.pixels for picture in stream.pictures(live, prompts, subject.sampler, progress=None)]
         run.picture(f"samples/{subject.name}", picture_grid(drawn, 4), step=seen)
@@ -145,7 +155,7 @@ def _train_here(context: Context, subject: Subject, latents: LatentStore, scratc
     assert report.before is not None
     assert report.after is not None
     losses = {"before": asdict(report.before), "after": asdict(report.after)}
-    return sdxl.tensors(networks), losses, report.seen
+    return subject.loaded.networks.tensors(networks), losses, report.seen
 
 
 def _train_apart(context: Context, subject: Subject, latents: LatentStore, scratch: Path, run: Run) -> Trained:
@@ -158,7 +168,7 @@ def _train_apart(context: Context, subject: Subject, latents: LatentStore, scrat
     for seen, loss in made["between"].items():
         _check(run, ValidationLoss(**loss), int(seen))
     losses = {when: made[when] for when in ("before", "after")}
-    return sdxl.read_checkpoint(scratch / "trained.safetensors"), losses, made["seen"]
+    return subject.loaded.read_checkpoint(scratch / "trained.safetensors"), losses, made["seen"]
 
 
 def training_job(context: Context, subject: Subject, latents: LatentStore, folder: Path) -> TrainingJob:
@@ -186,7 +196,7 @@ def prove(context: Context, subject: Subject, what: str, *, steps: int, kills: i
     trainer = subject.trainer
     trainer = replace(trainer, images=steps * trainer.batch, save_every=2 * trainer.batch)
     subject = replace(subject, trainer=trainer)
-    latents = _latents(context, subject, sdxl.read_checkpoint(subject.base.path))
+    latents = _latents(context, subject, subject.loaded.read_checkpoint(subject.base.path))
     with tempfile.TemporaryDirectory() as folder:
         job = replace(training_job(context, subject, latents, Path(folder)), validation=None)
         cpu = context.device == "cpu"
