@@ -199,7 +199,7 @@ def _flags(arguments: list[str]) -> Namespace:
     for name in _SWITCHES:
         parser.add_argument(*names[name], action="store_true")
     for name in _VALUES:
-        parser.add_argument(*names[name])
+        parser.add_argument(*names[name], choices=("job", "hydra", "all") if name == "cfg" else None)
     parser.add_argument("--info", "-i", nargs="?", const="all")
     parser.add_argument("overrides", nargs="*")
 

@@ -1,22 +1,17 @@
 """The door: a throw-away pipeline is run by hand, with mistakes of every kind."""
 
-import dataclasses
 import importlib.util
 import io
-import math
 import os
-import re
 import resource
 import subprocess
 import sys
-from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, Literal
 
 import pytest
 
-from ambergrade import config
+from ambergrade.door.compose import compose, plain
 from ambergrade.errors import BadSetting
 
 PIPELINE = '''\
@@ -26,21 +21,50 @@ Examples:
     python toast.py bread=rye minutes=3
 """
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from ambergrade import config
+from typing import Any
+from ambergrade.chain.settings import Invocation
+from ambergrade.door.main import pipeline
 from ambergrade.errors import BadInput
 
-@config.main("toast", conf=Path(__file__).parent / "conf")
-def run(cfg):
-    values = config.plain(cfg)
-    if values["minutes"] > 20:
+@dataclass(frozen=True)
+class Heat:
+    watts: float
+    even: bool
+
+@dataclass(frozen=True)
+class Bread:
+    name: str
+    grain: str
+    caraway: int = 0
+
+@dataclass(frozen=True)
+class Toast:
+    bread: Bread
+    minutes: int
+    heat: Heat
+    label: str
+    slices: tuple[int, ...]
+    toppings: Mapping[str, int]
+    root: Path
+    debug: bool
+    butter_path: str | None = None
+    spread: Mapping[str, Any] | None = None
+    extra: int = 0
+
+@pipeline("toast", conf=Path(__file__).parent / "conf")
+def run(settings: Toast, invocation: Invocation):
+    if settings.minutes > 20:
         raise BadInput("It burns.\\nTake fewer minutes.")
-    if values["minutes"] == 13:
+    if settings.minutes == 13:
         raise ZeroDivisionError("our bug")
-    if values["minutes"] == 14:
-        cfg.no_such_key
-    print("toasted", values["bread"]["name"], values["minutes"], values["heat"]["watts"], "torch" in sys.modules)
-    return values["minutes"]
+    if settings.minutes == 14:
+        settings.no_such_key
+    shown = settings.bread.name, settings.minutes, settings.heat.watts
+    print("toasted", *shown, "torch" in sys.modules, *settings.toppings.items(), settings.butter_path or "")
+    return settings.minutes
 
 if __name__ == "__main__":
     run()
@@ -56,7 +80,9 @@ minutes: 2        # of toasting
 heat: {watts: 800.0, even: true}
 label: plain
 slices: [1, 2]
-root: ${oc.env:AMBERGRADE_ROOT,${repository:}}
+toppings: {cheese: 1}
+butter_path: null
+root: ${default_root:}
 debug: false
 """
 
@@ -109,7 +135,7 @@ def complaint(kitchen: Path, *arguments: str) -> str:
 
 def test_a_run_leaves_no_files_and_imports_no_torch(kitchen: Path) -> None:
     done = toast(kitchen, "bread=rye", "minutes=3", "bread.caraway=2", "+extra=1")
-    assert (done.returncode, done.stdout) == (0, "toasted rye 3 800.0 False\n")
+    assert (done.returncode, done.stdout) == (0, "toasted rye 3 800.0 False ('cheese', 1) \n")
     assert done.stderr == ""
     assert list((kitchen / "cwd").iterdir()) == []
     assert not (kitchen / "root").exists()
@@ -144,6 +170,11 @@ MISTAKES = [
     (["--multirun", "heat.wats=1,2"], ["Did you mean 'heat.watts'"]),
     (["--multirun", "minutes=1,long"], ["minutes=long", "a number"]),
     (["minutes=21"], ["It burns.", "Take fewer minutes."]),
+    (["minutes=1.5"], ["minutes: a whole number is needed, found 1.5."]),
+    (["minutes=null"], ["minutes: a whole number is needed, found None."]),
+    (["heat.watts=inf"], ["heat.watts: a finite number is needed"]),
+    (["toppings.ham=much"], ["toppings.ham: a whole number is needed, found 'much'."]),
+    (["bread.salt=1"], ["bread.salt"]),
 ]
 
 
@@ -151,6 +182,19 @@ MISTAKES = [
 def test_mistakes_are_told(kitchen: Path, arguments: list[str], parts: list[str]) -> None:
     told = complaint(kitchen, *arguments)
     assert all(part in told for part in parts), told
+
+
+def test_open_keys_are_added_and_a_key_like_a_group_is_resolved_by_its_path(kitchen: Path) -> None:
+    (kitchen / "conf" / "butter").mkdir()
+    (kitchen / "conf" / "butter" / "salted.yaml").write_text("salt: 1\n")
+    done = toast(kitchen, "toppings.ham=2", "butter=some/file.txt")
+    assert done.stdout == "toasted white 2 800.0 False ('cheese', 1) ('ham', 2) some/file.txt\n", done.stderr
+
+
+def test_a_reader_that_leaves_is_no_error(kitchen: Path) -> None:
+    command = f"{sys.executable} {kitchen / 'toast.py'} --help | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=kitchen, check=False)
+    assert (done.stdout, done.stderr) == ("Toast bread.\n", "")
 
 
 def test_several_mistakes_are_told_at_once(kitchen: Path) -> None:
@@ -168,8 +212,8 @@ def test_bugs_and_debugging_show_tracebacks(kitchen: Path) -> None:
 
 def test_a_sweep_runs_every_point_even_when_one_fails(kitchen: Path) -> None:
     done = toast(kitchen, "--multirun", "minutes=1,21,3", "bread=rye", "heat.watts=1e-3")
-    printed = [line for line in done.stdout.splitlines() if line.startswith("toasted")]
-    assert printed == [f"toasted rye {minutes} 0.001 False" for minutes in (1, 3)]
+    printed = [line.rstrip() for line in done.stdout.splitlines() if line.startswith("toasted")]
+    assert printed == [f"toasted rye {minutes} 0.001 False ('cheese', 1)" for minutes in (1, 3)]
     assert done.returncode == 1
     assert "It burns." in done.stderr
     assert "Traceback" not in done.stderr
@@ -214,108 +258,32 @@ def test_help(kitchen: Path) -> None:
 
 
 def test_compose_for_tests_and_notebooks(kitchen: Path) -> None:
-    cfg = config.compose("toast", ["bread=rye", "root=here"], conf=kitchen / "conf")
-    assert config.plain(cfg.bread) == {"name": "rye", "grain": "rye", "caraway": 1}
+    cfg = compose("toast", ["bread=rye", "root=here"], conf=kitchen / "conf")
+    assert plain(cfg.bread) == {"name": "rye", "grain": "rye", "caraway": 1}
     with pytest.raises(BadSetting, match="Did you mean 'rye'"):
-        config.compose("toast", ["bread=rey"], conf=kitchen / "conf")
+        compose("toast", ["bread=rey"], conf=kitchen / "conf")
     with pytest.raises(BadSetting, match=r"spread\.salted"):
-        config.compose("toast", ["spread=butter"], conf=kitchen / "conf")
+        compose("toast", ["spread=butter"], conf=kitchen / "conf")
+
+
+def test_a_project_has_its_own_yamls_and_gets_the_results(kitchen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ambergrade.door import compose as door
+
+    monkeypatch.delenv("AMBERGRADE_ROOT", raising=False)
+    project = kitchen / "project"
+    (project / "conf" / "bread").mkdir(parents=True)
+    (project / "ambergrade.yaml").write_text("")
+    (project / "conf" / "bread" / "mine.yaml").write_text("name: mine\n")
+    (project / "deep").mkdir()
+    monkeypatch.chdir(project / "deep")
+    monkeypatch.setattr(door, "CONF", kitchen / "conf")
+    found = plain(compose("toast", ["bread=mine"], conf=kitchen / "conf"))
+    assert (found["bread"], found["root"]) == ({"name": "mine"}, str(project))
+    with pytest.raises(BadSetting, match="Did you mean 'mine'"):
+        compose("toast", ["bread=mien"], conf=kitchen / "conf")
 
 
 def test_the_root_is_the_repository(kitchen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AMBERGRADE_ROOT", raising=False)
-    cfg = config.compose("toast", conf=kitchen / "conf")
-    assert config.plain(cfg)["root"] == str(Path(__file__).parents[1])
-
-
-@dataclasses.dataclass(frozen=True)
-class Rate:
-    unet: float
-    text: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Trainer:
-    steps: int
-    rate: Rate
-    kind: Literal["fast", "slow"] = "fast"
-    betas: tuple[float, float] = (0.9, 0.999)
-    names: tuple[str, ...] = ()
-    share: float | None = None
-    table: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-    seed: int | None = None
-    folder: Path = Path()
-
-    def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise BadSetting("steps cannot be negative.")
-
-
-def test_settings_build_nested_dataclasses() -> None:
-    values: dict[str, Any] = {
-        "steps": 3,
-        "rate": {"unet": 1},
-        "betas": [0.5, 1],
-        "names": ["a"],
-        "share": 1,
-        "table": {"x": [1, 2]},
-        "folder": "here",
-    }
-    built = config.settings(Trainer, values)
-    assert built == Trainer(3, Rate(1.0), "fast", (0.5, 1.0), ("a",), 1.0, {"x": (1, 2)}, None, Path("here"))
-    assert isinstance(built.rate.unet, float)
-
-
-def test_settings_gather_all_complaints() -> None:
-    values: dict[str, Any] = {
-        "step": 3,
-        "rate": {"unett": 1, "unet": "x"},
-        "kind": "fsat",
-        "betas": [1],
-        "names": "abc",
-        "share": "much",
-        "seed": True,
-    }
-    with pytest.raises(BadSetting) as told:
-        config.settings(Trainer, values, where="trainer")
-    text = str(told.value)
-    for part in (
-        "Did you mean 'trainer.steps'",
-        "trainer.steps: no value given",
-        "Did you mean 'trainer.rate.unet'",
-        "trainer.rate.unet: a number is needed, found 'x'",
-        "Did you mean 'fast'",
-        "trainer.betas: 2 values are needed",
-        "trainer.names: a list is needed, found 'abc'",
-        "trainer.share: a number or null is needed, found 'much'",
-        "trainer.seed: a whole number or null is needed, found True",
-    ):
-        assert part in text, part
-    with pytest.raises(BadSetting, match="trainer: steps cannot be negative"):
-        config.settings(Trainer, {"steps": -1, "rate": {"unet": 1.0}}, where="trainer")
-
-
-@pytest.mark.parametrize(
-    ("values", "complaint"),
-    [
-        ({"steps": None, "rate": {"unet": 1.0}}, "trainer.steps: a whole number is needed, found None."),
-        ({"steps": 1.5, "rate": {"unet": 1.0}}, "trainer.steps: a whole number is needed, found 1.5."),
-        ({"steps": 1, "rate": {"unet": None}}, "trainer.rate.unet: a number is needed, found None."),
-        ({"steps": 1, "rate": {"unet": math.nan}}, "trainer.rate.unet: a finite number is needed, found nan."),
-        ({"steps": 1, "rate": {"unet": -math.inf}}, "trainer.rate.unet: a finite number is needed, found -inf."),
-        ({"steps": True, "rate": {"unet": 1.0}}, "trainer.steps: a whole number is needed, found True."),
-        ({"steps": 1, "rate": "false"}, "trainer.rate: a mapping is needed, found 'false'."),
-    ],
-)
-def test_nulls_and_numbers_that_are_none_are_told_with_their_key(values: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(BadSetting, match=re.escape(complaint)):
-        config.settings(Trainer, values, where="trainer")
-
-
-def test_infinity_hides_nowhere_in_an_open_value() -> None:
-    @dataclasses.dataclass(frozen=True)
-    class Open:
-        parameters: Mapping[str, Any]
-
-    with pytest.raises(BadSetting, match=re.escape("parameters.betas[1]: a finite number is needed, found inf.")):
-        config.settings(Open, {"parameters": {"betas": [0.9, math.inf]}})
+    cfg = compose("toast", conf=kitchen / "conf")
+    assert plain(cfg)["root"] == str(Path(__file__).parents[2])
