@@ -7,7 +7,7 @@ Examples:
     python pipelines/merge.py recipe=recipe.yaml dry_run=true             plan, costs and audit, from headers only
 """
 
-from ambergrade.chain.settings import MergePipelineSettings, Invocation
+from ambergrade.chain.settings import Invocation, MergePipelineSettings
 from ambergrade.door.main import pipeline
 
 

@@ -6,7 +6,7 @@ Examples:
     MLFLOW_TRACKING_URI=http://host:5000 python pipelines/reindex.py      a local record moves to a server
 """
 
-from ambergrade.chain.settings import ReindexSettings, Invocation
+from ambergrade.chain.settings import Invocation, ReindexSettings
 from ambergrade.door.main import pipeline
 
 

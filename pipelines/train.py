@@ -9,7 +9,7 @@ Examples:
     python pipelines/train.py experiment=base7 data.database=… data.pictures=…   run it
 """
 
-from ambergrade.chain.settings import TrainPipelineSettings, Invocation
+from ambergrade.chain.settings import Invocation, TrainPipelineSettings
 from ambergrade.door.main import pipeline
 
 

@@ -4,7 +4,7 @@ Examples:
     python pipelines/verify.py model=gamma.safetensors models=DIR         inputs are found by sha256, under any names
 """
 
-from ambergrade.chain.settings import VerifySettings, Invocation
+from ambergrade.chain.settings import Invocation, VerifySettings
 from ambergrade.door.main import pipeline
 
 

@@ -155,7 +155,9 @@ def invocation(cfg: DictConfig) -> Invocation:
     overrides = tuple(word for word in given if not word.lstrip("+~").startswith("hydra"))
     words = sys.orig_argv[1:]  # sys.argv holds what was handed to Hydra
     inside = f"{CHECKOUT}/" if CHECKOUT else ""
-    line = shlex.join(["python", *(word.removeprefix(inside) for word in words)])
+    command = Path(words[0]).name if words else ""
+    first = [command, *words[1:]] if command == "ambergrade" else ["python", *words]
+    line = shlex.join(word.removeprefix(inside) for word in first)
     return Invocation(line, overrides, secret_keys(cfg))
 
 
