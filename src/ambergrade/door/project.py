@@ -16,7 +16,7 @@ FILES = {
     "conf/experiment/mine.yaml": """\
 # @package _global_
 # Your experiment: ambergrade gamma experiment=mine. It begins as the embedded world's chain at its smallest; change
-# what you like. `ambergrade gamma --help` lists the choices, `ambergrade gamma experiment=mine --cfg job` every setting.
+# what you like. `ambergrade gamma --help` lists the choices, with `experiment=mine --cfg job` every setting.
 defaults:
   - gamma_smoke
   - _self_
@@ -35,7 +35,7 @@ Run these in this folder:
     ambergrade evaluate model=builtin://beta7.safetensors prompts=prompts/sweep.jsonl      # score one model
     ambergrade ui                           # MLflow's pages on the results
 
-`conf/experiment/mine.yaml` is yours; a yaml in `conf/<kind>/` adds a member of any kind (sampler, merge, metric, gate …).
+`conf/experiment/mine.yaml` is yours; a yaml in `conf/<kind>/` adds a member of any kind (sampler, merge, gate …).
 Prompts are JSON lines with `id`, `text` and, to score tags, `tags`. Results lie in `mlruns/`.
 """,
 }
