@@ -83,5 +83,12 @@ def test_the_order_of_posts_does_not_matter_and_the_set_survives_a_file(folder: 
 
 
 def test_nothing_left_is_an_error(folder: Path) -> None:
-    with pytest.raises(BadInput, match="No picture is left"):
+    with pytest.raises(BadInput, match="No picture is left in the part 'train'"):
         build(POSTS[-2:], RECIPE, folder, BUCKETS)
+    with pytest.raises(BadInput, match="No picture is left in the part 'heldout'"):
+        build(POSTS[-2:], RECIPE, folder, BUCKETS, part="heldout")
+
+
+def test_an_empty_held_out_part_is_called_so(folder: Path) -> None:
+    with pytest.raises(BadInput, match=r"^No post is held out[\s\S]*data\.selection\.heldout_share"):
+        build([], RECIPE, folder, BUCKETS, part="heldout")
