@@ -1,4 +1,4 @@
-"""Opens any picture file as upright 8-bit sRGB, and cuts it to a size. The only door through which files are decoded."""
+"""Opens any picture file as upright 8-bit sRGB, and cuts it to a size. The one door through which files are decoded."""
 
 from __future__ import annotations
 
