@@ -16,6 +16,7 @@ from ambergrade.captions.manifest import OUTSIDE, build
 from ambergrade.captions.recipe import CaptionRecipe
 from ambergrade.errors import BadInput
 from ambergrade.nouns import Post
+from ambergrade.typed import settings
 
 CONF = Path(__file__).parents[2] / "conf" / "captions" / "kohaku-2024-01.yaml"
 
@@ -65,7 +66,7 @@ def test_every_layout_is_found_and_read(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_manifest_names_members_of_tars(folder: Path, tmp_path: Path) -> None:
-    recipe = CaptionRecipe.from_dict(yaml.safe_load(CONF.read_text()))
+    recipe = settings(CaptionRecipe, yaml.safe_load(CONF.read_text()))
     posts = [Post(n, {"general": ("solo",)}, "general", "2020-", 1, 1, 0, 0, f"{n}.jpg") for n in (123, 5123, 9999)]
     captions, report = build(posts, recipe, folder, aspect_buckets(128, 32, 96, 160))
     assert [p.file_name for p in captions.pictures] == ["data-0123.tar/123.webp", "data-0123.tar/5123.webp"]
@@ -126,7 +127,7 @@ def test_links_inside_and_a_linked_folder_are_followed(hostile: Path, tmp_path: 
 
 
 def test_names_that_lead_out_are_counted_and_end_nothing(hostile: Path, tmp_path: Path) -> None:
-    recipe = CaptionRecipe.from_dict(yaml.safe_load(CONF.read_text()))
+    recipe = settings(CaptionRecipe, yaml.safe_load(CONF.read_text()))
     names = ["loose.png", *OUTSIDE_NAMES, "x" * 300]
     posts = [Post(n, {"general": ("solo",)}, "general", "2020-", 1, 1, 0, 0, name) for n, name in enumerate(names)]
     posts[2] = Post(2, {}, "general", "2020-", 1, 1, 0, 0, str(tmp_path / "secret.png"))

@@ -13,10 +13,11 @@ from ambergrade.captions.manifest import DUPLICATE, MISSING, SMALL, UNCAPTIONED,
 from ambergrade.captions.recipe import CaptionRecipe
 from ambergrade.errors import BadInput
 from ambergrade.nouns import CaptionSet, Post
+from ambergrade.typed import settings
 
 BUCKETS = aspect_buckets(128, 32, 96, 160)
 CONF = Path(__file__).parents[2] / "conf" / "captions" / "kohaku-2024-01.yaml"
-RECIPE = CaptionRecipe.from_dict(yaml.safe_load(CONF.read_text()))
+RECIPE = settings(CaptionRecipe, yaml.safe_load(CONF.read_text()))
 
 
 def post(number: int, name: str, size: tuple[int, int] = (0, 0), rating: str = "general") -> Post:
