@@ -99,4 +99,4 @@ def _whole(value: Any) -> int | None:
 
 
 def _of_row(ids: Sequence[int] | Array | None, place: int) -> str:
-    return f" of post {ids[place]}" if ids is not None else f" in row {place + 1}"
+    return f" of post {ids[place]}" if ids is not None else ""
