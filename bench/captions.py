@@ -27,6 +27,7 @@ from ambergrade import config
 from ambergrade.captions.booru import open_booru
 from ambergrade.captions.lines import caption_lines
 from ambergrade.captions.recipe import CaptionRecipe
+from ambergrade.typed import settings
 
 TAGS, PER_POST, PIECE = 100_000, 31, 100_000
 
@@ -82,7 +83,7 @@ def measure(database: Path, cache: Path) -> None:
     values = config.plain(config.compose("data", ["action=captions"]))["captions"]
     rows = np.arange(min(len(booru), 500_000))
     start = time.perf_counter()
-    count = sum(text is not None for _, text in caption_lines(booru, CaptionRecipe.from_dict(values), rows))
+    count = sum(text is not None for _, text in caption_lines(booru, settings(CaptionRecipe, values), rows))
     rate = count / (time.perf_counter() - start)
     print(json.dumps({"seconds": seconds, "peak_gb": peak, "captions": rate}))
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ambergrade.errors import BadInput
-from ambergrade.identity import canonical_json, digest
+from ambergrade.errors import BadInput, BadSetting, unknown_name
+from ambergrade.identity import digest
+from ambergrade.lines import read_rows, write_rows
+from ambergrade.typed import settings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,22 +90,44 @@ class CaptionSet:
         return digest(self)
 
     def write(self, path: Path) -> None:
-        """One JSON object a line; the first line names the recipe."""
-        lines = [canonical_json({"recipe": self.recipe})]
-        lines += [canonical_json(picture) for picture in self.pictures]
-        path.write_text("\n".join(lines) + "\n")
+        """Write one JSON object a line; the first line names the recipe."""
+        write_rows(path, [{"recipe": self.recipe}, *self.pictures])
 
     @classmethod
     def read(cls, path: Path) -> CaptionSet:
-        """Read what `write` wrote."""
-        head, *lines = path.read_text().splitlines()
-        pictures = []
-        for line in lines:
-            row = json.loads(line)
-            caption = Caption(**{name: tuple(values) for name, values in row["caption"].items()})
-            sizes = {key: tuple(row[key]) for key in ("original_size", "bucket", "crop")}
-            pictures.append(CaptionedPicture(row["post_id"], row["file_name"], row["sha256"], caption, **sizes))
-        return cls(tuple(pictures), json.loads(head)["recipe"])
+        """Read what `write` wrote. Raises BadInput naming the line that is something else."""
+        recipe: str | None = None
+        pictures: list[CaptionedPicture] = []
+        for number, row in read_rows(path):
+            try:
+                if recipe is None:
+                    (recipe,) = _whole((row["recipe"],), str)
+                else:
+                    pictures.append(_captioned_picture(row))
+            except (KeyError, TypeError, ValueError) as error:
+                raise BadInput(f"{path}, line {number} is no line of a caption set: {error!r}.") from error
+        if recipe is None:
+            raise BadInput(f"{path} is empty; a caption set names its recipe in the first line.")
+        return cls(tuple(pictures), recipe)
+
+
+def _captioned_picture(row: Mapping[str, Any]) -> CaptionedPicture:
+    """A caption set's row as the object that was written: by hand, since millions of rows are read."""
+    caption = dict(row["caption"])
+    parts = {name: _whole(values, int if name == "groups" else str) for name, values in caption.items()}
+    sizes = {key: _whole(row[key], int) for key in ("original_size", "bucket", "crop")}
+    if any(len(pair) != 2 for pair in sizes.values()):
+        raise ValueError(f"pairs are needed, found {sizes}")
+    _whole((row["post_id"],), int)
+    _whole((row["file_name"], row["sha256"]), str)
+    return CaptionedPicture(**{**row, **sizes, "caption": Caption(**parts)})
+
+
+def _whole(values: Any, kind: type) -> tuple[Any, ...]:
+    """A list as a tuple, all of one type; a text is no list of letters."""
+    if not isinstance(values, list | tuple) or any(type(value) is not kind for value in values):
+        raise TypeError(f"{kind.__name__}s are needed, found {values!r:.60}")
+    return tuple(values)
 
 
 @dataclass(frozen=True)
@@ -153,22 +176,45 @@ class PromptSet:
         return self if count is None else PromptSet(self.name, self.prompts[:count])
 
     def write(self, path: Path) -> None:
-        path.write_text("".join(canonical_json(prompt) + "\n" for prompt in self.prompts))
+        """Write one JSON object a line, as `read` reads it."""
+        write_rows(path, self.prompts)
 
     @classmethod
     def read(cls, path: Path, name: str = "") -> PromptSet:
-        """Read JSON lines with the keys of Prompt: `id` and `text` at least; `seed` defaults to the line's number."""
-        prompts = []
-        for number, line in enumerate(path.read_text().splitlines()):
-            row = json.loads(line)
-            if not {"id", "text"} <= row.keys():
-                raise BadInput(f"{path}, line {number + 1}: a prompt needs the keys id and text, found {sorted(row)}.")
-            row["tags"] = tuple(row.get("tags", ()))
-            row["unwanted"] = tuple(row.get("unwanted", ()))
-            prompts.append(Prompt(**{"seed": number, **row}))
-        if len({prompt.id for prompt in prompts}) != len(prompts):
-            raise BadInput(f"{path}: prompt ids repeat. Give every prompt its own id.")
+        """Read JSON lines with the keys of Prompt: `id` and `text` at least.
+
+        `seed` defaults to the number of prompts before; `tags` and `unwanted` are lists, or one text with commas; an
+        `id` may be a whole number. Raises BadInput naming the line for anything else.
+        """
+        prompts: list[Prompt] = []
+        ids: set[str] = set()
+        for number, row in read_rows(path):
+            try:
+                prompt = settings(Prompt, {"seed": len(prompts), **_spelled_out(row)})
+                if prompt.rating not in RATINGS:
+                    raise BadSetting(unknown_name("rating", prompt.rating, RATINGS))
+                if not 0 <= prompt.seed < 1 << 63:
+                    raise BadSetting(f"seed: 0 to {(1 << 63) - 1} is needed, found {prompt.seed}.")
+                if not prompt.id or prompt.id in ids:
+                    raise BadSetting(f"the id '{prompt.id}' {'is there twice' if prompt.id else 'is empty'}.")
+            except BadSetting as error:
+                raise BadInput(f"{path}, line {number}: {error}") from error
+            ids.add(prompt.id)
+            prompts.append(prompt)
+        if not prompts:
+            raise BadInput(f"{path} holds no prompt. Write one JSON object a line, with the keys id and text.")
         return cls(name or path.stem, tuple(prompts))
+
+
+def _spelled_out(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A prompt's row with a numeric id as text, and tags in one text as a list."""
+    made = dict(row)
+    if type(made.get("id")) is int:
+        made["id"] = str(made["id"])
+    for key in ("tags", "unwanted"):
+        if isinstance(made.get(key), str):
+            made[key] = [tag.strip().replace(" ", "_") for tag in made[key].split(",") if tag.strip()]
+    return made
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Pictures are found where danbooru's data sets keep them: loose, in numbered folders, in tars."""
 
+import hashlib
+import os
 import tarfile
 from pathlib import Path
 
@@ -8,11 +10,13 @@ import yaml
 from PIL import Image
 
 from ambergrade.captions.buckets import aspect_buckets
-from ambergrade.captions.files import PictureFiles
-from ambergrade.captions.manifest import build
+from ambergrade.captions.files import OutsideFolder, PictureFiles
+from ambergrade.captions.lint import lint
+from ambergrade.captions.manifest import OUTSIDE, build
 from ambergrade.captions.recipe import CaptionRecipe
 from ambergrade.errors import BadInput
 from ambergrade.nouns import Post
+from ambergrade.typed import settings
 
 CONF = Path(__file__).parents[2] / "conf" / "captions" / "kohaku-2024-01.yaml"
 
@@ -62,7 +66,7 @@ def test_every_layout_is_found_and_read(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_manifest_names_members_of_tars(folder: Path, tmp_path: Path) -> None:
-    recipe = CaptionRecipe.from_dict(yaml.safe_load(CONF.read_text()))
+    recipe = settings(CaptionRecipe, yaml.safe_load(CONF.read_text()))
     posts = [Post(n, {"general": ("solo",)}, "general", "2020-", 1, 1, 0, 0, f"{n}.jpg") for n in (123, 5123, 9999)]
     captions, report = build(posts, recipe, folder, aspect_buckets(128, 32, 96, 160))
     assert [p.file_name for p in captions.pictures] == ["data-0123.tar/123.webp", "data-0123.tar/5123.webp"]
@@ -84,3 +88,90 @@ def test_what_cannot_be_read_is_told(folder: Path, tmp_path: Path) -> None:
     (folder / "data-0007.tar").write_bytes(b"\x1f\x8b" + b"0" * 2000)
     with pytest.raises(BadInput, match="uncompressed tar"):
         PictureFiles(folder).find(7, "7.jpg")
+
+
+OUTSIDE_NAMES = ["../secret.png", "ABSOLUTE", "0001/../../secret.png", "link.png", "linked/secret.png", "a\0b", "..\\x"]
+
+
+@pytest.fixture
+def hostile(folder: Path, tmp_path: Path) -> Path:
+    """The folder beside a picture that is none of its own, with links to it."""
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("secret.png", "elsewhere/secret.png"):
+        (tmp_path / name).write_bytes(png(5, tmp_path))
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "inner.png").symlink_to(folder / "loose.png")
+    os.mkfifo(folder / "pipe.png")
+    return folder
+
+
+@pytest.mark.parametrize("name", OUTSIDE_NAMES)
+def test_no_name_leads_out_of_the_folder(hostile: Path, tmp_path: Path, name: str) -> None:
+    name = name.replace("ABSOLUTE", str(tmp_path / "secret.png"))
+    files = PictureFiles(hostile)
+    with pytest.raises(OutsideFolder, match="leads out of"):
+        files.find(3, name)
+    with pytest.raises(OutsideFolder, match="leads out of"):
+        files.read(name)
+
+
+def test_links_inside_and_a_linked_folder_are_followed(hostile: Path, tmp_path: Path) -> None:
+    (tmp_path / "mounted").symlink_to(hostile)
+    files = PictureFiles(tmp_path / "mounted")
+    assert files.read("inner.png") == png(1, tmp_path)
+    assert files.find(3, "pipe.png") is None
+    assert files.find(3, "0456") is None
+    with pytest.raises(BadInput, match="name too long"):
+        files.find(3, "x" * 300)
+
+
+def test_names_that_lead_out_are_counted_and_end_nothing(hostile: Path, tmp_path: Path) -> None:
+    recipe = settings(CaptionRecipe, yaml.safe_load(CONF.read_text()))
+    names = ["loose.png", *OUTSIDE_NAMES, "x" * 300]
+    posts = [Post(n, {"general": ("solo",)}, "general", "2020-", 1, 1, 0, 0, name) for n, name in enumerate(names)]
+    posts[2] = Post(2, {}, "general", "2020-", 1, 1, 0, 0, str(tmp_path / "secret.png"))
+    captions, report = build(posts, recipe, hostile, aspect_buckets(128, 32, 96, 160))
+    assert [p.post_id for p in captions.pictures] == [0]
+    assert report.dropped == {OUTSIDE: tuple(range(1, 8)), "picture unreadable": (8,)}
+    assert len(report.details) == 8
+    found = lint(posts, PictureFiles(hostile))
+    assert [f.post_id for f in found.findings if f.rule == "outside"] == list(range(1, 8))
+    assert [f.post_id for f in found.findings if f.rule == "unreadable"] == [8]
+
+
+POSTS = [(1, "1.png"), (3, "loose.png"), (123, "123.jpg"), (9456, "9456.png"), (2123, "2123.png")]
+
+
+def test_the_fingerprint_changes_with_the_pictures(folder: Path, tmp_path: Path) -> None:
+    def now() -> str:
+        return PictureFiles(folder, index=tmp_path / "index").fingerprint(POSTS)
+
+    told = [now()]
+    assert now() == told[0]
+    (folder / "unasked.png").write_bytes(b"x")
+    assert now() == told[0]  # of no chosen post
+    (folder / "1.png").write_bytes(png(1, tmp_path))  # added
+    told.append(now())
+    edited = (folder / "1.png").stat()
+    (folder / "1.png").write_bytes(png(2, tmp_path))  # written anew in place, as large as before
+    assert (folder / "1.png").stat().st_size == edited.st_size
+    told.append(now())
+    (folder / "loose.png").unlink()
+    told.append(now())
+    write_tar(folder / "updates" / "data-0123.tar", {"2123.png": png(4, tmp_path)}, tmp_path)
+    told.append(now())
+    assert len(set(told)) == 5
+    assert PictureFiles(folder).fingerprint([*POSTS, (5, "../x")]) not in told
+    moved = tmp_path / "moved"
+    folder.rename(moved)
+    assert PictureFiles(moved).fingerprint(POSTS) == told[-1]  # where the folder lies does not matter
+
+
+def test_bytes_are_those_that_the_manifest_names(folder: Path, tmp_path: Path) -> None:
+    files = PictureFiles(folder)
+    for name in ("loose.png", "data-0123.tar/123.webp"):
+        data = files.read(name)
+        assert files.read(name, sha256=hashlib.sha256(data).hexdigest()) == data
+        with pytest.raises(BadInput, match=f"{name} is not the picture that the manifest means"):
+            files.read(name, sha256="0" * 64)

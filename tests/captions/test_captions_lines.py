@@ -12,6 +12,7 @@ from ambergrade.captions.lines import caption_lines, percentile_table
 from ambergrade.captions.recipe import CaptionRecipe, caption_line
 from ambergrade.captions.selection import Selection, select, select_rows
 from ambergrade.errors import BadInput, UnknownName
+from ambergrade.typed import settings
 
 RECIPES = sorted(path.stem for path in (config.CONF / "captions").glob("*.yaml"))
 GENERAL = ["1girl", "2boys", "solo", "long_hair", "^_^", "o_o", "bad_hands", "  ", "x", "a_b", "male_focus", "eyes"]
@@ -32,7 +33,7 @@ DATES = [
 
 def recipe(name: str) -> CaptionRecipe:
     values = config.plain(config.compose("world", ["build=card", f"captions={name}"]))["captions"]
-    return CaptionRecipe.from_dict(values)
+    return settings(CaptionRecipe, values)
 
 
 def write_database(path: Path, seed: int, posts: int, shuffled: bool) -> None:

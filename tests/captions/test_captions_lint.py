@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageCms, ImageDraw
 
 from ambergrade.captions.files import PictureFiles
-from ambergrade.captions.lint import RULES, Limits, jpeg_quality, lint
+from ambergrade.captions.lint import RULES, Limits, folder_posts, jpeg_quality, lint
 from ambergrade.captions.lint_report import write_report
 from ambergrade.captions.repeats import nearly_alike
 from ambergrade.nouns import Post
@@ -91,7 +91,7 @@ def test_each_specimen_is_named_and_sound_ones_are_not(specimens: tuple[Path, di
     assert [f.post_id for f in found.findings if f.rule == "missing"] == [900]
     by_name = {name: number for number, name in enumerate(names)}
     wrong = ("truncated.png", "unreadable.png", "duplicate.png", "near-duplicate.png")
-    assert found.left_out == sorted([*(by_name[name] for name in wrong), 900])
+    assert found.left_out == [*map(str, sorted(by_name[name] for name in wrong)), "900"]
     told = {f.rule: f.detail for f in found.findings}
     assert "quality 60" in told["jpeg"]
     assert "orientation 6" in told["exif"]
@@ -124,11 +124,50 @@ def test_the_report_lists_everything(specimens: tuple[Path, dict[str, str]], tmp
     write_report(found, files, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "findings.jsonl").read_text().splitlines()]
     assert [(row["id"], row["rule"]) for row in rows] == [(f.post_id, f.rule) for f in found.findings]
-    assert [int(line) for line in (tmp_path / "leave_out.txt").read_text().split()] == found.left_out
+    assert (tmp_path / "leave_out.txt").read_text().split() == found.left_out
     html = (tmp_path / "lint.html").read_text()
     assert all(f"id='{rule}'" in html for rule in found.counts)
     assert html.count("data:image/png;base64,") == sum(f.severity != "unusable" for f in found.findings)
     assert all(escape(RULES[rule][1]) in html for rule in ("alpha", "grid"))
+
+
+def test_odd_and_damaged_pictures_do_not_end_a_lint(tmp_path: Path) -> None:
+    for n, size in enumerate([(1, 1), (20_000, 1), (1, 20_000), (3, 2), (31, 33)]):
+        Image.new("RGB", size, (n, 9, 99)).save(tmp_path / f"{n}.png")
+    frames = [drawing(n, 32) for n in (1, 2)]
+    for kind in ("gif", "avif", "webp", "png", "tiff"):
+        frames[0].save(tmp_path / f"frames.{kind}", save_all=True, append_images=frames[1:])
+        whole = (tmp_path / f"frames.{kind}").read_bytes()
+        for percent in (30, 60, 90, 99):
+            (tmp_path / f"{percent}.{kind}").write_bytes(whole[: len(whole) * percent // 100])
+    posts = folder_posts(tmp_path)
+    found = lint(posts, PictureFiles(tmp_path), by_name=True)
+    assert found.posts == len(posts) == 30
+    assert found.pictures + sum(f.severity == "unusable" for f in found.findings) == 30
+    assert "30.gif" in found.left_out
+
+
+def test_damaged_exif_is_no_fault(tmp_path: Path) -> None:
+    text = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x1a\0\x02\0\0\0\x04abc\0" + bytes(4)  # XResolution as text
+    for name, exif in (("text.png", text), ("cut.png", text[:18]), ("none.png", b"Exif\0\0no tiff")):
+        drawing(sum(map(ord, name))).save(tmp_path / name, exif=exif)
+    assert not lint(folder_posts(tmp_path), PictureFiles(tmp_path)).findings
+
+
+def test_a_folder_without_a_database_is_told_by_file_names(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in ("b.png", "deep/a.png", "c.png"):
+        drawing(1).save(tmp_path / name)
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    found = lint(folder_posts(tmp_path), PictureFiles(tmp_path), by_name=True)
+    assert found.left_out == ["a.png", "c.png", "deep/a.png"]
+    assert {f.file: f.detail for f in found.findings if f.rule == "duplicate"} == dict.fromkeys(
+        ("c.png", "deep/a.png"), "of b.png"
+    )
+    assert "c.png, deep/a.png" in found.text
+    write_report(found, PictureFiles(tmp_path), tmp_path / "out")
+    assert (tmp_path / "out" / "leave_out.txt").read_text() == "a.png\nc.png\ndeep/a.png\n"
+    assert "id" not in json.loads((tmp_path / "out" / "findings.jsonl").read_text().split("\n")[0])
 
 
 @pytest.mark.parametrize("quality", [30, 50, 75, 85, 92, 100])

@@ -13,10 +13,11 @@ from ambergrade.captions.manifest import DUPLICATE, MISSING, SMALL, UNCAPTIONED,
 from ambergrade.captions.recipe import CaptionRecipe
 from ambergrade.errors import BadInput
 from ambergrade.nouns import CaptionSet, Post
+from ambergrade.typed import settings
 
 BUCKETS = aspect_buckets(128, 32, 96, 160)
 CONF = Path(__file__).parents[2] / "conf" / "captions" / "kohaku-2024-01.yaml"
-RECIPE = CaptionRecipe.from_dict(yaml.safe_load(CONF.read_text()))
+RECIPE = settings(CaptionRecipe, yaml.safe_load(CONF.read_text()))
 
 
 def post(number: int, name: str, size: tuple[int, int] = (0, 0), rating: str = "general") -> Post:
@@ -83,5 +84,12 @@ def test_the_order_of_posts_does_not_matter_and_the_set_survives_a_file(folder: 
 
 
 def test_nothing_left_is_an_error(folder: Path) -> None:
-    with pytest.raises(BadInput, match="No picture is left"):
+    with pytest.raises(BadInput, match="No picture is left in the part 'train'"):
         build(POSTS[-2:], RECIPE, folder, BUCKETS)
+    with pytest.raises(BadInput, match="No picture is left in the part 'heldout'"):
+        build(POSTS[-2:], RECIPE, folder, BUCKETS, part="heldout")
+
+
+def test_an_empty_held_out_part_is_called_so(folder: Path) -> None:
+    with pytest.raises(BadInput, match=r"^No post is held out[\s\S]*data\.selection\.heldout_share"):
+        build([], RECIPE, folder, BUCKETS, part="heldout")

@@ -10,10 +10,11 @@ import yaml
 from ambergrade.captions.recipe import CaptionRecipe, caption
 from ambergrade.errors import BadInput, BadSetting
 from ambergrade.nouns import Caption, Post
+from ambergrade.typed import settings
 
 FILE = Path(__file__).parents[2] / "conf" / "captions" / "kohaku-2024-01.yaml"
 VALUES: dict[str, Any] = yaml.safe_load(FILE.read_text())
-RECIPE = CaptionRecipe.from_dict(VALUES)
+RECIPE = settings(CaptionRecipe, VALUES)
 
 
 def post(**changes: Any) -> Post:
@@ -131,7 +132,7 @@ def test_an_unknown_rating_has_no_quality() -> None:
 def test_a_bad_recipe_is_told_in_full() -> None:
     broken = {**VALUES, "keep": ["specials"], "quality_metric": "likes", "quality_table": {"general": [1, 2]}}
     with pytest.raises(BadSetting) as told:
-        CaptionRecipe.from_dict(broken)
+        settings(CaptionRecipe, broken)
     assert all(part in str(told.value) for part in ("'special'", "likes", "quality_table.general: 2 values"))
     with pytest.raises(BadSetting, match="Did you mean 'quality_else'"):
-        CaptionRecipe.from_dict({**VALUES, "quality_els": "x"})
+        settings(CaptionRecipe, {**VALUES, "quality_els": "x"})

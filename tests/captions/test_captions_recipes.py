@@ -9,6 +9,7 @@ from ambergrade import config
 from ambergrade.captions.recipe import CaptionRecipe, caption, caption_line, explain
 from ambergrade.errors import BadSetting
 from ambergrade.nouns import Post
+from ambergrade.typed import settings
 
 TAGS = {
     "general": ("long_hair", "1girl", "^_^", "horns"),
@@ -22,7 +23,7 @@ POST = Post(5_500_000, TAGS, "questionable", "2019-05-19T01:30:25.096-04:00", 10
 
 def recipe(name: str, **changes: Any) -> CaptionRecipe:
     values = config.plain(config.compose("world", ["build=card", f"captions={name}"]))["captions"]
-    return CaptionRecipe.from_dict({**values, **changes})
+    return settings(CaptionRecipe, {**values, **changes})
 
 
 def line(name: str, **changes: Any) -> str:

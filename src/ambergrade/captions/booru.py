@@ -1,8 +1,9 @@
 """A danbooru2023 database as memory-mapped arrays: millions of posts and their tags, opened in seconds.
 
-<cache>/<fingerprint>/id.npy rating.npy …   one array for each property of a post, in ascending id
+<cache>/<state>/       id.npy rating.npy …    one array for each property of a post, in ascending id
                       offsets.npy tags.npy   the tags of post i are tags[offsets[i]:offsets[i + 1]], in row order
                       names.json             every tag's name and type
+                      about.json             the fingerprint of all that, and what was left out of the database
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import json
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,12 +22,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ambergrade.captions.readers import TAG_TYPE_ORDER, Array, Reader, open_reader
+from ambergrade.captions.readers import Reader, open_reader
+from ambergrade.captions.values import Array, tag_table
 from ambergrade.errors import BadInput
+from ambergrade.identity import digest, file_digest
 from ambergrade.nouns import RATINGS, TAG_TYPES, Post
 
 UNKNOWN_RATING = "unknown"
-LAYOUT = 1
+LAYOUT = 2
 """Of the cache; raise it when the files change."""
 COLUMNS: Mapping[str, Any] = {
     "rating": np.int8,
@@ -50,12 +54,15 @@ class Booru:
     """(M,) int32 places in `tag_names`"""
     tag_names: tuple[str, ...]
     tag_types: Array
-    """(number of tags,) int8, an index into TAG_TYPE_ORDER"""
+    """(number of tags,) int8, an index into TAG_TYPES"""
     file_offsets: Array
     """(N + 1,) int64 into `file_names`; (1,) if the database names no file."""
     file_names: Array
     """uint8, the picture files' names one after another, UTF-8."""
     fingerprint: str
+    """sha256 over all of the above: of what the database says, not of how or where it is stored."""
+    left_out: Mapping[str, int]
+    """What of the database is not in the arrays, and how often."""
 
     def __len__(self) -> int:
         return len(self.columns["id"])
@@ -81,8 +88,8 @@ class Booru:
 
     def post(self, row: int) -> Post:
         listed: dict[str, list[str]] = {kind: [] for kind in TAG_TYPES}
-        for place in self.tags[self.offsets[row] : self.offsets[row + 1]].tolist():
-            listed[TAG_TYPE_ORDER[self.tag_types[place]]].append(self.tag_names[place])
+        for place in dict.fromkeys(self.tags[self.offsets[row] : self.offsets[row + 1]].tolist()):  # each once
+            listed[TAG_TYPES[self.tag_types[place]]].append(self.tag_names[place])
         values = {name: column[row] for name, column in self.columns.items()}
         rating = int(values["rating"])
         return Post(
@@ -106,7 +113,7 @@ class Booru:
 
 
 def read_posts(database: Path, *, ids: Collection[int] | None = None) -> list[Post]:
-    """Every post of a database in ascending id, or those whose id is in `ids` (a set, or a range of ids).
+    """Return every post of a database in ascending id, or those whose id is in `ids` (a set, or a range of ids).
 
     For databases that fit into memory; `open_booru` keeps the arrays for the next time. A rating that the enum does
     not hold becomes "unknown". Raises BadInput as `open_booru` does.
@@ -116,55 +123,78 @@ def read_posts(database: Path, *, ids: Collection[int] | None = None) -> list[Po
         return list(booru.posts(range(len(booru)) if ids is None else booru.rows(ids)))
 
 
-def open_booru(database: Path, cache: Path) -> Booru:
-    """The database's arrays, made in `cache` at the first opening and mapped from there afterwards.
+def open_booru(database: Path, cache: Path, *, tell: Callable[[str], None] = print) -> Booru:
+    """Return the database's arrays, made in `cache` at the first opening and mapped from there afterwards.
+
+    What is left out of them is told at every opening.
 
     Raises:
-        BadInput: not a danbooru2023 database, columns missing, or rows that refer to nothing.
+        BadInput: not a danbooru2023 database, columns missing, values that cannot be meant, ids that repeat, or a
+            database that is written to while it is read.
     """
-    reader = open_reader(database)
-    fingerprint = reader.fingerprint()
-    folder = cache / f"{fingerprint[:24]}-{LAYOUT}"
-    if not folder.is_dir():
-        aside = Path(tempfile.mkdtemp(prefix=".part-", dir=_made(cache)))
-        try:
-            _write_arrays(reader, aside, database)
-            aside.rename(folder)
-        except sqlite3.DatabaseError as error:
-            raise BadInput(f"{database} cannot be read as a danbooru2023 SQLite database: {error}.") from error
-        except OSError:
-            if not folder.is_dir():  # another process may have been first
-                raise
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    return _mapped(folder, fingerprint)
+    with closing(open_reader(database)) as reader:
+        state = reader.state()
+        folder = cache / digest([LAYOUT, state])[:24]
+        if not folder.is_dir():
+            cache.mkdir(parents=True, exist_ok=True)
+            aside = Path(tempfile.mkdtemp(prefix=".part-", dir=cache))
+            try:
+                _write_arrays(reader, aside, database)
+                if reader.state() != state:
+                    raise BadInput(
+                        f"{database} was written to while it was read. Close what writes to it and try again."
+                    )
+                aside.rename(folder)
+            except sqlite3.DatabaseError as error:
+                raise BadInput(f"{database} cannot be read as a danbooru2023 SQLite database: {error}.") from error
+            except OSError:
+                if not folder.is_dir():  # another process may have been first
+                    raise
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+    booru = _mapped(folder)
+    for what, count in booru.left_out.items():
+        tell(f"  {database.name}: {count:,} {what}")
+    return booru
 
 
-def _mapped(folder: Path, fingerprint: str) -> Booru:
+def _mapped(folder: Path) -> Booru:
     def array(name: str) -> Array:
         path = folder / f"{name}.npy"
         loaded: Array = np.load(path, mmap_mode="r" if path.stat().st_size > 4096 else None)
         return loaded
 
-    about = json.loads((folder / "names.json").read_text())
-    columns = {name: array(name) for name in ("id", *COLUMNS)}
-    types = np.array(about["types"], np.int8)
-    files = (array("file_offsets"), array("file_names"))
-    return Booru(columns, array("offsets"), array("tags"), tuple(about["names"]), types, *files, fingerprint)
+    try:
+        tags, about = (json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("names", "about"))
+        columns = {name: array(name) for name in ("id", *COLUMNS)}
+        pairs, files = (array("offsets"), array("tags")), (array("file_offsets"), array("file_names"))
+        types = np.array(tags["types"], np.int8)
+        return Booru(columns, *pairs, tuple(tags["names"]), types, *files, about["fingerprint"], about["left_out"])
+    except (OSError, EOFError, ValueError, KeyError) as error:
+        raise BadInput(
+            f"The arrays in {folder} are damaged ({error}). Remove that folder; they are made again."
+        ) from error
 
 
 def _write_arrays(reader: Reader, folder: Path, database: Path) -> None:
-    ids = _write_posts(reader, folder)
-    tags = [row for row in reader.tags() if row[2] in range(len(TAG_TYPE_ORDER))]
-    names, types = [str(row[1]) for row in tags], [row[2] for row in tags]
-    (folder / "names.json").write_text(json.dumps({"names": names, "types": types}, ensure_ascii=False))
+    ids, unrated = _write_posts(reader, folder, database)
+    tag_ids, names, types, nameless = tag_table(reader.tags(), database)
+    (folder / "names.json").write_text(json.dumps({"names": names, "types": types}), "utf-8")
     post_place = _places(ids, database, "post")
-    tag_place = _places(np.array([row[0] for row in tags], np.int64), database, "tag")
-    _write_pairs(reader, folder, len(ids), post_place, tag_place)
+    without_owner = _write_pairs(reader, folder, len(ids), post_place, _places(tag_ids, database, "tag"))
     _write_files(reader, folder, len(ids), post_place)
+    counts = {
+        "tags without a name are left out": nameless,
+        "rows of posttagrelation are left out, their post or tag being in no table": without_owner,
+        f"posts have a rating that is none of {', '.join(RATINGS)}": unrated,
+    }
+    parts = {path.name: file_digest(path) for path in sorted(folder.iterdir())}
+    about = {"fingerprint": digest(parts), "left_out": {what: count for what, count in counts.items() if count}}
+    (folder / "about.json").write_text(json.dumps(about), "utf-8")
 
 
-def _write_posts(reader: Reader, folder: Path) -> Array:
+def _write_posts(reader: Reader, folder: Path, database: Path) -> tuple[Array, int]:
+    """Write the posts' columns; return their ids, rising, and how many have an unknown rating."""
     pieces: dict[str, list[Array]] = {name: [] for name in ("id", *COLUMNS)}
     for piece in tqdm(reader.posts(), "reading posts", disable=None, unit="piece"):
         pieces["id"].append(piece["id"])
@@ -175,17 +205,30 @@ def _write_posts(reader: Reader, folder: Path) -> Array:
                 values = values.clip(limits.min, limits.max)
             pieces[name].append(values.astype(kind))
     ids = np.concatenate([np.zeros(0, np.int64), *pieces["id"]])
-    order = np.argsort(ids, kind="stable") if (np.diff(ids) < 0).any() else slice(None)
-    np.save(folder / "id.npy", ids[order])
+    order = np.argsort(ids, kind="stable")
+    ids = ids[order]
+    np.save(folder / "id.npy", ids)
     for name, kind in COLUMNS.items():
         np.save(folder / f"{name}.npy", np.concatenate([np.zeros(0, kind), *pieces[name]])[order])
-    return np.asarray(ids[order])
+    ratings = np.concatenate([np.zeros(0, np.int8), *pieces["rating"]])
+    return ids, int(((ratings < 0) | (ratings >= len(RATINGS))).sum())
+
+
+def _refuse_repeated(ids: Array, database: Path, table: str) -> None:
+    """Raise BadInput for ids, rising, that repeat: which row is meant cannot be known."""
+    repeated = np.unique(ids[1:][np.diff(ids) == 0])
+    if len(repeated):
+        raise BadInput(
+            f"{database}: {table}.id repeats: {len(repeated):,} ids stand in several rows, {repeated[0]} the first.\n"
+            "Keep one row of each; two dumps in one table need that too."
+        )
 
 
 def _places(ids: Array, database: Path, table: str) -> Array:
     """Id to place, -1 where there is none: a table, since a search per row would take minutes."""
     if len(ids) and not 0 <= ids.min() <= ids.max() < 1 << 28:
         raise BadInput(f"{database}: ids of {table} run from {ids.min()} to {ids.max()}; 0 to {1 << 28} can be held.")
+    _refuse_repeated(np.sort(ids), database, table)
     table_of_places = np.full(int(ids.max(initial=-1)) + 2, -1, np.int32)
     table_of_places[ids] = np.arange(len(ids), dtype=np.int32)
     return table_of_places
@@ -196,13 +239,14 @@ def _looked_up(places: Array, ids: Array) -> Array:
     return found
 
 
-def _write_pairs(reader: Reader, folder: Path, posts: int, post_place: Array, tag_place: Array) -> None:
-    """Offsets and tags. Pairs of unknown posts or tags are left out, as a join leaves them out."""
-    counts, last, ordered = np.zeros(posts, np.int64), -1, True
+def _write_pairs(reader: Reader, folder: Path, posts: int, post_place: Array, tag_place: Array) -> int:
+    """Write offsets and tags. Pairs of unknown posts or tags are left out, as a join leaves them out, and counted."""
+    counts, last, ordered, unknown = np.zeros(posts, np.int64), -1, True, 0
     with (folder / "raw_posts").open("wb") as post_file, (folder / "raw_tags").open("wb") as tag_file:
         for post_ids, tag_ids in tqdm(reader.pairs(), "reading tags", disable=None, unit="piece"):
             rows, tags = _looked_up(post_place, post_ids), _looked_up(tag_place, tag_ids)
             known = (rows >= 0) & (tags >= 0)
+            unknown += len(known) - int(known.sum())
             rows, tags = rows[known], tags[known]
             if not len(rows):
                 continue
@@ -218,6 +262,7 @@ def _write_pairs(reader: Reader, folder: Path, posts: int, post_place: Array, ta
     _write_in_order(folder, offsets, ordered)
     (folder / "raw_posts").unlink()
     (folder / "raw_tags").unlink()
+    return unknown
 
 
 def _write_in_order(folder: Path, offsets: Array, ordered: bool) -> None:
@@ -243,18 +288,13 @@ def _write_in_order(folder: Path, offsets: Array, ordered: bool) -> None:
 
 def _write_files(reader: Reader, folder: Path, posts: int, post_place: Array) -> None:
     named: dict[int, bytes] = {}
-    for post_id, name in reader.files():
-        row = int(_looked_up(post_place, np.array([post_id]))[0])
-        if row >= 0:
-            named[row] = name.encode()  # the last row of a post counts
+    for ids, names in reader.files():
+        for row, name in zip(_looked_up(post_place, ids).tolist(), names, strict=True):
+            if row >= 0:
+                named[row] = name.encode()  # the last row of a post counts
     lengths = np.zeros(posts if named else 0, np.int64)
     for row, text in named.items():
         lengths[row] = len(text)
     np.save(folder / "file_offsets.npy", np.concatenate([[0], np.cumsum(lengths)]))
     joined = b"".join(named[row] for row in sorted(named))
     np.save(folder / "file_names.npy", np.frombuffer(joined, np.uint8))
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

@@ -3,22 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import gcd
 
 from ambergrade.errors import BadSetting
-
-Size = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Placement:
-    """How a picture is cut to a bucket: one resize, then a centre crop."""
-
-    resized: Size
-    """Both sides are at least the bucket's, and one is equal."""
-    crop: Size
-    """(left, top) cut away, in resized pixels: SDXL's second micro-condition."""
+from ambergrade.pictures import Size, covering_size
 
 
 def aspect_buckets(resolution: int, step: int, min_side: int, max_side: int) -> tuple[Size, ...]:
@@ -62,20 +50,18 @@ def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size:
     return min(buckets, key=lambda bucket: (stretch(bucket), -bucket[0] * bucket[1], -bucket[0]))
 
 
-def placement(size: Size, bucket: Size) -> Placement | None:
-    """How a picture of `size` is cut to `bucket`; None if it would have to be enlarged.
+def centre_corner(size: Size, bucket: Size) -> Size | None:
+    """Return (left, top) of the centre crop, in pixels of the picture resized to cover the bucket.
 
-    >>> placement((1000, 2000), (832, 1216))
-    Placement(resized=(832, 1664), crop=(0, 224))
+    It is SDXL's second micro-condition. None for a picture that would have to be enlarged.
+
+    >>> centre_corner((1000, 2000), (832, 1216))
+    (0, 224)
     """
-    (width, height), (bucket_width, bucket_height) = size, bucket
-    if width < bucket_width or height < bucket_height:
+    if size[0] < bucket[0] or size[1] < bucket[1]:
         return None
-    if width * bucket_height >= height * bucket_width:  # wider in shape: the heights meet
-        resized = (max(bucket_width, (2 * width * bucket_height + height) // (2 * height)), bucket_height)
-    else:
-        resized = (bucket_width, max(bucket_height, (2 * height * bucket_width + width) // (2 * width)))
-    return Placement(resized, ((resized[0] - bucket_width) // 2, (resized[1] - bucket_height) // 2))
+    width, height = covering_size(size, bucket)
+    return (width - bucket[0]) // 2, (height - bucket[1]) // 2
 
 
 def _reduced(size: Size) -> tuple[int, int]:

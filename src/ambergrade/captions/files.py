@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import stat
 import tarfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +21,11 @@ from ambergrade.store import written_aside
 
 PER_LAYOUT = 1000
 """Tars, and folders, of the danbooru datasets: a post lies in the one numbered id mod 1000."""
+MEMBERS = ("ids", "offsets", "sizes", "names")
+
+
+class OutsideFolder(BadInput):
+    """A picture's name leads out of the picture folder: absolute, by `..`, or through a link."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +38,8 @@ class _Index:
     """Bytes from the tar's beginning."""
     sizes: npt.NDArray[np.int64]
     names: npt.NDArray[np.str_]
+    changed_ns: int
+    """When the tar was last written."""
 
     def place(self, post_id: int) -> int | None:
         place = int(np.searchsorted(self.ids, post_id))
@@ -38,13 +50,16 @@ class PictureFiles:
     """The pictures below a folder, loose or in tars, on a local or a mounted disk.
 
     A picture's name is relative to the folder; `data-0123.tar/5000123.webp` is a member of a tar. A tar is read from
-    end to end once for its members, and with `index` that is kept in a folder for the next time.
+    end to end once for its members, and with `index` that is kept in a folder for the next time. Names come from
+    databases and manifests that others wrote: whatever leads out of the folder is refused, links included (the folder
+    itself may be one).
     """
 
     def __init__(self, folder: Path, index: Path | None = None) -> None:
         self.folder = folder
         self.index = index
         self._indices: dict[str, _Index] = {}
+        self._parents: dict[str, str] = {}
 
     @cached_property
     def tars(self) -> dict[int, list[str]]:
@@ -57,29 +72,90 @@ class PictureFiles:
         return found
 
     def find(self, post_id: int, file_name: str) -> str | None:
-        """The name of a post's picture, or None: as the database says, in the folder of its number, or in a tar.
+        """Return the name of a post's picture: as the database says, in the folder of its number, or in a tar.
 
-        In a tar it is found by its id: the 4-megapixel release holds .webp where the database says .jpg.
+        In a tar it is found by its id: the 4-megapixel release holds .webp where the database says .jpg. None if there
+        is none. Raises OutsideFolder, or BadInput where the disk refuses to look.
         """
+        found = self._located(post_id, file_name)
+        return found[0] if found else None
+
+    def fingerprint(self, posts: Iterable[tuple[int, str]]) -> str:
+        """Return a digest of which pictures are there for posts of (id, file name), without reading them.
+
+        It holds each picture's name, size and time of change (a tar member's: its tar's), so that a picture that is
+        added, taken away or written anew changes it. Copied with new times, the same pictures give another digest: the
+        manifest made from them is then made again, and is the same one.
+        """
+        hasher = hashlib.sha256()
+        for post_id, file_name in posts:
+            try:
+                found = self._located(post_id, file_name)
+            except BadInput as error:
+                found = (str(error), 0, 0)
+            hasher.update(repr((post_id, found)).encode())
+        return hasher.hexdigest()
+
+    def read(self, name: str, sha256: str = "") -> bytes:
+        """Return the bytes of a picture by its name.
+
+        Raises BadInput where there is none, its tar is cut short, or its bytes are not those of `sha256`; and
+        OutsideFolder.
+        """
+        tar, inside, _ = name.rpartition(".tar/")
+        if inside and self._stat(f"{tar}.tar"):
+            data = self._member(f"{tar}.tar", name)
+        elif self._stat(name):
+            data = (self.folder / name).read_bytes()
+        else:
+            raise BadInput(f"No picture at {self.folder / name}.")
+        if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+            raise BadInput(
+                f"{self.folder / name} is not the picture that the manifest means: its bytes were others "
+                f"(sha256 {sha256[:12]}…).\nBuild the manifest again, or put the picture back."
+            )
+        return data
+
+    def _located(self, post_id: int, file_name: str) -> tuple[str, int, int] | None:
+        """(name, size, time of change in ns) of a post's picture."""
         for name in (file_name, f"{post_id % PER_LAYOUT:04d}/{file_name}"):
-            if (self.folder / name).is_file():
-                return name
+            about = self._stat(name)
+            if about:
+                return name, about.st_size, about.st_mtime_ns
         for tar in self.tars.get(post_id % PER_LAYOUT, ()):
             index = self._opened(tar)
             place = index.place(post_id)
             if place is not None:
-                return f"{tar}/{index.names[place]}"
+                return f"{tar}/{index.names[place]}", int(index.sizes[place]), index.changed_ns
         return None
 
-    def read(self, name: str) -> bytes:
-        """The bytes of a picture by its name. Raises BadInput where there is none, or its tar is cut short."""
-        tar, inside, _ = name.rpartition(".tar/")
-        if inside and (self.folder / f"{tar}.tar").is_file():
-            return self._member(f"{tar}.tar", name)
+    def _stat(self, name: str) -> os.stat_result | None:
+        """What the disk says of a regular file inside the folder; None where there is none."""
+        if name.startswith("/") or "\0" in name or ".." in name.replace("\\", "/").split("/"):
+            raise OutsideFolder(f"The picture name {name!r:.200} leads out of {self.folder}; it is not opened.")
+        path = f"{self.folder}/{name}"
         try:
-            return (self.folder / name).read_bytes()
+            about = os.lstat(path)
+            linked = stat.S_ISLNK(about.st_mode)
+            if linked:
+                about = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
         except OSError as error:
-            raise BadInput(f"No picture at {self.folder / name}: {error.strerror}.") from error
+            raise BadInput(f"The disk does not let {path:.300} be looked at: {error.strerror}.") from error
+        if not stat.S_ISREG(about.st_mode):
+            return None
+        parent = os.path.dirname(path)
+        if parent not in self._parents:  # few of them for millions of files
+            self._parents[parent] = os.path.realpath(parent)
+        real = os.path.realpath(path) if linked else self._parents[parent] + "/"
+        if not real.startswith(self._root + "/"):
+            raise OutsideFolder(f"The picture name {name!r:.200} leads out of {self.folder} through a link.")
+        return about
+
+    @cached_property
+    def _root(self) -> str:
+        return os.path.realpath(self.folder).rstrip("/")
 
     def _member(self, tar: str, name: str) -> bytes:
         index = self._opened(tar)
@@ -97,21 +173,25 @@ class PictureFiles:
 
     def _opened(self, tar: str) -> _Index:
         if tar not in self._indices:
-            path = self.folder / tar
-            about = path.stat()
-            kept = self.index and self.index / f"{digest([tar, about.st_size, about.st_mtime_ns])[:24]}.npz"
+            about = self._stat(tar)
+            if not about:
+                raise BadInput(f"No tar at {self.folder / tar}.")
+            state = [tar, about.st_size, about.st_ino, about.st_mtime_ns, about.st_ctime_ns]
+            kept = self.index and self.index / f"{digest(state)[:24]}.npz"
             if kept and kept.is_file():
                 with np.load(kept) as arrays:
-                    self._indices[tar] = _Index(*(arrays[name] for name in ("ids", "offsets", "sizes", "names")))
+                    members = [arrays[name] for name in MEMBERS]
             else:
-                self._indices[tar] = _indexed(path)
+                members = _members(self.folder / tar)
                 if kept:
                     with written_aside(kept) as aside, aside.open("wb") as file:
-                        np.savez(file, **vars(self._indices[tar]))
+                        np.savez(file, **dict(zip(MEMBERS, members, strict=True)))
+            self._indices[tar] = _Index(*members, about.st_mtime_ns)
         return self._indices[tar]
 
 
-def _indexed(path: Path) -> _Index:
+def _members(path: Path) -> list[npt.NDArray[Any]]:
+    """A tar's members as `_Index` holds them, in the order of MEMBERS."""
     rows: dict[int, tuple[int, int, str]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
@@ -123,5 +203,4 @@ def _indexed(path: Path) -> _Index:
         raise BadInput(f"{path} cannot be read as an uncompressed tar: {error}.") from error
     ids = sorted(rows)
     offsets, sizes = (np.array([rows[post][place] for post in ids], np.int64) for place in (0, 1))
-    names = np.array([rows[post][2] for post in ids], np.str_)
-    return _Index(np.array(ids, np.int64), offsets, sizes, names)
+    return [np.array(ids, np.int64), offsets, sizes, np.array([rows[post][2] for post in ids], np.str_)]

@@ -12,18 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageCms, JpegImagePlugin
+from PIL import Image, JpegImagePlugin
 from tqdm import tqdm
 
-from ambergrade.captions.files import PictureFiles
+from ambergrade.captions.files import OutsideFolder, PictureFiles
 from ambergrade.captions.manifest import each
-from ambergrade.captions.pictures import decode
 from ambergrade.captions.repeats import THUMBNAIL, nearly_alike
 from ambergrade.errors import BadInput
 from ambergrade.nouns import RATINGS, Post
+from ambergrade.pictures import DECODER_ERRORS, SUFFIXES, opened, orientation, profile_name, upright
 
 RULES = {
     "missing": ("unusable", "no file or tar member for the post"),
+    "outside": ("unusable", "the file's name leads out of the picture folder; it is not opened"),
     "truncated": ("unusable", "the file ends early; its rest would be trained on as grey"),
     "unreadable": ("unusable", "not a picture, or of a kind without an agreed sRGB form"),
     "alpha": ("mended", "transparent; laid on white, so that hidden colours do not show"),
@@ -90,6 +91,8 @@ class Lint:
     """Found and read."""
     findings: tuple[Finding, ...]
     """By post id, then in the order of RULES."""
+    by_name: bool = False
+    """Whether people know the pictures by their files' names, there being no database."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -98,9 +101,14 @@ class Lint:
         return {rule: found[rule] for rule in RULES if found[rule]}
 
     @property
-    def left_out(self) -> list[int]:
-        """Ids of the posts that a training set is better without."""
-        return sorted({finding.post_id for finding in self.findings if finding.severity in LEFT_OUT})
+    def left_out(self) -> list[str]:
+        """What people call the posts that a training set is better without, by id."""
+        found = {f.post_id: self.called(f) for f in self.findings if f.severity in LEFT_OUT}
+        return [found[post] for post in sorted(found)]
+
+    def called(self, finding: Finding) -> str:
+        """Return the post's id, or its file's name where there is no database."""
+        return finding.file if self.by_name else str(finding.post_id)
 
     @property
     def text(self) -> str:
@@ -108,14 +116,14 @@ class Lint:
         lines = [f"{self.pictures} pictures of {self.posts} posts read, {len(self.findings)} findings"]
         for rule, count in self.counts.items():
             severity, meaning = RULES[rule]
-            some = [str(finding.post_id) for finding in self.findings if finding.rule == rule][:4]
+            some = [self.called(finding) for finding in self.findings if finding.rule == rule][:4]
             more = ", …" if count > len(some) else ""
             lines.append(f"  {count:6}  {rule:<15}{severity:<10}{meaning}: {', '.join(some)}{more}")
         return "\n".join(lines)
 
 
 @dataclass(frozen=True)
-class _Examined:
+class Examined:
     """One file, looked at on its own."""
 
     found: list[tuple[str, str]] = field(default_factory=list)
@@ -134,23 +142,27 @@ def lint(
     *,
     workers: int = 1,
     total: int | None = None,
+    by_name: bool = False,
 ) -> Lint:
-    """Look at every post's picture, decoded in full by `workers` processes, and compare them with one another."""
+    """Look at every post's picture, decoded in full by `workers` processes, and compare them with one another.
+
+    With `by_name` the findings call pictures by their files' names, as for the posts of `folder_posts`.
+    """
     limits = limits or Limits()
     findings: list[Finding] = []
-    kept: list[tuple[Post, _Examined]] = []
+    kept: list[tuple[Post, Examined]] = []
     listed = list(posts)
-    with each(partial(_examined, files, limits), ((p.id, p.file_name) for p in listed), workers) as looked_at:
+    with each(partial(_found, files, limits), ((p.id, p.file_name) for p in listed), workers) as looked_at:
         for post, found in zip(
             tqdm(listed, "looking at pictures", total=total, disable=None, unit="picture"), looked_at, strict=True
         ):
             findings += [Finding(post.id, found.name, *told) for told in (*found.found, *_database(post, found))]
             if found.thumbnail:
                 kept.append((post, found))
-    findings += _repeats(kept, limits)
+    findings += _repeats(kept, limits, by_name)
     order = {rule: place for place, rule in enumerate(RULES)}
     findings.sort(key=lambda finding: (finding.post_id, order[finding.rule]))
-    return Lint(len(listed), len(kept), tuple(findings))
+    return Lint(len(listed), len(kept), tuple(findings), by_name)
 
 
 def grid_strength(luma: npt.NDArray[np.float32]) -> float:
@@ -192,7 +204,8 @@ def replicated(luma: npt.NDArray[np.float32]) -> int:
         cut = luma[: luma.shape[0] // factor * factor, : luma.shape[1] // factor * factor]
         rest = range(1, factor)
         if (
-            np.ptp(cut) > 0
+            cut.size
+            and np.ptp(cut) > 0
             and all((cut[::factor] == cut[k::factor]).all() for k in rest)
             and all((cut[:, ::factor] == cut[:, k::factor]).all() for k in rest)
         ):
@@ -207,71 +220,70 @@ def jpeg_quality(tables: dict[int, list[int]]) -> int:
     return max(1, min(100, round(100 - scale / 2 if scale <= 100 else 5000 / scale)))
 
 
-def _examined(files: PictureFiles, limits: Limits, post: tuple[int, str]) -> _Examined:
-    name = files.find(*post)
-    if name is None:
-        return _Examined([("missing", f"{post[1]} is not in {files.folder}")])
+def examined(data: bytes, name: str, limits: Limits) -> Examined:
+    """Look at one file on its own: what its format and its pixels tell, and what it takes to compare it."""
     try:
-        data = files.read(name)
-        picture = decode(io.BytesIO(data), name)
+        with opened(io.BytesIO(data), name) as stored:
+            picture = upright(stored, name)
+            found = _format(stored, data, limits)
     except BadInput as error:
-        return _Examined([_unusable(files, name, str(error))], name)
-    found = [*_format(data, limits), *_pixels(picture, limits)]
+        return Examined([_unusable(data, str(error))], name)
+    found += _pixels(picture, limits)
     thumbnail = picture.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX).tobytes()
-    return _Examined(found, name, hashlib.sha256(data).hexdigest(), picture.size, thumbnail)
+    return Examined(found, name, hashlib.sha256(data).hexdigest(), picture.size, thumbnail)
 
 
-def _unusable(files: PictureFiles, name: str, complaint: str) -> tuple[str, str]:
-    """Whether a file is cut short: the decoder says so, or the mark that ends its format is not there."""
+def _found(files: PictureFiles, limits: Limits, post: tuple[int, str]) -> Examined:
+    name: str | None = post[1]
     try:
-        data = files.read(name)
+        name = files.find(*post)
+        if name is None:
+            return Examined([("missing", f"{post[1]} is not in {files.folder}")])
+        return examined(files.read(name), name, limits)
+    except OutsideFolder as error:
+        return Examined([("outside", str(error))])
     except BadInput as error:
-        return "truncated" if "cut short" in str(error) else "unreadable", str(error)
+        return Examined([("truncated" if "cut short" in str(error) else "unreadable", str(error))], name or "")
+
+
+def _unusable(data: bytes, complaint: str) -> tuple[str, str]:
+    """Whether a file is cut short: the decoder says so, or the mark that ends its format is not there."""
     ends = {b"\xff\xd8": b"\xff\xd9", b"\x89PNG": b"IEND", b"GIF8": b"\x3b"}
     cut = any(data.startswith(head) and tail not in data[-16:] for head, tail in ends.items())
     cut |= data[:4] == b"RIFF" and len(data) < int.from_bytes(data[4:8], "little") + 8
     return "truncated" if cut or "truncated" in complaint.lower() else "unreadable", complaint
 
 
-def _format(data: bytes, limits: Limits) -> list[tuple[str, str]]:
+def _format(file: Image.Image, data: bytes, limits: Limits) -> list[tuple[str, str]]:
     """What the file's own words tell: modes, profiles, tables."""
     found: list[tuple[str, str]] = []
-    with Image.open(io.BytesIO(data)) as file:
-        frames = int(getattr(file, "n_frames", 1))
-        orientation = int(file.getexif().get(0x0112, 1))
-        if file.has_transparency_data:
-            alpha = np.asarray(file.convert("RGBA"))[..., 3]
-            if alpha.min() < 255:
-                found.append(("alpha", f"{file.mode}, {(alpha < 255).mean():.0%} of the pixels see-through"))
-        if orientation not in (0, 1):
-            found.append(("exif", f"orientation {orientation}"))
-        described = _profile(file.info.get("icc_profile"))
-        if described and "srgb" not in described.lower():
-            found.append(("icc", described))
-        if file.mode == "CMYK":
-            found.append(("cmyk", f"{file.format}{', Adobe-inverted' if 'adobe' in file.info else ''}"))
-        if file.mode.startswith("I") or (file.format == "PNG" and data[24] == 16):
-            found.append(("16-bit", file.mode))
-        if frames > 1:
-            found.append(("animated", f"{frames} frames"))
-        if isinstance(file, JpegImagePlugin.JpegImageFile) and file.format == "JPEG":
-            quality = jpeg_quality(file.quantization)
-            if quality < limits.jpeg_quality:
-                found.append(("jpeg", f"quality {quality}"))
-            if JpegImagePlugin.get_sampling(file) in (1, 2):
-                found.append(("chroma", "4:2:0" if JpegImagePlugin.get_sampling(file) == 2 else "4:2:2"))
-        if file.format == "WEBP" and b"VP8 " in data[:4096]:
-            found.append(("webp", "lossy, 4:2:0"))
-    return found
-
-
-def _profile(icc: bytes | None) -> str:
-    if not icc:
-        return ""
+    if file.has_transparency_data:
+        alpha = np.asarray(file.convert("RGBA"))[..., 3]
+        if alpha.min() < 255:
+            found.append(("alpha", f"{file.mode}, {(alpha < 255).mean():.0%} of the pixels see-through"))
+    if orientation(file) != 1:
+        found.append(("exif", f"orientation {orientation(file)}"))
+    described = profile_name(file)
+    if described and "srgb" not in described.lower():
+        found.append(("icc", described))
+    if file.mode == "CMYK":
+        found.append(("cmyk", f"{file.format}{', Adobe-inverted' if 'adobe' in file.info else ''}"))
+    if file.mode.startswith("I") or (file.format == "PNG" and data[24] == 16):
+        found.append(("16-bit", file.mode))
+    if isinstance(file, JpegImagePlugin.JpegImageFile) and file.format == "JPEG":
+        quality = jpeg_quality(file.quantization)
+        if quality < limits.jpeg_quality:
+            found.append(("jpeg", f"quality {quality}"))
+        if JpegImagePlugin.get_sampling(file) in (1, 2):
+            found.append(("chroma", "4:2:0" if JpegImagePlugin.get_sampling(file) == 2 else "4:2:2"))
+    if file.format == "WEBP" and b"VP8 " in data[:4096]:
+        found.append(("webp", "lossy, 4:2:0"))
     try:
-        return ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(icc))).strip() or "unnamed profile"
-    except (ImageCms.PyCMSError, OSError):
-        return "broken profile, not used"
+        frames = int(getattr(file, "n_frames", 1))  # seeks to the file's end
+        found += [("animated", f"{frames} frames")] if frames > 1 else []
+    except DECODER_ERRORS:
+        found.append(("animated", "damaged after the first frame"))
+    return found
 
 
 def _pixels(picture: Image.Image, limits: Limits) -> list[tuple[str, str]]:
@@ -290,7 +302,7 @@ def _pixels(picture: Image.Image, limits: Limits) -> list[tuple[str, str]]:
     return found
 
 
-def _database(post: Post, found: _Examined) -> list[tuple[str, str]]:
+def _database(post: Post, found: Examined) -> list[tuple[str, str]]:
     told = []
     if not any(post.tags.values()):
         told.append(("tagless", ""))
@@ -302,31 +314,34 @@ def _database(post: Post, found: _Examined) -> list[tuple[str, str]]:
     return told
 
 
-def _repeats(kept: Sequence[tuple[Post, _Examined]], limits: Limits) -> list[Finding]:
+def _repeats(kept: Sequence[tuple[Post, Examined]], limits: Limits, by_name: bool) -> list[Finding]:
     """Copies, and pictures that look like one that is at least as large (of equals the older one stays)."""
+
+    def called(post: Post, found: Examined) -> str:
+        return found.name if by_name else f"post {post.id}"
+
     findings: list[Finding] = []
-    first: dict[str, int] = {}
-    single: list[tuple[Post, _Examined]] = []
+    first: dict[str, str] = {}
+    single: list[tuple[Post, Examined]] = []
     for post, found in kept:
         if found.sha256 in first:
-            findings.append(Finding(post.id, found.name, "duplicate", f"of post {first[found.sha256]}"))
+            findings.append(Finding(post.id, found.name, "duplicate", f"of {first[found.sha256]}"))
         else:
-            first[found.sha256] = post.id
+            first[found.sha256] = called(post, found)
             single.append((post, found))
     single.sort(key=lambda item: (-item[1].size[0] * item[1].size[1], item[0].id))
     thumbnails = np.frombuffer(b"".join(found.thumbnail for _, found in single), np.uint8).reshape(len(single), -1)
     shapes = np.array([found.size for _, found in single], np.float64).reshape(-1, 2)
     for earlier, later, apart in nearly_alike(thumbnails, shapes, limits.alike):
         post, found = single[later]
-        told = f"of post {single[earlier][0].id}, {apart:.1f} grey levels apart"
+        told = f"of {called(*single[earlier])}, {apart:.1f} grey levels apart"
         findings.append(Finding(post.id, found.name, "near-duplicate", told))
     return findings
 
 
 def folder_posts(folder: Path) -> list[Post]:
     """Posts for the pictures of a folder that has no database: numbered in the order of their names, without tags."""
-    kinds = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".avif", ".bmp", ".tif", ".tiff"}
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in kinds)
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
     if not names:
         raise BadInput(f"No picture lies in {folder}.")
     return [Post(n, {"general": ("unknown",)}, RATINGS[0], "", 0, 0, 0, 0, name) for n, name in enumerate(names)]

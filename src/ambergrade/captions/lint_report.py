@@ -11,9 +11,9 @@ from PIL import Image
 
 from ambergrade.captions.files import PictureFiles
 from ambergrade.captions.lint import RULES, Finding, Lint
-from ambergrade.captions.pictures import decode
 from ambergrade.errors import BadInput
-from ambergrade.identity import canonical_json
+from ambergrade.lines import write_rows
+from ambergrade.pictures import decode_bytes
 from ambergrade.store import written_aside
 
 SHOWN = 12
@@ -29,20 +29,19 @@ background:repeating-conic-gradient(#ddd 0 25%,#fff 0 50%) 0/16px 16px}.soft{col
 
 
 def write_report(found: Lint, files: PictureFiles, folder: Path) -> None:
-    """`lint.html`, `findings.jsonl` and `leave_out.txt` (post ids, one a line) into a folder."""
+    """Write `lint.html`, `findings.jsonl` and `leave_out.txt` (post ids, or file names, one a line) into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
-        {"id": f.post_id, "file": f.file, "rule": f.rule, "severity": f.severity, "detail": f.detail}
+        {"file": f.file, "rule": f.rule, "severity": f.severity, "detail": f.detail}
+        | ({} if found.by_name else {"id": f.post_id})
         for f in found.findings
     ]
-    texts = {
-        "findings.jsonl": "".join(canonical_json(row) + "\n" for row in rows),
-        "leave_out.txt": "".join(f"{post}\n" for post in found.left_out),
-        "lint.html": page(found, files),
-    }
+    with written_aside(folder / "findings.jsonl") as aside:
+        write_rows(aside, rows)
+    texts = {"leave_out.txt": "".join(f"{name}\n" for name in found.left_out), "lint.html": page(found, files)}
     for name, text in texts.items():
         with written_aside(folder / name) as aside:
-            aside.write_text(text)
+            aside.write_text(text, encoding="utf-8")
 
 
 def page(found: Lint, files: PictureFiles) -> str:
@@ -64,20 +63,21 @@ def page(found: Lint, files: PictureFiles) -> str:
 
 def _section(rule: str, found: Lint, files: PictureFiles) -> str:
     hits = [finding for finding in found.findings if finding.rule == rule]
-    cards = "".join(_card(finding, files) for finding in hits[:SHOWN])
+    cards = "".join(_card(found.called(finding), finding, files) for finding in hits[:SHOWN])
     rest = f"<p class=soft>{len(hits) - SHOWN:,} more in findings.jsonl.</p>" if len(hits) > SHOWN else ""
     return f"<h2 id='{rule}'>{rule}: {len(hits):,}</h2><div class=cards>{cards}</div>{rest}"
 
 
-def _card(finding: Finding, files: PictureFiles) -> str:
+def _card(called: str, finding: Finding, files: PictureFiles) -> str:
     shown = ""
     if finding.file and finding.severity != "unusable":
         try:
-            picture = decode(io.BytesIO(files.read(finding.file)), finding.file)
+            picture = decode_bytes(files.read(finding.file), finding.file)
             picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
             png = io.BytesIO()
             picture.save(png, "PNG")
             shown = f"<img alt='' src='data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}'>"
         except BadInput:
             shown = "<p class=soft>(gone since)</p>"
-    return f"<div class=card>{shown}<b>{finding.post_id}</b> {escape(finding.file)}<br>{escape(finding.detail)}</div>"
+    file = escape(finding.file) if called != finding.file else ""
+    return f"<div class=card>{shown}<b>{escape(called)}</b> {file}<br>{escape(finding.detail)}</div>"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,14 +14,15 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from ambergrade.captions.buckets import Size, nearest_bucket, placement
-from ambergrade.captions.files import PictureFiles
-from ambergrade.captions.pictures import decode
+from ambergrade.captions.buckets import centre_corner, nearest_bucket
+from ambergrade.captions.files import OutsideFolder, PictureFiles
 from ambergrade.captions.recipe import CaptionRecipe, caption
 from ambergrade.errors import BadInput
 from ambergrade.nouns import CaptionedPicture, CaptionSet, Post
+from ambergrade.pictures import Size, decode_bytes
 
 MISSING = "picture file missing"
+OUTSIDE = "picture file outside the picture folder"
 UNREADABLE = "picture unreadable"
 DUPLICATE = "same bytes as an earlier picture"
 SMALL = "smaller than its bucket"
@@ -40,7 +40,7 @@ class Report:
     dropped: Mapping[str, tuple[int, ...]]
     """Reason to the ids of the posts left out for it."""
     details: tuple[str, ...]
-    """What the reader said of each unreadable picture."""
+    """What the reader said of each picture that is unreadable or outside the folder."""
     buckets: Mapping[str, int]
     """Bucket, as `128x128`, to its number of pictures."""
 
@@ -66,12 +66,14 @@ def build(
     buckets: Sequence[Size],
     *,
     workers: int = 1,
+    part: str = "train",
 ) -> tuple[CaptionSet, Report]:
-    """Captioned pictures in ascending post id, and what became of every post.
+    """Return captioned pictures in ascending post id, and what became of every post.
 
     Each picture file is hashed and decoded in full, by `workers` processes. A post is left out, and counted with its
-    reason, if its file is missing, unreadable, a byte-for-byte copy of an earlier one, or smaller than its bucket
-    (nothing is enlarged), or if its caption cannot be made.
+    reason, if its file is missing, unreadable, outside the folder, a byte-for-byte copy of an earlier one, or smaller
+    than its bucket (nothing is enlarged), or if its caption cannot be made. `part` of the split (train, heldout) is
+    what the posts are called in complaints.
 
     Raises:
         BadInput: nothing is left.
@@ -93,8 +95,18 @@ def build(
     reasons = {reason: tuple(ids) for reason, ids in sorted(dropped.items())}
     report = Report(len(ordered), len(kept), reasons, tuple(details), dict(sorted(sizes.items())))
     if not kept:
-        raise BadInput(f"No picture is left to train on.\n{report.text}\nLook at the selection and at {files.folder}.")
+        raise BadInput(_nothing_left(part, report, files))
     return CaptionSet(tuple(kept), recipe.name), report
+
+
+def _nothing_left(part: str, report: Report, files: PictureFiles) -> str:
+    if not report.posts and part == "heldout":
+        return (
+            "No post is held out, so that no validation loss can be told: data.selection.heldout_share times the "
+            "number of selected posts is too small.\nGive a larger data.selection.heldout_share, for example 0.05."
+        )
+    advice = f"Look at the selection and at {files.folder}."
+    return f"No picture is left in the part '{part}'.\n{report.text}\n{advice}"
 
 
 @contextmanager
@@ -112,49 +124,46 @@ class _File:
     """A picture file as it was found."""
 
     name: str = ""
-    """Empty: there is none."""
     sha256: str = ""
-    size: Size | None = None
+    size: Size = (0, 0)
+    reason: str = ""
+    """Why it cannot be used; empty for a sound one."""
     complaint: str = ""
 
 
 def _seen(files: PictureFiles, post: tuple[int, str]) -> _File:
-    name = files.find(*post)
-    if name is None:
-        return _File()
     try:
+        name = files.find(*post)
+        if name is None:
+            return _File(reason=MISSING)
         data = files.read(name)
-        sha256 = hashlib.sha256(data).hexdigest()
+        return _File(name, hashlib.sha256(data).hexdigest(), decode_bytes(data, str(files.folder / name)).size)
+    except OutsideFolder as error:
+        return _File(reason=OUTSIDE, complaint=str(error))
     except BadInput as error:
-        return _File(name, complaint=str(error))
-    try:
-        return _File(name, sha256, decode(io.BytesIO(data), str(files.folder / name)).size)
-    except BadInput as error:
-        return _File(name, sha256, complaint=str(error))
+        return _File(reason=UNREADABLE, complaint=str(error))
 
 
 def _captioned(
     post: Post, recipe: CaptionRecipe, file: _File, buckets: Sequence[Size], seen: set[str], details: list[str]
 ) -> CaptionedPicture | str:
     """The captioned picture, or the reason for leaving it out."""
-    if not file.name:
-        return MISSING
+    if file.reason:
+        details += [f"post {post.id}: {file.complaint}"] if file.complaint else []
+        return file.reason
     try:
         text = caption(post, recipe)
     except BadInput:
         return UNCAPTIONED
     if file.sha256 in seen:
         return DUPLICATE
-    if file.size is None:
-        details.append(f"post {post.id}: {file.complaint}")
-        return UNREADABLE
     bucket = nearest_bucket(file.size, buckets)
-    place = placement(file.size, bucket)
-    if place is None:
+    corner = centre_corner(file.size, bucket)
+    if corner is None:
         return SMALL
     seen.add(file.sha256)
     original = _original_size(post, file.size)
-    return CaptionedPicture(post.id, file.name, file.sha256, text, original, bucket, place.crop)
+    return CaptionedPicture(post.id, file.name, file.sha256, text, original, bucket, corner)
 
 
 def _original_size(post: Post, size: Size) -> Size:

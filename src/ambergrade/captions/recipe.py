@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from ambergrade.errors import BadInput, BadSetting, unknown_name
 from ambergrade.nouns import TAG_TYPES, Caption, Post
+from ambergrade.typed import settings
 
 PARTS = ("special", *TAG_TYPES, "year", "rating", "quality")
 PERCENTILES = tuple(range(5, 100, 5))
@@ -31,7 +31,7 @@ class YearBand:
 
 @dataclass(frozen=True)
 class CaptionRecipe:
-    """A caption rule set. Build it from a yaml's content with `CaptionRecipe.from_dict`."""
+    """A caption rule set; its fields are the keys of a yaml in conf/captions."""
 
     name: str
     special: tuple[str, ...]
@@ -108,23 +108,8 @@ class CaptionRecipe:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CaptionRecipe:
-        """Build a recipe from plain lists and dicts, as a yaml holds them.
-
-        Raises:
-            BadSetting: keys missing or unknown, or values that cannot be meant.
-        """
-        fields = dataclasses.fields(cls)
-        known = [field.name for field in fields]
-        needed = [field.name for field in fields if field.default is dataclasses.MISSING]
-        wrong = [unknown_name("Key", key, known) for key in values if key not in known]
-        wrong += [f"Key '{key}' is missing." for key in needed if key not in values]
-        if wrong:
-            raise BadSetting("\n".join([f"Caption recipe '{values.get('name', '?')}':", *wrong]))
-        lists = ("special", "keep", "flexible", "suffix", "never_drop", "quality_percentiles")
-        made = {key: tuple(values[key]) for key in lists if key in values}
-        tables = {key: {k: tuple(v) for k, v in values[key].items()} for key in ("drop", "rating", "quality_table")}
-        bands = tuple(YearBand(band["tag"], band.get("first"), band.get("last")) for band in values["year"])
-        return cls(**{**values, **made, **tables, "year": bands, "quality_above": dict(values["quality_above"])})
+        """Read settings for the pipelines that still call this; `typed.settings` does the same."""
+        return settings(cls, values, where="captions")
 
     def spelled(self, name: str) -> str:
         """A raw tag name as the text encoder reads it.
@@ -142,6 +127,25 @@ class CaptionRecipe:
     def dropped_by(self, name: str, kind: str) -> str:
         """The substring that drops a tag, or ""."""
         return next((part for part in self.drop.get(kind, ()) if part in name), "")
+
+    def placed(self, name: str, kind: str) -> tuple[str, str]:
+        """Return a tag's part ("" if it is dropped) and its spelling."""
+        return self.part_of(name, kind), self.spelled(name)
+
+    def arranged(
+        self, placed: Iterable[tuple[str, str]], *, created_at: str, rating: str, post_id: int, metric: int
+    ) -> dict[str, list[str]]:
+        """Return part (of PARTS, and "" for what is dropped) to its tags in order, as spelled.
+
+        `placed` is what `placed` says of each of the post's tags. Raises BadInput as `quality_tag` does.
+        """
+        parts: dict[str, list[str]] = {part: [] for part in ("", *PARTS)}
+        for part, word in placed:
+            parts[part].append(word)
+        parts["year"] = _listed(self.year_tag(upload_year(created_at)))
+        parts["rating"] = list(self.rating.get(rating, ()))
+        parts["quality"] = _listed(self.quality_tag(post_id, rating, metric))
+        return parts
 
     def year_tag(self, year: int) -> str:
         """The tag of an upload year (0: the date was unreadable), or ""."""
@@ -197,18 +201,11 @@ def caption_line(post: Post, recipe: CaptionRecipe) -> str:
     return recipe.written(caption_parts(post, recipe))
 
 
-def caption_parts(post: Post, recipe: CaptionRecipe) -> dict[str, tuple[str, ...]]:
-    """Part (of PARTS) to its tags in order, as spelled. Raises BadInput as `caption` does."""
-    parts: dict[str, list[str]] = {part: [] for part in PARTS}
-    for kind in TAG_TYPES:
-        for name in post.tags.get(kind, ()):
-            part = recipe.part_of(name, kind)
-            if part:
-                parts[part].append(recipe.spelled(name))
-    parts["year"] = _listed(recipe.year_tag(upload_year(post.created_at)))
-    parts["rating"] = list(recipe.rating.get(post.rating, ()))
-    parts["quality"] = _listed(recipe.quality_tag(post.id, post.rating, quality_metric(post, recipe)))
-    return {part: tuple(tags) for part, tags in parts.items()}
+def caption_parts(post: Post, recipe: CaptionRecipe) -> dict[str, list[str]]:
+    """Return what `CaptionRecipe.arranged` does, for a post. Raises BadInput as `caption` does."""
+    placed = (recipe.placed(name, kind) for kind in TAG_TYPES for name in post.tags.get(kind, ()))
+    metric = quality_metric(post, recipe)
+    return recipe.arranged(placed, created_at=post.created_at, rating=post.rating, post_id=post.id, metric=metric)
 
 
 def explain(post: Post, recipe: CaptionRecipe) -> list[tuple[str, str, str]]:

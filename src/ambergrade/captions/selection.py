@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ambergrade.captions.booru import Booru
-from ambergrade.captions.readers import Array
+from ambergrade.captions.values import Array
 from ambergrade.errors import BadSetting, UnknownName, unknown_name
 from ambergrade.identity import canonical_json, random_seed
 from ambergrade.nouns import RATINGS, TAG_TYPES, Post

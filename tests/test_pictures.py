@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 
-from ambergrade.captions.pictures import cut, open_picture
+from ambergrade import pictures
 from ambergrade.errors import BadInput
+from ambergrade.pictures import FORMATS, SUFFIXES, covering_size, cut, decode_bytes, open_picture
 
 W, H = 24, 16
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -206,15 +207,79 @@ def test_animations_give_their_first_frame(tmp_path: Path, extension: str) -> No
     assert pixel(tmp_path / f"a.{extension}") == RED
 
 
-def test_cut_is_one_resize_and_a_centre_crop(tmp_path: Path) -> None:
+def test_cut_is_one_resize_and_a_crop() -> None:
     image = Image.new("RGB", (400, 200), RED)
     image.paste(GREEN, (100, 0, 300, 200))
-    image.save(tmp_path / "a.png")
-    pixels = cut(tmp_path / "a.png", (128, 128))
+    assert covering_size(image.size, (128, 128)) == (256, 128)
+    pixels = np.asarray(cut(image, (128, 128), (64, 0)))
     assert pixels.shape == (128, 128, 3)
     assert (pixels[:, 8:-8] == GREEN).all()
     exact = np.random.default_rng(1).integers(0, 256, (96, 160, 3), dtype=np.uint8)
-    Image.fromarray(exact).save(tmp_path / "b.png")
-    assert np.array_equal(cut(tmp_path / "b.png", (160, 96)), exact)
-    with pytest.raises(BadInput, match="smaller than its bucket"):
-        cut(tmp_path / "b.png", (128, 128))
+    assert np.array_equal(np.asarray(cut(Image.fromarray(exact), (160, 96), (0, 0))), exact)
+    for corner in ((129, 0), (0, 1), (-1, 0)):
+        with pytest.raises(BadInput, match="leaves the picture"):
+            cut(image, (128, 128), corner)
+
+
+def damaged_exif() -> dict[str, bytes]:
+    """EXIF with Orientation 6 and a number field that holds text, one cut short, one that is no TIFF."""
+    text = b"Exif\0\0MM\0*\0\0\0\x08\0\x02\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"
+    text += b"\x01\x1a\0\x02\0\0\0\x04abc\0" + bytes(4)  # XResolution as text
+    return {"text": text, "cut": text[:20], "no TIFF": b"Exif\0\0no tiff here", "empty": b"Exif\0\0"}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("fault", ["text", "cut", "no TIFF", "empty"])
+def test_damaged_exif_counts_as_none_and_a_readable_turn_as_itself(kind: str, fault: str) -> None:
+    file = io.BytesIO()
+    options = {"lossless": True} if kind == "WEBP" else {}
+    Image.new("RGB", (W, H), RED).save(file, kind, exif=damaged_exif()[fault], **options)
+    assert decode_bytes(file.getvalue(), "a").size == ((H, W) if fault == "text" else (W, H))
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "AVIF"])
+def test_turns_that_the_format_itself_tells(kind: str) -> None:
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    picture = Image.new("RGB", (W, H), WHITE)
+    picture.paste(RED, (0, 0, 8, 8))  # turned clockwise, the top left corner is the top right one
+    picture.save(file, kind, exif=exif)
+    shown = decode_bytes(file.getvalue(), "a")
+    assert shown.size == (H, W)
+    assert near(tuple(shown.getpixel((H - 3, 3))), RED, 40)  # type: ignore[arg-type]
+
+
+def small(kind: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (W, H), RED).save(file, kind)
+    return file.getvalue()
+
+
+SMALL = {kind: small(kind) for kind in FORMATS if kind != "PSD"}  # which Pillow does not write
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_the_bound_on_pixels_holds_for_every_format(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "MOST_PIXELS", W * H - 1)
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("memory was taken for the pixels"))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("memory was taken for the pixels"))
+    with pytest.raises(BadInput, match=f"a is {W}x{H}; pictures of up to"):
+        decode_bytes(SMALL[kind], "a")
+
+
+def test_a_picture_of_150_megapixels_is_refused(tmp_path: Path) -> None:
+    Image.new("1", (15_000, 10_000)).save(tmp_path / "a.png")
+    with pytest.raises(BadInput, match="15000x10000"):
+        open_picture(tmp_path / "a.png")
+
+
+def test_odd_shapes_and_names(tmp_path: Path) -> None:
+    for size in ((1, 1), (20_000, 1), (1, 20_000)):
+        Image.new("RGB", size, RED).save(tmp_path / "a.png")
+        assert open_picture(tmp_path / "a.png").size == size
+    for name in ("x" * 300, "a\0b"):
+        with pytest.raises(BadInput, match="cannot be read"):
+            open_picture(tmp_path / name)
+    with pytest.raises(BadInput, match="cannot be read"):
+        open_picture(tmp_path)
+    assert {suffix for suffix in SUFFIXES if Image.registered_extensions()[suffix] not in FORMATS} == set()
