@@ -1,5 +1,7 @@
 """The latent store: half precision means by content, filled once, resumed, checked, never stale."""
 
+import hashlib
+import io
 from dataclasses import replace
 
 import numpy as np
@@ -11,32 +13,42 @@ from ambergrade.errors import BadInput, BadSetting, MissingObject
 from ambergrade.nouns import Caption, CaptionedPicture, CaptionSet
 from ambergrade.train import latent_store
 from ambergrade.train.latent_store import LatentStore, latent_bytes
-from ambergrade.train.latents import cache_latents, read_latents
+from ambergrade.train.latents import PictureReader, cache_latents, read_latents
 
 VAE = "a" * 64
 
 
 def captioned(number, bucket, crop=(0, 0)):
-    return CaptionedPicture(number, f"{number}.png", f"{number:064d}", Caption((), ()), (128, 96), bucket, crop)
+    name = f"{number}.png"
+    sha256 = hashlib.sha256(read(name)).hexdigest()
+    return CaptionedPicture(number, name, sha256, Caption((), ()), (128, 96), bucket, crop)
 
 
-def open_picture(name):
-    draw = np.random.default_rng(int(name.split(".")[0]))
-    return Image.fromarray(draw.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((128, 96))
+def read(name):
+    draw, file = np.random.default_rng(int(name.split(".")[0])), io.BytesIO()
+    Image.fromarray(draw.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((128, 96)).save(file, "png")
+    return file.getvalue()
+
+
+def decode(data, name):
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+PICTURES = PictureReader(read, decode)
 
 
 CAPTIONS = CaptionSet((*(captioned(n, (64, 64), (n, 0)) for n in range(5)), captioned(5, (96, 64))), "test")
 
 
-def fill(store, vae, captions=CAPTIONS, opened=open_picture, **options):
-    return store.fill(vae, captions, opened, batch=2, told=lambda line: None, **options)
+def fill(store, vae, captions=CAPTIONS, pictures=PICTURES, **options):
+    return store.fill(vae, captions, pictures, batch=2, tell=lambda line: None, **options)
 
 
 def test_latents_are_those_of_the_plain_cache_in_half_precision(live_networks, tmp_path):
     store = LatentStore(tmp_path, VAE)
     assert fill(store, live_networks.vae) == 6
     stored = store.open(CAPTIONS)
-    cache_latents(live_networks.vae, CAPTIONS, open_picture, tmp_path / "plain", batch=2)
+    cache_latents(live_networks.vae, CAPTIONS, PICTURES, tmp_path / "plain", batch=2)
     plain = read_latents(tmp_path / "plain")
     for bucket, positions in plain.positions.items():
         assert torch.equal(stored.positions[bucket], positions)
@@ -71,10 +83,10 @@ def test_a_kill_costs_at_most_a_shard(live_networks, tmp_path, monkeypatch):
         opened.append(name)
         if len(opened) > 4:
             raise KeyboardInterrupt
-        return open_picture(name)
+        return read(name)
 
     with pytest.raises(KeyboardInterrupt):
-        fill(store, live_networks.vae, opened=dies, readers=1)
+        fill(store, live_networks.vae, pictures=PictureReader(dies, decode), readers=1)
     assert len(store.missing(CAPTIONS)) == 2
     assert fill(store, live_networks.vae) == 2
     whole = LatentStore(tmp_path / "other", VAE)
@@ -87,12 +99,13 @@ def test_a_kill_costs_at_most_a_shard(live_networks, tmp_path, monkeypatch):
 def test_verify_finds_damage_and_changed_files(live_networks, tmp_path):
     store = LatentStore(tmp_path, VAE)
     fill(store, live_networks.vae)
-    assert store.verify(live_networks.vae, CAPTIONS, open_picture, count=6) == []
+    assert store.verify(live_networks.vae, CAPTIONS, PICTURES, count=6) == []
 
-    def changed(name):
-        return open_picture("77.png" if name == "3.png" else name)
+    def darker(data, name):  # as another version of a decoder might be
+        picture = decode(data, name)
+        return picture.point(lambda value: value // 2) if data == read("3.png") else picture
 
-    (complaint,) = store.verify(live_networks.vae, CAPTIONS, changed, count=6)
+    (complaint,) = store.verify(live_networks.vae, CAPTIONS, PictureReader(read, darker), count=6)
     assert complaint.startswith("post 3 (3.png)")
     shard = next(store.folder.iterdir())
     data = bytearray(shard.read_bytes())
@@ -102,9 +115,59 @@ def test_verify_finds_damage_and_changed_files(live_networks, tmp_path):
     assert shard.name in complaint
 
 
+def test_a_damaged_latent_is_told_when_it_is_read_and_made_again(live_networks, tmp_path):
+    store = LatentStore(tmp_path, VAE)
+    fill(store, live_networks.vae)
+    stored = store.open(CAPTIONS)
+    shard = next(store.folder.iterdir())
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    told = []
+    for bucket, positions in stored.positions.items():
+        for row in range(len(positions)):
+            try:
+                stored.rows(bucket, [row])
+            except BadInput as error:
+                told.append(str(error))
+    (complaint,) = told  # one bit is one latent's
+    assert f"{shard} is damaged" in complaint
+    assert "Remove that file and run the same command again" in complaint
+    shard.write_bytes(whole[:-100])
+    with pytest.raises(BadInput, match="not a whole shard of latents"):
+        store.missing(CAPTIONS)
+    shard.unlink()
+    assert fill(store, live_networks.vae) == 6
+    assert store.open(CAPTIONS).digest == stored.digest
+
+
+def test_the_digest_names_the_latents_bytes(live_networks, tmp_path):
+    """In the order of the caption set, however they came to lie in shards."""
+    store, other = (LatentStore(tmp_path / name, VAE) for name in "ab")
+    fill(store, live_networks.vae)
+    for end in (3, 6):
+        fill(other, live_networks.vae, CaptionSet(CAPTIONS.pictures[:end], "test"))
+    stored = store.open(CAPTIONS)
+    assert other.open(CAPTIONS).digest == stored.digest
+    by_position = {}
+    for bucket, positions in stored.positions.items():
+        for row, position in enumerate(positions.tolist()):
+            by_position[position] = stored.rows(bucket, [row]).half().numpy().tobytes()
+    hashes = b"".join(hashlib.sha256(by_position[position]).digest() for position in sorted(by_position))
+    assert stored.digest == hashlib.sha256(hashes).hexdigest()
+    assert store.open(CaptionSet(CAPTIONS.pictures[::-1], "test")).digest != stored.digest
+
+
+def test_latents_are_made_of_the_caption_set_s_files_only(live_networks, tmp_path):
+    store = LatentStore(tmp_path, VAE)
+    edited = PictureReader(lambda name: read("77.png" if name == "4.png" else name), decode)
+    with pytest.raises(BadInput, match=r"Post 4 \(4\.png\) is another file"):
+        fill(store, live_networks.vae, pictures=edited)
+    assert fill(store, live_networks.vae) == 6
+
+
 def test_gb_and_hours_are_told_and_a_small_disk_is_refused_before_it_starts(live_networks, tmp_path, monkeypatch):
     told = []
-    LatentStore(tmp_path, VAE).fill(live_networks.vae, CAPTIONS, open_picture, batch=2, told=told.append)
+    LatentStore(tmp_path, VAE).fill(live_networks.vae, CAPTIONS, PICTURES, batch=2, tell=told.append)
     assert "6 pictures to encode (0 are there)" in told[0]
     assert "3.3 KB" in told[0]  # (5 x 8 x 8 + 12 x 8) x 4 channels x 2 bytes
     assert "s (by the pace" in told[1]
@@ -137,5 +200,7 @@ def test_a_picture_that_changed_its_shape_names_the_post(live_networks, tmp_path
         fill(
             LatentStore(tmp_path, VAE),
             live_networks.vae,
-            opened=lambda name: Image.new("RGB", (64, 64)) if name == "4.png" else open_picture(name),
+            pictures=PictureReader(
+                read, lambda data, name: Image.new("RGB", (64, 64)) if name == "4.png" else decode(data, name)
+            ),
         )

@@ -1,19 +1,21 @@
 """Adapters of every kind: they begin at the base, are all that moves, resume, and load back through a merge."""
 
 import runpy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from ambergrade.errors import BadSetting
 from ambergrade.family import sdxl
 from ambergrade.family.files import read_tensors
 from ambergrade.merge import lora as merging
-from ambergrade.train.lora import FILE, Adapters
-from ambergrade.train.settings import TrainSettings
-from ambergrade.train.trainer import Denoiser, fine_tune
+from ambergrade.train.denoiser import Denoiser
+from ambergrade.train.lora import Adapters
+from ambergrade.train.settings import LoraSettings, TrainSettings
+from ambergrade.train.trainer import fine_tune
 
 SETTINGS = TrainSettings(
     images=8,
@@ -25,11 +27,11 @@ SETTINGS = TrainSettings(
     optimizer={"name": "adamw"},
 )
 KINDS = {
-    "lora": {"rank": 4, "alpha": 2},
-    "locon": {"kind": "locon", "rank": 4, "alpha": 2},
-    "loha": {"kind": "loha", "rank": 4, "alpha": 2},
-    "lokr": {"kind": "lokr", "rank": 2, "alpha": 1, "factor": 4},
-    "lokr, whole factors": {"kind": "lokr", "rank": 100_000, "alpha": 1},
+    "lora": LoraSettings(rank=4, alpha=2),
+    "locon": LoraSettings(kind="locon", rank=4, alpha=2),
+    "loha": LoraSettings(kind="loha", rank=4, alpha=2),
+    "lokr": LoraSettings(kind="lokr", rank=2, alpha=1, factor=4),
+    "lokr, whole factors": LoraSettings(kind="lokr", rank=100_000, alpha=1),
 }
 
 
@@ -48,8 +50,10 @@ def sdxl_config(tmp_path_factory):
 def test_what_was_trained_is_what_a_merge_reads_back(sdxl_config, captions, latents, tmp_path, kind):
     networks = sdxl.from_config(sdxl_config, seed=7)
     beginning = {key: value.clone() for key, value in sdxl.tensors(networks).items()}
-    fine_tune(networks, captions, latents, replace(SETTINGS, lora=KINDS[kind]), scratch=tmp_path)
-    trained, file = sdxl.tensors(networks), read_tensors(tmp_path / FILE)
+    report = fine_tune(networks, captions, latents, replace(SETTINGS, lora=KINDS[kind]), scratch=tmp_path)
+    trained, file = sdxl.tensors(networks), read_tensors(report.lora)
+    with safe_open(report.lora, "np") as opened:
+        assert opened.metadata()["ss_network_dim"] == str(KINDS[kind].rank)
     assert trained.keys() == beginning.keys()  # nothing of the adapters is left in the modules
     wanted = merging.targets(shapes(file), shapes(beginning))
     moved = {key for key, value in trained.items() if not torch.equal(value, beginning[key])}
@@ -93,14 +97,21 @@ def test_training_begins_at_the_base(tiny_config, beginning, kind):
     denoiser = Denoiser(fresh).eval()
     with torch.no_grad():
         before = denoiser(**given)
-        Adapters(denoiser, SETTINGS.lr, 0, **KINDS[kind])
+        Adapters(denoiser, SETTINGS.lr, 0, KINDS[kind])
         torch.testing.assert_close(denoiser(**given), before, atol=1e-5, rtol=1e-5)
     assert {name.split(".")[0] for name, p in denoiser.named_parameters() if p.requires_grad} == {"unet", "te1", "te2"}
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"rank": 4}, {"rank": 4, "alpha": 1, "kind": "lorka"}, {"rank": 4, "alpha": 1, "x": 1}]
+    ("wrong", "told"),
+    [
+        ({"rank": 4}, "trainer.lora.alpha: no value given"),
+        ({"rank": "4", "alpha": 1}, "trainer.lora.rank: a whole number is needed, found '4'"),
+        ({"rank": 0, "alpha": 1}, "rank and alpha must be above 0"),
+        ({"rank": 4, "alpha": 1, "kind": "lorka"}, "trainer.lora.kind 'lorka' is not known"),
+        ({"rank": 4, "alpha": 1, "x": 1}, "trainer.lora.x"),
+    ],
 )
-def test_what_is_no_adapter_is_refused(wrong):
-    with pytest.raises(BadSetting, match="lora"):
-        replace(SETTINGS, lora=wrong)
+def test_what_is_no_adapter_is_refused(wrong, told):
+    with pytest.raises(BadSetting, match=told):
+        TrainSettings.read({**asdict(SETTINGS), "lora": wrong})

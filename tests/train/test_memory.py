@@ -9,11 +9,12 @@ from diffusers.models.attention import BasicTransformerBlock
 
 from ambergrade.errors import BadSetting
 from ambergrade.family import sdxl
+from ambergrade.train.denoiser import TRAINED, Denoiser, choose_precision
 from ambergrade.train.in_backward import StepsInBackward
 from ambergrade.train.plan import memory
 from ambergrade.train.settings import TrainSettings
 from ambergrade.train.state import read_state
-from ambergrade.train.trainer import STATES, TRAINED, Denoiser, choose_precision, fine_tune
+from ambergrade.train.trainer import STATES, fine_tune
 
 SETTINGS = TrainSettings(
     images=12,
@@ -190,7 +191,7 @@ def test_plain_bf16_is_refused_at_a_rate_it_cannot_express(networks):
         choose_precision(Denoiser(networks), settings)
     assert networks.unet.dtype == torch.float32  # refused before anything was changed
     with pytest.raises(BadSetting, match=r"bf16-sr needs an optimizer that rounds stochastically, and adamw does not"):
-        choose_precision(Denoiser(networks), replace(settings, precision="bf16-sr"))
+        replace(settings, precision="bf16-sr").check()
 
 
 def test_plain_bf16_is_taken_where_it_learns(tiny_config, captions, latents, tmp_path):

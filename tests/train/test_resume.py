@@ -1,5 +1,6 @@
 """Exact resume, proven with real kills: one process and two, five random points each, EMA, dropout and shuffle on."""
 
+import hashlib
 import random
 from dataclasses import asdict
 
@@ -7,12 +8,12 @@ import pytest
 import torch
 
 from ambergrade.family import sdxl
-from ambergrade.family.files import write_tensors
+from ambergrade.family.files import tensor_bytes, write_tensors
 from ambergrade.nouns import CaptionSet
 from ambergrade.train.latent_store import VERSION, LatentStore, key_of
 from ambergrade.train.settings import TrainSettings
 from ambergrade.train.verify import verify_gradients, verify_resume
-from ambergrade.train.worker import Job
+from ambergrade.train.worker import TrainingJob
 
 STEPS, BATCH = 14, 4
 SETTINGS = TrainSettings(
@@ -34,7 +35,7 @@ SETTINGS = TrainSettings(
 
 
 @pytest.fixture
-def job(tiny_config, beginning, captions: CaptionSet, latents, tmp_path) -> Job:
+def job(tiny_config, beginning, captions: CaptionSet, latents, tmp_path) -> TrainingJob:
     sdxl.write_checkpoint(tmp_path / "begin.safetensors", beginning, {})
     captions.write(tmp_path / "captions.jsonl")
     vae = "0" * 64
@@ -44,11 +45,12 @@ def job(tiny_config, beginning, captions: CaptionSet, latents, tmp_path) -> Job:
     for bucket, positions in latents.positions.items():
         for row, position in enumerate(positions.tolist()):
             held[key_of(captions.pictures[position])] = latents.rows(bucket, [row])[0].half()
-    write_tensors(folder / "shard.safetensors", held, {})
+    hashes = {key: hashlib.sha256(tensor_bytes(value)).hexdigest() for key, value in held.items()}
+    write_tensors(folder / "shard.safetensors", held, hashes)
     stored = LatentStore(tmp_path / "latents", vae).open(captions)
     for bucket in latents.positions:
         torch.testing.assert_close(stored.rows(bucket, [1, 0]), latents.rows(bucket, [1, 0]), atol=2e-3, rtol=1e-3)
-    return Job(
+    return TrainingJob(
         checkpoint=str(tmp_path / "begin.safetensors"),
         config=str(tiny_config),
         captions=str(tmp_path / "captions.jsonl"),

@@ -6,13 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ambergrade.errors import BadSetting, MissingObject
+from ambergrade.errors import BadSetting, MissingObject, UnknownName
 from ambergrade.family import sdxl
+from ambergrade.identity import digest
+from ambergrade.train.denoiser import Denoiser, freeze, parameter_groups
 from ambergrade.train.diffusion import draw_timesteps
 from ambergrade.train.run import QUARTERS
 from ambergrade.train.settings import TrainSettings
 from ambergrade.train.state import read_state
-from ambergrade.train.trainer import STATES, Denoiser, fine_tune, freeze, parameter_groups
+from ambergrade.train.trainer import STATES, fine_tune, unfinished_run
 from ambergrade.train.validation import validation_loss
 
 SETTINGS = TrainSettings(
@@ -57,8 +59,35 @@ def test_a_killed_run_resumes_and_ends_in_the_same_bits(
 def test_a_scratch_folder_of_another_run_is_refused(networks, captions, latents, tmp_path):
     settings = replace(SETTINGS, images=4, save_every=4)
     fine_tune(networks, captions, latents, settings, scratch=tmp_path)
-    with pytest.raises(BadSetting, match="other settings"):
+    with pytest.raises(BadSetting, match="other settings: seed"):
         fine_tune(networks, captions, latents, replace(settings, seed=1), scratch=tmp_path)
+
+
+def test_a_run_with_another_micro_begins_anew_and_says_so(networks, captions, latents, tmp_path, kill_at, killed):
+    """Other passes add the same numbers in another order; passes that stay as they are go on."""
+
+    def scratch_of(settings):
+        return tmp_path / digest(settings.what)
+
+    settings = replace(SETTINGS, save_every=8)
+    assert unfinished_run(settings, scratch_of) is None
+    with pytest.raises(killed):
+        fine_tune(networks, captions, latents, settings, scratch=scratch_of(settings), on_log=kill_at(12))
+    whole = replace(settings, micro=32, save_every=4, checkpointing="full")  # 32 or 4 of a batch of 4: one pass
+    assert scratch_of(whole) == scratch_of(settings)
+    assert unfinished_run(whole, scratch_of) is None
+    message = unfinished_run(replace(settings, micro=2), scratch_of)
+    assert "trainer.micro=4 was broken off after 8 of 24 images" in message
+    assert "With trainer.micro=2" in message
+    assert "go on with that one: trainer.micro=4" in message
+    assert "trainer.channels_last=true" in unfinished_run(replace(settings, channels_last=False), scratch_of)
+    assert unfinished_run(replace(settings, seed=1), scratch_of) is None
+
+
+def test_a_weight_of_a_tag_that_no_caption_has_is_refused(networks, captions, latents, tmp_path):
+    settings = replace(SETTINGS, images=4, loss_weights={"blue hiar": 2.0})
+    with pytest.raises(UnknownName, match=r"'blue hiar' is not known[\s\S]*'blue hair'"):
+        fine_tune(networks, captions, latents, settings, scratch=tmp_path)
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(networks, beginning, captions, latents, tmp_path):

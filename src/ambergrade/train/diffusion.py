@@ -30,7 +30,7 @@ def alpha_bars(scheduler_config: Mapping[str, Any]) -> Tensor:
     if prediction == "epsilon" and scheduler_config.get("rescale_betas_zero_snr"):
         raise BadSetting(
             "Zero-terminal SNR (rescale_betas_zero_snr) goes with v-prediction: at the last timestep the picture is\n"
-            "all noise, and its ε is given away. Train with loss=v."
+            "all noise, and its ε is given away. Train with loss@trainer.loss=v."
         )
     alphas: Tensor = DDPMScheduler.from_config(dict(scheduler_config)).alphas_cumprod
     if scheduler_config.get("rescale_betas_zero_snr"):

@@ -59,7 +59,7 @@ class StepFlop:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s of a GPU that the plan's table knows by its name; None for others and for a CPU."""
+    """Look up a GPU's dense bf16 FLOP/s, its datasheet's, by its name; None where the table lacks it and for a CPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device).lower()

@@ -1,37 +1,41 @@
 """Latents by content: shards shared by all experiments, filled once, resumable, checkable.
 
-    <folder>/<VAE>-fp16-1/<sha256 of the file>.safetensors      some thousand pictures' latents, each under its key
+    <folder>/<VAE>-fp16-2/<sha256 of the file>.safetensors      some thousand pictures' latents, each under its key
 
 A latent's key is the digest of what it is made of: the picture file's bytes, bucket and crop. The VAE, the precision
-and the version of the preprocessing name the folder. So an edited picture, another crop or another VAE never meets a
-stale latent, and a picture in two experiments is encoded once. A shard is renamed into place when it is whole: a kill
-costs at most one.
+and the version of the store name the folder. So an edited picture, another crop or another VAE never meets a stale
+latent, and a picture in two experiments is encoded once. A shard's metadata name the sha256 of each latent's bytes, and
+a latent is checked against it whenever it is read. A shard is renamed into place when it is whole: a kill costs at most
+one.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
+from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from ambergrade.errors import BadInput, BadSetting, MissingObject
-from ambergrade.family.files import entries, write_tensors
+from ambergrade.family.files import Entry, entries, tensor_bytes, write_tensors
 from ambergrade.identity import digest, file_digest, random_seed
 from ambergrade.nouns import CaptionedPicture, CaptionSet
-from ambergrade.train.latents import encode_pictures, group_by_bucket
+from ambergrade.train.latents import PictureReader, encode_pictures, group_by_bucket
 
-VERSION = 1
-"""Of the preprocessing: raise it when the same picture would give other latents."""
+VERSION = 2
+"""Of the store: raise it when the same picture would give other latents. Before 2, files were not checked."""
 SHARD = 1 << 30
 """Bytes of latents in a file: 8192 pictures of 1024²."""
 CHANNELS, SHRINK = 4, 8
@@ -39,6 +43,8 @@ CHANNELS, SHRINK = 4, 8
 BYTES = 2
 CLOSE = 4e-3
 """Relative distance of a latent encoded again: fp16 rounding, and sums in another order on another machine."""
+
+REMEDY = "Remove that file and run the same command again; only its pictures are encoded again."
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,16 +56,31 @@ class StoredLatents:
     shards: tuple[Path, ...]
     places: dict[tuple[int, int], np.ndarray[tuple[int, int], np.dtype[np.int64]]]
     """Bucket to (N, 2): number of the shard, byte in it."""
+    hashes: dict[tuple[int, int], np.ndarray[tuple[int, int], np.dtype[np.uint8]]]
+    """Bucket to (N, 32): sha256 of each latent's bytes."""
 
     def rows(self, bucket: tuple[int, int], rows: list[int]) -> Tensor:
-        """(len(rows), C, H, W) fp32."""
+        """Read (len(rows), C, H, W) fp32. Raises BadInput for a latent whose bytes are not those of its record."""
         shape = CHANNELS, bucket[1] // SHRINK, bucket[0] // SHRINK
         found = []
-        for shard, start in self.places[bucket][rows].tolist():
-            with self.shards[shard].open("rb") as file:
+        for (number, start), expected in zip(
+            self.places[bucket][rows].tolist(), self.hashes[bucket][rows], strict=True
+        ):
+            with self.shards[number].open("rb") as file:
                 file.seek(start)
-                found.append(np.frombuffer(file.read(BYTES * int(np.prod(shape))), np.float16).reshape(shape))
+                data = file.read(BYTES * int(np.prod(shape)))
+            if hashlib.sha256(data).digest() != expected.tobytes():
+                raise BadInput(
+                    f"{self.shards[number]} is damaged: a latent's bytes are not those of its record.\n{REMEDY}"
+                )
+            found.append(np.frombuffer(data, np.float16).reshape(shape))
         return torch.from_numpy(np.stack(found)).float()
+
+    @cached_property
+    def digest(self) -> str:
+        """What the latents are, without reading them: their sha256 in the order of the caption set."""
+        positions = np.concatenate([positions.numpy() for positions in self.positions.values()])
+        return hashlib.sha256(np.concatenate(list(self.hashes.values()))[np.argsort(positions)].tobytes()).hexdigest()
 
 
 class LatentStore:
@@ -71,8 +92,8 @@ class LatentStore:
         self.folder = folder / f"{vae[:16]}-fp16-{VERSION}"
 
     def missing(self, captions: CaptionSet) -> list[int]:
-        """Positions in the caption set of pictures without a latent here; of equal ones the first."""
-        there = {key for shard in self._shards() for key in entries(shard)}
+        """Find the pictures without a latent here: positions in the caption set, of equal pictures the first."""
+        there = {key for shard in self._shards() for key in _keys(shard)}
         found: dict[str, int] = {}
         for position, picture in enumerate(captions.pictures):
             key = key_of(picture)
@@ -84,18 +105,18 @@ class LatentStore:
         self,
         vae: AutoencoderKL,
         captions: CaptionSet,
-        open_picture: Callable[[str], Image.Image],
+        pictures: PictureReader,
         *,
         batch: int = 16,
         readers: int = 4,
-        told: Callable[[str], None] = print,
+        tell: Callable[[str], None] = print,
     ) -> int:
         """Encode what is missing; returns how many pictures that were.
 
-        `open_picture(file_name)` gives an upright RGB picture; `readers` threads open and cut pictures, `batch` of them
-        make a forward pass. The GB are told before, the hours after the first pass. Every pass has the same shape,
-        so that a latent's bits do not depend on its neighbours. Raises BadInput, naming the post, for a picture
-        that does not cover its bucket and for latents that are not finite; BadSetting where the disk is too small.
+        `readers` threads open and cut pictures, `batch` of them make a forward pass. `tell` hears the GB before, the
+        hours after the first pass. Every pass has the same shape, so that a latent's bits do not depend on its
+        neighbours. Raises BadInput, naming the post, for a file that is not the caption set's, for a picture that does
+        not cover its bucket and for latents that are not finite; BadSetting where the disk is too small.
         """
         missing = self.missing(captions)
         if not missing:
@@ -105,7 +126,7 @@ class LatentStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         there = len(captions.pictures) - len(missing)
-        told(f"  latents: {len(missing):,} pictures to encode ({there:,} are there), {amount(size)}")
+        tell(f"  latents: {len(missing):,} pictures to encode ({there:,} are there), {amount(size)}")
         if size > 0.95 * free:
             raise BadSetting(
                 f"{size / 1e9:,.1f} GB of latents do not fit: {free / 1e9:,.1f} GB are free at {self.folder}.\n"
@@ -117,13 +138,13 @@ class LatentStore:
             ThreadPoolExecutor(max(1, readers)) as pool,
             tqdm(total=len(missing), desc="latents", unit="img", disable=None) as bar,
         ):
-            for pictures, latents in _encoded(vae, chosen, open_picture, batch, pool):
-                held |= {key_of(p): latent for p, latent in zip(pictures, latents, strict=True)}
-                if not done and len(missing) > len(pictures):
-                    seconds = (time.monotonic() - started) * len(missing) / len(pictures)
-                    told(f"  latents: about {duration(seconds)} (by the pace of the first {len(pictures)})")
-                done += len(pictures)
-                bar.update(len(pictures))
+            for encoded, latents in _encoded(vae, chosen, pictures, batch, pool):
+                held |= {key_of(p): latent for p, latent in zip(encoded, latents, strict=True)}
+                if not done and len(missing) > len(encoded):
+                    seconds = (time.monotonic() - started) * len(missing) / len(encoded)
+                    tell(f"  latents: about {duration(seconds)} (by the pace of the first {len(encoded)})")
+                done += len(encoded)
+                bar.update(len(encoded))
                 if sum(latent.nbytes for latent in held.values()) >= SHARD:
                     self._write(held)
                     held = {}
@@ -132,11 +153,14 @@ class LatentStore:
         return len(missing)
 
     def open(self, captions: CaptionSet) -> StoredLatents:
-        """The latents of a caption set. Raises MissingObject where some are not there."""
+        """Find the latents of a caption set. Raises MissingObject where some are not there."""
         shards = tuple(self._shards())
         where: dict[str, tuple[int, int]] = {}
+        hashes: dict[str, str] = {}
         for number, shard in enumerate(shards):
-            where |= {key: (number, entry.start) for key, entry in entries(shard).items()}
+            where |= {key: (number, entry.start) for key, entry in _keys(shard).items()}
+            with safe_open(shard, "np") as file:
+                hashes |= file.metadata()
         groups = group_by_bucket(captions)
         keys = {bucket: [key_of(captions.pictures[n]) for n in positions] for bucket, positions in groups.items()}
         absent = sum(key not in where for group in keys.values() for key in group)
@@ -146,24 +170,31 @@ class LatentStore:
                 "Fill the store first: the training pipeline does it before it trains."
             )
         places = {bucket: np.array([where[key] for key in group], np.int64) for bucket, group in keys.items()}
-        return StoredLatents({b: torch.tensor(positions) for b, positions in groups.items()}, shards, places)
+        sums = {
+            bucket: np.frombuffer(bytes.fromhex("".join(hashes[key] for key in group)), np.uint8).reshape(-1, 32)
+            for bucket, group in keys.items()
+        }
+        return StoredLatents({b: torch.tensor(positions) for b, positions in groups.items()}, shards, places, sums)
 
     def verify(
         self,
         vae: AutoencoderKL | None = None,
         captions: CaptionSet | None = None,
-        open_picture: Callable[[str], Image.Image] | None = None,
+        pictures: PictureReader | None = None,
         *,
         count: int = 8,
         seed: int = 0,
     ) -> list[str]:
-        """Complaints, none for a sound store: shards that are not the bytes of their name, and, with a VAE, latents of
-        `count` random pictures that are not what it gives now."""
+        """List complaints, none for a sound store.
+
+        They are of shards that are not the bytes of their name and, with a VAE, of latents of `count` random pictures
+        that are not what it gives now.
+        """
         wrong = []
         for shard in tqdm(self._shards(), "hashing latents", disable=None, unit="shard"):
             if file_digest(shard) != shard.stem:
-                wrong.append(f"{shard.name} is damaged: its bytes are not those of its name; remove it and run again")
-        if wrong or vae is None or captions is None or open_picture is None:
+                wrong.append(f"{shard.name} is damaged: its bytes are not those of its name. {REMEDY}")
+        if wrong or vae is None or captions is None or pictures is None:
             return wrong
         stored = self.open(captions)
         order = sorted(range(len(captions.pictures)), key=lambda n: random_seed(seed, "verify latents", n))[:count]
@@ -171,7 +202,7 @@ class LatentStore:
             for row, position in enumerate(positions.tolist()):
                 if position in order:
                     picture = captions.pictures[position]
-                    fresh = encode_pictures(vae, [picture], open_picture, map)[0]
+                    fresh = encode_pictures(vae, [picture], pictures)[0]
                     kept = stored.rows(bucket, [row])[0]
                     apart = float((fresh - kept).norm() / fresh.norm())
                     if apart > CLOSE:
@@ -184,9 +215,10 @@ class LatentStore:
         return sorted(self.folder.glob("*.safetensors"))
 
     def _write(self, held: dict[str, Tensor]) -> None:
-        aside = self.folder / f".{digest(sorted(held))[:16]}.part"
+        aside = self.folder / f".{digest(sorted(held))[:16]}.{os.getpid()}.part"
+        hashes = {key: hashlib.sha256(tensor_bytes(latent)).hexdigest() for key, latent in held.items()}
         try:
-            write_tensors(aside, held, {"vae": self.vae, "version": str(VERSION)})
+            write_tensors(aside, held, {"vae": self.vae, "version": str(VERSION), **hashes})
             aside.rename(self.folder / f"{file_digest(aside)}.safetensors")
         except OSError as error:
             aside.unlink(missing_ok=True)
@@ -194,6 +226,13 @@ class LatentStore:
                 f"Latents cannot be written to {self.folder}: {error.strerror or error}.\n"
                 "Make room and run the same command again; the shards before are whole and stay."
             ) from error
+
+
+def _keys(shard: Path) -> dict[str, Entry]:
+    try:
+        return entries(shard)
+    except BadInput as error:
+        raise BadInput(f"{shard} is not a whole shard of latents ({error}).\n{REMEDY}") from error
 
 
 def key_of(picture: CaptionedPicture) -> str:
@@ -231,16 +270,16 @@ def latent_bytes(picture: CaptionedPicture) -> int:
 def _encoded(
     vae: AutoencoderKL,
     captions: CaptionSet,
-    open_picture: Callable[[str], Image.Image],
+    pictures: PictureReader,
     batch: int,
     pool: ThreadPoolExecutor,
 ) -> Iterator[tuple[Sequence[CaptionedPicture], Tensor]]:
-    """Pictures and their latents, (B, C, H, W) fp16, a bucket after the other."""
+    """Yield pictures and their latents, (B, C, H, W) fp16, a bucket after the other."""
     for positions in group_by_bucket(captions).values():
         for start in range(0, len(positions), batch):
-            pictures = [captions.pictures[n] for n in positions[start : start + batch]]
-            filled = pictures + [pictures[-1]] * (batch - len(pictures))
-            latents = encode_pictures(vae, filled, open_picture, pool.map)[: len(pictures)].half()
+            chosen = [captions.pictures[n] for n in positions[start : start + batch]]
+            filled = chosen + [chosen[-1]] * (batch - len(chosen))
+            latents = encode_pictures(vae, filled, pictures, pool.map)[: len(chosen)].half()
             if not latents.isfinite().all():
-                raise BadInput(f"Latents of post {pictures[0].post_id} and its neighbours do not fit into fp16.")
-            yield pictures, latents
+                raise BadInput(f"Latents of post {chosen[0].post_id} and its neighbours do not fit into fp16.")
+            yield chosen, latents

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,28 @@ from tqdm import tqdm
 from ambergrade.errors import BadInput
 from ambergrade.family.files import read_tensors, write_tensors
 from ambergrade.nouns import CaptionedPicture, CaptionSet
+
+
+@dataclass(frozen=True)
+class PictureReader:
+    """Opens the pictures of a caption set, from the bytes that the set was made of and no others."""
+
+    read: Callable[[str], bytes]
+    """Gives a file's bytes by its name."""
+    decode: Callable[[bytes, str], Image.Image]
+    """Makes an upright RGB picture of bytes; the name is for complaints."""
+
+    def open(self, picture: CaptionedPicture) -> Image.Image:
+        """Open one picture. Raises BadInput, naming the post, where its bytes are not the caption set's."""
+        data = self.read(picture.file_name)
+        sha256 = hashlib.sha256(data).hexdigest()
+        if sha256 != picture.sha256:
+            raise BadInput(
+                f"Post {picture.post_id} ({picture.file_name}) is another file than the caption set was made of: "
+                f"sha256 {sha256[:12]}… instead of {picture.sha256[:12]}….\n"
+                "Put the file back, or build the caption set again."
+            )
+        return self.decode(data, picture.file_name)
 
 
 class Cached(Protocol):
@@ -48,7 +71,7 @@ class Latents:
 def cache_latents(
     vae: AutoencoderKL,
     captions: CaptionSet,
-    open_picture: Callable[[str], Image.Image],
+    pictures: PictureReader,
     target: Path,
     *,
     batch: int = 16,
@@ -56,18 +79,18 @@ def cache_latents(
 ) -> None:
     """Write the latents of all pictures to one safetensors file.
 
-    `open_picture(file_name)` gives an upright RGB picture. What is stored is the posterior's mean times the
-    scaling factor, not one random draw frozen for ever. Raises BadInput, naming the post, for a picture that does
-    not cover its bucket and for latents that are not finite. `batch` is pictures per forward pass.
+    What is stored is the posterior's mean times the scaling factor, not one random draw frozen for ever. Raises
+    BadInput, naming the post, for a file that is not the caption set's, for a picture that does not cover its bucket
+    and for latents that are not finite. `batch` is pictures per forward pass.
     """
     tensors: dict[str, Tensor] = {}
     with tqdm(total=len(captions.pictures), desc="latents", unit="img", disable=None) as bar:
         for bucket, positions in group_by_bucket(captions).items():
             found = []
             for start in range(0, len(positions), batch):
-                pictures = [captions.pictures[i] for i in positions[start : start + batch]]
-                found.append(encode_pictures(vae, pictures, open_picture).to(dtype))
-                bar.update(len(pictures))
+                chosen = [captions.pictures[i] for i in positions[start : start + batch]]
+                found.append(encode_pictures(vae, chosen, pictures).to(dtype))
+                bar.update(len(chosen))
             name = f"{bucket[0]}x{bucket[1]}"
             tensors[f"{name}.latents"] = torch.cat(found)
             tensors[f"{name}.positions"] = torch.tensor(positions)
@@ -76,8 +99,8 @@ def cache_latents(
 
 def encode_pictures(
     vae: AutoencoderKL,
-    pictures: Sequence[CaptionedPicture],
-    open_picture: Callable[[str], Image.Image],
+    chosen: Sequence[CaptionedPicture],
+    pictures: PictureReader,
     mapped: Callable[..., Iterable[Tensor]] = map,
 ) -> Tensor:
     """(B, C, H, W) fp32 on the CPU: the posterior's means times the scaling factor, of pictures of one bucket.
@@ -86,9 +109,9 @@ def encode_pictures(
     """
 
     def cut(picture: CaptionedPicture) -> Tensor:
-        return _pixels(fit_to_bucket(open_picture(picture.file_name), picture))
+        return _pixels(fit_to_bucket(pictures.open(picture), picture))
 
-    return _encode(vae, torch.stack(list(mapped(cut, pictures))), pictures).float().cpu()
+    return _encode(vae, torch.stack(list(mapped(cut, chosen))), chosen).float().cpu()
 
 
 def read_latents(path: Path) -> Latents:

@@ -18,6 +18,7 @@ from ambergrade.errors import BadSetting
 from ambergrade.family.files import write_tensors
 from ambergrade.identity import random_seed
 from ambergrade.train import lycoris
+from ambergrade.train.settings import LoraSettings
 
 TARGETS = {
     "unet": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"],
@@ -27,34 +28,24 @@ TARGETS = {
 """Linear layers of attention and feed-forward, by part; LyCORIS' kinds go to all linear and convolution layers."""
 PREFIXES = {"unet": "lora_unet_", "te1": "lora_te1_", "te2": "lora_te2_"}
 FILE = "lora.safetensors"
+"""In the scratch folder of a training."""
 
 
 class Adapters:
     """The adapters of a network while they are trained."""
 
-    def __init__(
-        self,
-        denoiser: nn.Module,
-        lr: Mapping[str, float],
-        seed: int,
-        *,
-        rank: int,
-        alpha: float,
-        kind: str = "lora",
-        factor: int = -1,
-    ) -> None:
+    def __init__(self, denoiser: nn.Module, lr: Mapping[str, float], seed: int, settings: LoraSettings) -> None:
         """Put adapters into the parts with a learning rate, and freeze all else.
 
         An adapter adds alpha / rank times its product, which is 0 at first, so training begins at the base. Raises
         BadSetting where the library of that kind is not installed.
         """
         self.denoiser = denoiser
-        self.kind = kind
-        self.alpha = alpha
+        self.settings = settings
         self.parts = [part for part in lr if lr[part] > 0]
         self.lycoris: dict[str, nn.Module] = {}
-        if kind != "lora":
-            self.lycoris = lycoris.inject(denoiser, lr, seed, kind=kind, rank=rank, alpha=alpha, factor=factor)
+        if settings.kind != "lora":
+            self.lycoris = lycoris.inject(denoiser, lr, seed, settings)
             return
         try:
             peft = importlib.import_module("peft")
@@ -66,24 +57,27 @@ class Adapters:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(random_seed(seed, "lora"))
             for part in self.parts:
-                config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS[part])
+                config = peft.LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=TARGETS[part])
                 peft.inject_adapter_in_model(config, getattr(denoiser, part))
         if "te1" in self.parts:
             last: nn.Module = getattr(getattr(denoiser, "te1").encoder, "layers")[-1]  # noqa: B009
             last.requires_grad_(False)  # SDXL does not read it
 
     def tensors(self) -> dict[str, Tensor]:
-        """kohya's names (`lora_unet_down_blocks_….lora_up.weight`) to the trained values, alphas included."""
+        """Collect the trained values under kohya's names (`lora_unet_down_blocks_….lora_up.weight`), with alphas."""
         found: dict[str, Tensor] = {}
         for name, values in (lycoris.entries(self.lycoris) if self.lycoris else self._peft()).items():
             found |= {f"{_kohya(name)}.{leaf}": value.contiguous() for leaf, value in values.items()}
         return found
 
-    def merge(self, scratch: Path) -> None:
-        """Write the adapters to `scratch`/lora.safetensors, add them to the weights, and take them out."""
-        scratch.mkdir(parents=True, exist_ok=True)
-        about = {"ss_network_module": "networks.lora" if self.kind == "lora" else "lycoris.kohya"}
-        write_tensors(scratch / FILE, self.tensors(), about)
+    def write(self, path: Path) -> None:
+        """Write the adapters as one file whose header says, in kohya's words, what they are."""
+        module = "networks.lora" if self.settings.kind == "lora" else "lycoris.kohya"
+        about = {"ss_network_dim": str(self.settings.rank), "ss_network_alpha": f"{self.settings.alpha:g}"}
+        write_tensors(path, self.tensors(), {"ss_network_module": module, **about})
+
+    def merge(self) -> None:
+        """Add the adapters to the weights, and take them out."""
         if self.lycoris:
             lycoris.merge(self.lycoris)
             return
@@ -101,7 +95,7 @@ class Adapters:
             name: {
                 "lora_down.weight": layer.lora_A["default"].weight.detach().clone(),
                 "lora_up.weight": layer.lora_B["default"].weight.detach().clone(),
-                "alpha": torch.tensor(float(self.alpha)),
+                "alpha": torch.tensor(float(self.settings.alpha)),
             }
             for name, layer in self._layers().items()
             if any(p.requires_grad for p in layer.parameters())

@@ -11,27 +11,26 @@ from torch import Tensor, nn
 
 from ambergrade.errors import BadSetting
 from ambergrade.identity import random_seed
+from ambergrade.train.settings import LoraSettings
 
 LAYERS = (nn.Linear, nn.Conv2d)
 
 
-def inject(
-    denoiser: nn.Module, lr: Mapping[str, float], seed: int, *, kind: str, rank: int, alpha: float, factor: int = -1
-) -> dict[str, nn.Module]:
+def inject(denoiser: nn.Module, lr: Mapping[str, float], seed: int, settings: LoraSettings) -> dict[str, nn.Module]:
     """Put an adapter on every linear and convolution layer of the parts with a learning rate, and freeze all else.
 
-    Returns name (`unet.down_blocks…`) to adapter; each begins at no change. `factor` splits LoKr's product. Raises
-    BadSetting where lycoris-lora is not installed.
+    Returns name (`unet.down_blocks…`) to adapter; each begins at no change. Raises BadSetting where lycoris-lora is
+    not installed.
     """
     try:
         modules: Any = importlib.import_module("lycoris.modules")
     except ImportError as error:
         raise BadSetting(
-            f"lora.kind={kind} needs the package lycoris-lora, which is not installed ({error}).\n"
+            f"lora.kind={settings.kind} needs the package lycoris-lora, which is not installed ({error}).\n"
             "Install it: pip install 'ambergrade[lora]'"
         ) from error
-    made = {"locon": modules.LoConModule, "loha": modules.LohaModule, "lokr": modules.LokrModule}[kind]
-    about = {"factor": factor} if kind == "lokr" else {}
+    kinds = {"locon": modules.LoConModule, "loha": modules.LohaModule, "lokr": modules.LokrModule}
+    made, about = kinds[settings.kind], {"factor": settings.factor} if settings.kind == "lokr" else {}
     denoiser.requires_grad_(False)
     adapters: dict[str, nn.Module] = {}
     with torch.random.fork_rng(devices=[]):
@@ -41,7 +40,7 @@ def inject(
             last = f"encoder.layers.{len(model.encoder.layers) - 1}." if part == "te1" else None
             for name, layer in list(model.named_modules()):
                 if isinstance(layer, LAYERS) and not (last and name.startswith(last)):  # SDXL does not read te1's last
-                    adapter = made(name.replace(".", "_"), layer, 1.0, rank, alpha, **about)
+                    adapter = made(name.replace(".", "_"), layer, 1.0, settings.rank, settings.alpha, **about)
                     adapter.apply_to()
                     adapters[f"{part}.{name}"] = adapter
                     # a child of its layer, so that devices, precision and parameter names follow the model's

@@ -1,7 +1,7 @@
 """What a run will take before it is started: steps, memory by part, cache, hours and money. Plain arithmetic, no torch.
 
 Floors: FLOP counted by torch's FlopCounter on the exact SDXL architecture (a multiply-add is two), at 1024 x 1024 and
-scaled by the pixels trained on; MFU is stated, and told whose figure it is.
+scaled by the pixels trained on; MFU is a share of the GPU's datasheet peak, and told whose figure it is.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Device:
     name: str
     memory_gb: float
     peak_tflops: float
-    """Dense bf16, fp32 accumulation."""
+    """Of the datasheet: dense bf16 with fp32 accumulation. Shares (MFU) are of this."""
     dollars: tuple[float, float]
     """An hour: rented from a small provider in 2025, and the list price of a large cloud in 2024."""
     mfu: Mapping[str, float]
@@ -59,12 +59,13 @@ DEVICES = {
     "4090": Device("RTX 4090", 24, 165, (0.45, 0.8), {"target": 0.40, "published (OneTrainer #164)": 0.08}),
     "a100": Device("A100 80 GB", 80, 312, (1.5, 4.1), {"target": 0.40, "published (Animagine 3.0)": 0.24}),
     "h100": Device("H100 80 GB", 80, 989, (2.5, 12.3), {"target": 0.40, "published (sd-scripts #1434)": 0.065}),
-    "h200": Device("H200 141 GB", 141, 790, (3.5, 12.3), {"target": 0.40, "as published for the H100": 0.065}),
+    # large bf16 products were measured at 790 TFLOP/s on an H200: more than 80 % of its datasheet is not to be had
+    "h200": Device("H200 141 GB", 141, 989, (3.5, 12.3), {"target": 0.40, "as published for the H100": 0.065}),
 }
 
 
 @dataclass(frozen=True)
-class Part:
+class MemoryPart:
     """One part of a process's memory."""
 
     name: str
@@ -85,7 +86,7 @@ def train_tflop(settings: TrainSettings, *, resolution: int = 1024) -> float:
     return unet + text
 
 
-def memory(settings: TrainSettings, *, resolution: int = 1024) -> list[Part]:
+def memory(settings: TrainSettings, *, resolution: int = 1024) -> list[MemoryPart]:
     """Parts of one process's memory, planned: weights, gradients, optimizer, average, activations, the frozen rest.
 
     With `in_backward` the gradients are those of the largest tensor alone, the second encoder's token embedding.
@@ -94,7 +95,7 @@ def memory(settings: TrainSettings, *, resolution: int = 1024) -> list[Part]:
     frozen = sum(PARAMETERS.values()) - trained
     learned = trained
     if settings.lora:
-        frozen, learned = frozen + trained, round(trained * 0.0074 * int(settings.lora["rank"]) / 16)
+        frozen, learned = frozen + trained, round(trained * 0.0074 * settings.lora.rank / 16)
     half = settings.precision in ("bf16-sr", "bf16-plain")
     width = 2 if half else 4
     optimizer = OPTIMIZER_BYTES.get(str(settings.optimizer["name"]))
@@ -103,12 +104,12 @@ def memory(settings: TrainSettings, *, resolution: int = 1024) -> list[Part]:
     kept = ACTIVATIONS_GB[settings.checkpointing] * (resolution / 1024) ** 2
     activations = settings.micro * kept * {"fp32": 2.0, "bf16": 1.5}.get(settings.precision, 1.0)
     return [
-        Part("trained weights", learned * width / 1e9),
-        Part(*_gradients(settings, learned, width)),
-        Part(f"optimizer {settings.optimizer['name']}", learned * optimizer / 1e9),
-        Part("average (EMA, fp32)", learned * 4 / 1e9 if settings.ema else 0.0),
-        Part("frozen weights", frozen * 2 / 1e9 if half or settings.lora else frozen * 4 / 1e9),
-        Part(f"activations, {settings.micro} images", activations),
+        MemoryPart("trained weights", learned * width / 1e9),
+        MemoryPart(*_gradients(settings, learned, width)),
+        MemoryPart(f"optimizer {settings.optimizer['name']}", learned * optimizer / 1e9),
+        MemoryPart("average (EMA, fp32)", learned * 4 / 1e9 if settings.ema else 0.0),
+        MemoryPart("frozen weights", frozen * 2 / 1e9 if half or settings.lora else frozen * 4 / 1e9),
+        MemoryPart(f"activations, {settings.micro} images", activations),
     ]
 
 
@@ -160,8 +161,8 @@ def plan(settings: TrainSettings, processes: int, device: str, *, resolution: in
                 f"{(hours + caching) / processes / 24:8.1f}{dollars:>15}"
             )
     lines += [
-        "GPU-hours train; cache: GPU-hours to encode once at 30 %; days on this many GPUs; dollars from a small",
-        "provider's price to a large cloud's list price.",
+        "MFU: share of the datasheet's dense bf16 peak. GPU-hours train; cache: GPU-hours to encode once at 30 %; days",
+        "on this many GPUs; dollars from a small provider's price to a large cloud's list price.",
         "",
         card_range(settings),
     ]

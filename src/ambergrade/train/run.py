@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ambergrade.errors import BadSetting
+from ambergrade.identity import canonical_json
 from ambergrade.train.state import read_state, write_state
 from ambergrade.train.validation import ValidationLoss
 
@@ -47,14 +50,17 @@ def by_quarter(losses: Tensor, quarters: Tensor) -> Tensor:
     return found
 
 
-class Run:
-    """What changes while training, and its file."""
+class TrainingRun:
+    """Holds what changes while training, and writes and reads its file."""
 
-    def __init__(self, denoiser: nn.Module, optimizer: torch.optim.Optimizer, ema: float, identity: str) -> None:
+    def __init__(
+        self, denoiser: nn.Module, optimizer: torch.optim.Optimizer, ema: float, identity: Mapping[str, Any]
+    ) -> None:
+        """`identity` holds what decides the run's result; states of a run with another are refused."""
         self.names = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
         self.optimizer = optimizer
         self.decay = ema
-        self.identity = identity
+        self.identity: dict[str, Any] = json.loads(canonical_json(identity))
         self.ema = {name: p.detach().float().clone() for name, p in self.names.items()} if ema else {}
         self.seen = 0
         self.steps = 0
@@ -72,7 +78,7 @@ class Run:
 
     @torch.no_grad()
     def advance(self, images: int, loss: float, norm: float, parts: Tensor) -> None:
-        """Count a finished optimizer step and move the average; `parts` as `Run.parts`."""
+        """Count a finished optimizer step and move the average; `parts` as `self.parts`."""
         self.parts += parts.cpu()
         self.seen += images
         self.steps += 1
@@ -81,7 +87,7 @@ class Run:
             # A short memory at first, so that the start is forgotten.
             decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
             live = [p.data.float() for p in self.names.values()]
-            torch._foreach_lerp_(list(self.ema.values()), live, 1 - decay)
+            get_ema_multi_avg_fn(decay)(list(self.ema.values()), live, self.steps)
 
     def log(self, lr: dict[str, float], peak: float | None = None) -> LogRow:
         """A row over the steps since the last; `peak` is FLOP/s of all GPUs together."""
@@ -141,9 +147,10 @@ class Run:
         if found is None:
             return
         tensors, progress = found
-        if progress["identity"] != self.identity:
+        other = {key for key, value in self.identity.items() if progress["identity"].get(key) != value}
+        if other:
             raise BadSetting(
-                f"{folder} holds states of a run with other settings or captions.\n"
+                f"{folder} holds states of a run with other settings: {', '.join(sorted(other))}.\n"
                 "Give this run its own scratch folder, or remove that one."
             )
         for name, p in self.names.items():

@@ -5,22 +5,37 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, make_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from ambergrade import typed
 from ambergrade.errors import BadSetting, UnknownName
 
 PARTS = ("unet", "te1", "te2")
-PRECISIONS = ("fp32", "bf16", "bf16-sr", "bf16-plain")
-TOKENS = (75, 150, 225)
-ADAPTERS = ("lora", "locon", "loha", "lokr")
-CHECKPOINTING = ("none", "selective", "full")
 WHERE = ("save_every", "log_every", "sample_every", "validate_every", "checkpointing", "in_backward")
 """Settings that change no result, so no identity either."""
-ADDED = {"channels_last": True, "train_embeddings": True}
-"""Settings that came later, with their defaults: at these they are in no identity."""
+KINDS = {"schedule": ("schedules", "factor"), "loss": ("losses", "loss"), "optimizer": ("optimizers", "optimizer")}
+"""Setting that names a file to the file's folder in `train/` and the function in it."""
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Adapters that are trained instead of the weights."""
+
+    rank: int
+    alpha: float
+    """An adapter adds alpha / rank times its product."""
+    kind: Literal["lora", "locon", "loha", "lokr"] = "lora"
+    """`lora` is peft's, the others are LyCORIS'."""
+    factor: int = -1
+    """Splits LoKr's product; a huge rank leaves it whole."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0:
+            raise BadSetting(f"rank and alpha must be above 0; found rank {self.rank}, alpha {self.alpha:g}.")
 
 
 @dataclass(frozen=True)
@@ -52,7 +67,7 @@ class TrainSettings:
     """Probability, per flexible tag, of leaving it out."""
     group_dropout: float = 0.0
     """Probability, per group of flexible tags (the recipe's parts), of leaving it out whole."""
-    tokens: int = 75
+    tokens: Literal[75, 150, 225] = 75
     """Most tokens of a caption: 75, 150 or 225, in one, two or three windows of the text encoders."""
     loss_weights: Mapping[str, float] = field(default_factory=dict)
     """Tag as spelled in the caption to a factor of its pictures' loss; the factors of several tags multiply."""
@@ -66,10 +81,10 @@ class TrainSettings:
     """Rescale the schedule so that its last step is all noise; needs a v-prediction loss."""
     ema: float = 0.0
     """Decay per step of an fp32 average of the weights, which then is the result; 0 is off."""
-    precision: str = "fp32"
+    precision: Literal["fp32", "bf16", "bf16-sr", "bf16-plain"] = "fp32"
     """`fp32`; `bf16`: fp32 weights under bf16 autocast; `bf16-sr`: bf16 weights, rounded stochastically by the
     optimizer; `bf16-plain`: bf16 weights, refused where most steps would be rounded away."""
-    checkpointing: str = "none"
+    checkpointing: Literal["none", "selective", "full"] = "none"
     """What is computed again in the backward pass to save memory: `none`, `selective` (the UNet's deepest level and
     middle, where most activations of attention lie) or `full` (all blocks, and the text encoders). Same numbers."""
     in_backward: bool = False
@@ -81,9 +96,8 @@ class TrainSettings:
     """Keep the UNet's pictures with channels innermost, as convolutions want them; false sums in another order."""
     train_embeddings: bool = True
     """False leaves the text encoders' tables of tokens and positions as they are, whose rarely read rows drift."""
-    lora: Mapping[str, Any] | None = None
-    """Null: full fine-tuning. Else adapters of the parts with a learning rate: `rank`, `alpha`, `kind`: `lora` (peft;
-    the default), `locon`, `loha` or `lokr` (LyCORIS; `factor` splits LoKr's product, a huge rank leaves it whole)."""
+    lora: LoraSettings | None = None
+    """Null: full fine-tuning. Else adapters of the parts with a learning rate."""
     seed: int = 0
     save_every: int = 0
     """Images between resumable states; 0 is none. Changes no result, as do the next two."""
@@ -101,9 +115,8 @@ class TrainSettings:
             complaints.append(f"images {self.images} is no multiple of batch {self.batch}: the nearest is {near}")
         if set(self.lr) != set(PARTS) or any(rate < 0 for rate in self.lr.values()) or not any(self.lr.values()):
             complaints.append(f"lr needs {', '.join(PARTS)}, none negative and one above 0, found {dict(self.lr)}")
-        for name, known in (("precision", PRECISIONS), ("tokens", TOKENS), ("checkpointing", CHECKPOINTING)):
-            if getattr(self, name) not in known:
-                complaints.append(f"{name} is one of {', '.join(map(str, known))}; found {getattr(self, name)!r}")
+        if self.micro < 1:
+            complaints.append(f"micro must be at least 1, found {self.micro}")
         negative = [n for n in ("noise_offset", "pyramid_noise", "input_noise", "clip") if getattr(self, n) < 0]
         negative += [f"loss_weights.{tag}" for tag, weight in self.loss_weights.items() if weight < 0]
         if negative:
@@ -113,37 +126,72 @@ class TrainSettings:
                 f"in_backward has no norm of the whole gradient to clip by: set clip to 0, or in_backward to false; "
                 f"found clip {self.clip:g}"
             )
-        if self.lora is not None:
-            if not {"rank", "alpha"} <= set(self.lora) <= {"rank", "alpha", "kind", "factor"}:
-                complaints.append(f"lora needs rank and alpha, and may have kind and factor; found {dict(self.lora)}")
-            if self.lora.get("kind", "lora") not in ADAPTERS:
-                complaints.append(f"lora.kind is one of {', '.join(ADAPTERS)}; found {self.lora['kind']!r}")
         for name in ("caption_dropout", "tag_dropout", "group_dropout", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 complaints.append(f"{name} lies in 0 ≤ {name} < 1, found {getattr(self, name)}")
-        for name in ("schedule", "loss", "optimizer"):
+        for name in KINDS:
             if "name" not in getattr(self, name):
                 complaints.append(f"{name} needs a name, found {dict(getattr(self, name))}")
         if complaints:
-            raise BadSetting("Training settings cannot be used: " + "; ".join(complaints) + ".")
+            raise BadSetting("; ".join(complaints) + ".")
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> TrainSettings:
-        """Settings of plain values, as a yaml gives them. Raises UnknownName or BadSetting."""
-        known = [f.name for f in fields(cls)]
-        for key in values:
-            if key not in known:
-                raise UnknownName("training setting", key, known)
-        absent = [f for f in ("images", "batch", "micro", "lr", "schedule", "loss", "optimizer") if f not in values]
-        if absent:
-            raise BadSetting(f"Training settings lack {', '.join(absent)}.")
-        return cls(**values)
+        """Check plain values, as a yaml gives them, without loading torch. Raises BadSetting, naming each wrong key."""
+        return typed.settings(cls, values, "trainer")
+
+    def check(self) -> None:
+        """Try the schedule, loss and optimizer that the settings name, which loads torch: before anything slow.
+
+        Raises BadSetting for a parameter that they do not take or a value that they cannot use, UnknownName for an
+        unknown file.
+        """
+        import torch
+
+        factor, loss, optimizer = (plug(kind, getattr(self, kind)) for kind in KINDS)
+        for seen in (self.batch, self.images):
+            rate = factor(seen, self.images)
+            if not 0 <= rate <= 1:
+                raise BadSetting(
+                    f"trainer.schedule gives {rate:g} of the learning rate at {seen} images: not in 0 … 1."
+                )
+        if self.zero_terminal_snr and plug_module("loss", self.loss).PREDICTION == "epsilon":
+            raise BadSetting(
+                f"trainer.zero_terminal_snr=true needs a v-prediction loss, and {self.loss['name']} trains epsilon: at "
+                "the last timestep the picture is all noise.\nTake loss@trainer.loss=v."
+            )
+        rounds = getattr(plug_module("optimizer", self.optimizer), "ROUNDS_STOCHASTICALLY", False)
+        if self.precision == "bf16-sr" and not rounds:
+            raise BadSetting(
+                f"precision=bf16-sr needs an optimizer that rounds stochastically, and {self.optimizer['name']} does "
+                "not.\nTake optimizer=adamw_sr, adafactor or lion, or precision=bf16."
+            )
+        one = torch.ones(1, 1, 1, 1)
+        error = float(loss(one, -one, torch.tensor([0.5])))
+        if not (math.isfinite(error) and error > 0):
+            raise BadSetting(f"trainer.loss gives {error:g} for a wrong prediction: nothing would be learned.")
+        try:
+            optimizer([{"params": [torch.nn.Parameter(one)], "lr": 1.0, "decayed": True}])
+        except ValueError as complaint:
+            raise BadSetting(f"trainer.optimizer: {complaint}.") from complaint
 
     @property
     def what(self) -> dict[str, Any]:
-        """The settings that decide the result, without those that say where and how often."""
-        said = {key: value for key, value in asdict(self).items() if key not in WHERE}
-        return {key: value for key, value in said.items() if key not in ADDED or value != ADDED[key]}
+        """The settings that decide the result, without those that say where and how often.
+
+        A `micro` above the batch is the batch: the passes are the same.
+        """
+        chosen = asdict(replace(self, micro=min(self.micro, self.batch)))
+        return {key: value for key, value in chosen.items() if key not in WHERE}
+
+    def same_but_for_rounding(self) -> Iterator[TrainSettings]:
+        """Other settings whose sums are these in another order, so that only last bits of the result differ."""
+        for micro in (n for n in range(1, self.batch + 1) if self.batch % n == 0):
+            for compiled in (False, True):
+                for channels_last in (False, True):
+                    other = replace(self, micro=micro, compile=compiled, channels_last=channels_last)
+                    if other.what != self.what:
+                        yield other
 
     def per_pass(self, processes: int) -> int:
         """Images of one forward and backward pass on each of `processes`: `micro`, or a smaller share of the batch.
@@ -177,23 +225,22 @@ class TrainSettings:
 
 
 def plug_module(kind: str, chosen: Mapping[str, Any]) -> Any:
-    """The file `train/<kind>/<chosen name>.py`. Raises UnknownName for one that is not there."""
-    folder = Path(__file__).parent / kind
+    """Import the file that `trainer.<kind>` names. Raises UnknownName for one that is not there."""
+    folder = Path(__file__).parent / KINDS[kind][0]
     known = [path.stem for path in folder.glob("*.py") if path.stem != "__init__"]
     if chosen["name"] not in known:
-        raise UnknownName(f"file in train/{kind}:", chosen["name"], known)
-    return importlib.import_module(f"ambergrade.train.{kind}.{chosen['name']}")
+        raise UnknownName(f"trainer.{kind}", str(chosen["name"]), known)
+    return importlib.import_module(f"ambergrade.train.{folder.name}.{chosen['name']}")
 
 
-def plug(kind: str, function: str, chosen: Mapping[str, Any]) -> Callable[..., Any]:
-    """`function` of the file `train/<kind>/<chosen name>.py`, with its parameters filled in.
+def plug(kind: str, chosen: Mapping[str, Any]) -> Callable[..., Any]:
+    """Import the function that `trainer.<kind>` names, with its parameters filled in.
 
-    Raises UnknownName for a file or a parameter that is not there.
+    Raises UnknownName for a file that is not there, BadSetting for a parameter that it does not take or whose type is
+    another.
     """
-    found = getattr(plug_module(kind, chosen), function)
-    parameters = {key: value for key, value in chosen.items() if key != "name"}
-    takes = [p.name for p in inspect.signature(found).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    for key in parameters:
-        if key not in takes:
-            raise UnknownName(f"parameter of {kind}/{chosen['name']}:", key, takes)
-    return functools.partial(found, **parameters)
+    function = getattr(plug_module(kind, chosen), KINDS[kind][1])
+    parameters = inspect.signature(function, eval_str=True).parameters.values()
+    takes = [(p.name, p.annotation, field(default=p.default)) for p in parameters if p.kind is p.KEYWORD_ONLY]
+    given = {key: value for key, value in chosen.items() if key != "name"}
+    return functools.partial(function, **vars(typed.settings(make_dataclass(kind, takes), given, f"trainer.{kind}")))

@@ -83,6 +83,11 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     return None
 
 
+def images_seen(folder: Path) -> int:
+    """Read off how many images the newest state is of; 0 where there is no state."""
+    return max((int(place.name) for place in _complete(folder)), default=0)
+
+
 def _complete(folder: Path) -> list[Path]:
     """States that were written to the end, oldest first."""
     return sorted(path.parent for path in folder.glob("*/state.json"))

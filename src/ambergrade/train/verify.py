@@ -12,7 +12,7 @@ from ambergrade.errors import BadSetting
 from ambergrade.family.files import read_tensors
 from ambergrade.identity import file_digest
 from ambergrade.train.settings import PARTS
-from ambergrade.train.worker import Job, launch
+from ambergrade.train.worker import TrainingJob, launch
 
 CLOSE = 1e-6
 """Largest relative difference of two gradients that counts as none."""
@@ -33,7 +33,7 @@ class Resumed:
         return self.whole == self.resumed
 
 
-def verify_resume(job: Job, processes: int, kills: Sequence[int], *, cpu: bool = True) -> Resumed:
+def verify_resume(job: TrainingJob, processes: int, kills: Sequence[int], *, cpu: bool = True) -> Resumed:
     """Train the job's run twice, once killed with SIGKILL whenever `kills` images were seen, and compare the files.
 
     Each killed run goes on from the newest state it had written, which may lie well before the kill.
@@ -69,7 +69,7 @@ class Gradients:
         return all(value <= CLOSE for value in self.difference.values())
 
 
-def verify_gradients(job: Job, processes: int, *, cpu: bool = True) -> Gradients:
+def verify_gradients(job: TrainingJob, processes: int, *, cpu: bool = True) -> Gradients:
     """One step's gradient by `processes` ranks with accumulation, against one rank with the whole batch at once.
 
     In double precision, so that sums in another order agree to 1e-12 and a missing reduction stands out.

@@ -1,6 +1,7 @@
 """One rank of a training run: `python -m ambergrade.train.worker JOB.json`, started as often as there are processes.
 
-A job file holds everything, so no rank composes a configuration again. `launch` starts the ranks.
+A job file holds everything, so no rank composes a configuration again. `launch` starts the ranks, and they end when it
+does, however it ends.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from ambergrade.store import write_json
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """What a rank needs; paths as text."""
 
     checkpoint: str
@@ -35,7 +37,8 @@ class Job:
     settings: Mapping[str, object]
     """Of TrainSettings."""
     out: str
-    """Folder of the states, of `trained.safetensors` at the end and, for `gradients`, of `gradients.safetensors`."""
+    """Folder of the states, of `trained.safetensors` and `report.json` at the end, whose `lora` names the adapters'
+    file there or is null; for `gradients` of `gradients.safetensors` alone."""
     validation: str | None = None
     """Captions of a held-out set."""
     threads: int = 1
@@ -45,29 +48,45 @@ class Job:
     """Images after which the whole run is killed (SIGKILL), for proving that it resumes."""
 
 
-def launch(job: Job, processes: int, *, cpu: bool = True, port: int | None = None) -> int:
+Job = TrainingJob  # the old name, until the chain uses the new one
+WITH_PARENT = "--with-parent"
+
+
+def launch(job: TrainingJob, processes: int, *, cpu: bool = True) -> int:
     """Run a job on `processes` ranks of this machine; returns the exit status, negative for a signal.
 
-    Raises BadSetting, with the ranks' last words, if it failed by itself.
+    The ranks hold the reading end of a pipe whose other end only this process has: it closes when this process ends,
+    even by SIGKILL, and then they end too. Raises BadSetting, with the ranks' last words, if the job failed by itself.
     """
     folder = Path(job.out)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "job.json", asdict(job))
-    rank = ["-m", "ambergrade.train.worker", str(folder / "job.json")]
+    rank = ["-m", "ambergrade.train.worker", str(folder / "job.json"), WITH_PARENT]
     many = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(job.threads), "MKL_NUM_THREADS": str(job.threads)}
     environment |= {"ACCELERATE_USE_CPU": "true"} if cpu else {}
     command = [sys.executable, *(many if processes > 1 else []), *rank]
     log = folder / "ranks.log"
-    with log.open("a") as words:
-        done = subprocess.run(command, env=environment, stdout=words, stderr=words, start_new_session=True)
-    if done.returncode and job.kill_at is None:
-        told = "\n".join(log.read_text().splitlines()[-6:])
-        raise BadSetting(f"A training process ended with status {done.returncode}; the end of {log}:\n{told}")
-    return done.returncode
+    options: dict[str, Any] = {"env": environment, "stdin": subprocess.PIPE, "start_new_session": True}
+    with log.open("a") as words, subprocess.Popen(command, stdout=words, stderr=words, **options) as ranks:
+        status = ranks.wait()
+    if status and job.kill_at is None:
+        end = "\n".join(log.read_text().splitlines()[-6:])
+        raise BadSetting(f"A training process ended with status {status}; the end of {log}:\n{end}")
+    return status
 
 
-def run(job: Job) -> None:
+def end_with_parent() -> None:
+    """Kill this process once its standard input, a pipe from the process that started it, is closed."""
+
+    def wait() -> None:
+        sys.stdin.buffer.read()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def run(job: TrainingJob) -> None:
     """Train as the job says; the first rank writes."""
     import torch
 
@@ -113,13 +132,16 @@ def run(job: Job) -> None:
         ends = {"before": report.before, "after": report.after}
         losses: dict[str, Any] = {when: loss and asdict(loss) for when, loss in ends.items()}
         losses["between"] = {str(seen): asdict(loss) for seen, loss in report.between.items()}
+        losses["lora"] = report.lora and report.lora.name  # beside the report
         write_json(out / "report.json", {"seen": report.seen, "rows": [asdict(r) for r in report.rows], **losses})
 
 
 def main() -> None:
+    if WITH_PARENT in sys.argv:
+        end_with_parent()
     values = json.loads(Path(sys.argv[1]).read_text())
     try:
-        run(Job(**values))
+        run(TrainingJob(**values))
     except AmbergradeError as error:
         print(error, file=sys.stderr)
         sys.exit(1)

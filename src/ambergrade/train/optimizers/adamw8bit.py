@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from ambergrade.errors import BadSetting
 
 
 def optimizer(
-    groups: list[dict[str, Any]], *, betas: Sequence[float] = (0.9, 0.999), weight_decay: float = 0.01
+    groups: list[dict[str, Any]], *, betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.01
 ) -> torch.optim.Optimizer:
     """An optimizer of the groups (`params`, `lr`, `decayed`). Raises BadSetting where bitsandbytes is not installed."""
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ ROUNDS_STOCHASTICALLY = True
 def optimizer(
     groups: list[dict[str, Any]],
     *,
-    betas: Sequence[float] = (0.9, 0.99),
+    betas: tuple[float, float] = (0.9, 0.99),
     weight_decay: float = 0.1,
     seed: int = 0,
 ) -> torch.optim.Optimizer:
