@@ -11,9 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from ambergrade.errors import MissingObject, UnknownName
+from ambergrade.errors import BadInput, BadSetting, MissingObject, UnknownName
 from ambergrade.identity import file_digest
-from ambergrade.store import Finished, Ledger, Outputs, Store, find_file, link_or_copy, write_json, written_aside
+from ambergrade.store import (
+    Digests,
+    Finished,
+    Ledger,
+    Outputs,
+    Store,
+    copy_file,
+    find_file,
+    link_or_copy,
+    refuse_overwrite,
+    write_json,
+    written_aside,
+)
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -62,6 +74,108 @@ def test_links_replace_what_is_there(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == []
 
 
+def test_a_copy_shares_nothing_with_its_source(tmp_path: Path) -> None:
+    source, target = tmp_path / "a", tmp_path / "deep" / "b"
+    source.write_bytes(os.urandom(3_000_000))
+    copy_file(source, target)
+    before = target.read_bytes()
+    assert before == source.read_bytes()
+    with source.open("r+b") as file:
+        file.write(b"changed")
+    assert target.read_bytes() == before
+    assert target.stat().st_nlink == 1
+    assert leftovers(tmp_path) == []
+
+
+def overwrite_at(path: Path, length: int | None = None) -> None:
+    """Damage a read-only object as a bad disk would: other bytes, and the same times; or another length."""
+    before = path.stat()
+    path.chmod(0o644)
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.write_bytes(data[:length])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    path.chmod(0o444)
+
+
+def test_a_damaged_object_is_told_and_replaced_when_it_is_put_again(tmp_path: Path) -> None:
+    store, source = Store(tmp_path / "store"), tmp_path / "a.bin"
+    source.write_bytes(b"amber" * 1000)
+    sha256 = store.put(source)
+    assert store.verified(sha256, 5000).read_bytes() == source.read_bytes()
+    overwrite_at(store.path(sha256))
+    with pytest.raises(MissingObject, match=f"{sha256[:12]}.*damaged"):
+        store.verified(sha256)
+    assert store.put(source) == sha256
+    assert store.verified(sha256).read_bytes() == source.read_bytes()
+    overwrite_at(store.path(sha256), length=17)
+    with pytest.raises(MissingObject, match=r"17 bytes of 5,000"):
+        store.path(sha256, 5000)
+    assert not store.holds(sha256, 5000)
+    store.put(source)
+    assert store.holds(sha256, 5000)
+    assert leftovers(tmp_path) == []
+
+
+def test_a_sound_object_is_read_once_and_again_after_any_change(tmp_path: Path) -> None:
+    """Known by inode, size, mtime and ctime: the same mtime and size do not help a changed file."""
+    file, cache = tmp_path / "a.bin", tmp_path / "digests.json"
+    file.write_bytes(b"amber")
+    time.sleep(0.1)  # older than a tick of the clock that stamps files
+    digests = Digests(cache)
+    first = digests.of_file(file)
+    digests.save()
+    assert Digests(cache).known(file) == first
+    overwrite_at(file)
+    assert Digests(cache).known(file) is None
+    assert Digests(cache).of_file(file) == file_digest(file) != first
+    for foreign in ("{torn", "[1]", '{"x": 1}', "[" * 100_000, '"\\ud800"'):
+        cache.write_text(foreign)
+        assert Digests(cache).known(file) is None
+
+
+def test_a_file_that_was_just_written_is_not_remembered(tmp_path: Path) -> None:
+    """A second change within one tick of the file system's clock leaves the same times."""
+    file, digests = tmp_path / "a.bin", Digests(tmp_path / "digests.json")
+    file.write_bytes(b"amber")
+    digests.of_file(file)
+    assert digests.known(file) is None
+
+
+def test_outputs_replace_only_what_they_may(tmp_path: Path) -> None:
+    def is_ours(path: Path) -> None:
+        if path.read_text() != "ours":
+            raise BadInput("it holds other things.")
+
+    ours, other = tmp_path / "ours.jsonl", tmp_path / "other.jsonl"
+    ours.write_text("ours")
+    other.write_text("a thesis")
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "link.jsonl").symlink_to(ours)
+    (tmp_path / "broken.jsonl").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    refusals = {
+        "ours.txt": "must end in .jsonl",
+        "folder.jsonl": "is a folder",
+        "link.jsonl": "is a link",
+        "broken.jsonl": "is a link",
+        "pipe.jsonl": "is a device",
+        "other.jsonl": "other things",
+        "ours.jsonl/x.jsonl": "cannot be written",
+        "x" * 300 + ".jsonl": "cannot be written",
+        "x\0.jsonl": "cannot be written",
+    }
+    for name, says in refusals.items():
+        with pytest.raises(BadSetting, match=says):
+            refuse_overwrite(tmp_path / name, [".jsonl"], overwrite=True, check=is_ours)
+    with pytest.raises(BadSetting, match="read by this very command"):
+        refuse_overwrite(ours, [".jsonl"], overwrite=True, inputs=[tmp_path / "nowhere", ours])
+    with pytest.raises(BadSetting, match="is there already"):
+        refuse_overwrite(ours, [".jsonl"], check=is_ours)
+    refuse_overwrite(ours, [".jsonl"], overwrite=True, check=is_ours)
+    refuse_overwrite(tmp_path / "new" / "new.jsonl", [".json", ".jsonl"])
+
+
 def test_files_are_found_by_path_or_among_what_ships(tmp_path: Path) -> None:
     assert find_file(str(tmp_path)) == tmp_path
     with pytest.raises(MissingObject, match="No file or folder"):
@@ -102,6 +216,69 @@ def test_a_deleted_object_is_made_again(tmp_path: Path) -> None:
     assert write(ledger, "amber", calls).fresh
     assert write(ledger, "amber", calls).files["out"].read_text() == "amber"
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("length", [3, None])
+def test_a_damaged_object_is_told_and_its_stage_runs_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, length: int | None
+) -> None:
+    """A wrong size is seen at every use, other bytes where they are verified."""
+    ledger, calls = Ledger(tmp_path), list[str]()
+    done = write(ledger, "amber", calls)
+    assert done.sizes == {"out": 5}
+    overwrite_at(done.files["out"], length)
+    if length is None:
+        assert ledger.find("write", done.identity) is not None
+    assert ledger.find("write", done.identity, verify=True) is None
+    assert done.digests["out"][:12] in caplog.text
+    assert "write" in caplog.text
+    again = write(ledger, "amber", calls, verify=True)
+    assert again.fresh
+    assert again.files["out"].read_text() == "amber"
+    assert not write(ledger, "amber", calls, verify=True).fresh
+
+
+def test_a_record_without_sizes_is_read(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    done = write(ledger, "amber", [])
+    (record,) = (tmp_path / "records").rglob("*.json")
+    values = json.loads(record.read_text())
+    del values["sizes"]
+    record.write_text(json.dumps(values))
+    found = ledger.find("write", done.identity, verify=True)
+    assert found is not None
+    assert found.sizes == {}
+
+
+ODD_RECORDS = [
+    "",
+    "{",
+    "null",
+    "[]",
+    "{}",
+    "[" * 100_000,
+    "\x00",
+    '{"files": {"out": "../../../etc/passwd"}}',
+    '{"files": {"out": 7}}',
+    '{"files": null}',
+    '{"identity": "other"}',
+    '{"seconds": "long"}',
+    '{"sizes": {"out": "5"}}',
+]
+
+
+@pytest.mark.parametrize("odd", ODD_RECORDS)
+def test_a_torn_or_foreign_record_counts_as_not_finished(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, odd: str
+) -> None:
+    ledger, calls = Ledger(tmp_path), list[str]()
+    write(ledger, "amber", calls)
+    (record,) = (tmp_path / "records").rglob("*.json")
+    whole = json.loads(record.read_text())
+    record.write_text(json.dumps(whole | json.loads(odd)) if odd.startswith('{"') else odd)
+    assert write(ledger, "amber", calls).fresh
+    assert "not finished" in caplog.text
+    assert not write(ledger, "amber", calls).fresh
 
 
 def test_a_failed_stage_leaves_no_record_and_keeps_its_scratch(tmp_path: Path) -> None:

@@ -1,26 +1,33 @@
 """The store holds bytes by content; the ledger's records alone say which stages are finished.
 
 <root>/store/sha256/ab/cdef…           written aside, fsynced, renamed, read-only
+<root>/store/digests.json              which objects were read and found sound, and as which file
 <root>/records/<stage>/<identity>.json written last: the commit point of a stage
 <root>/work/<stage>/<identity>/        a stage's scratch folder; survives a kill, removed at the end
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import logging
 import os
+import re
 import shutil
+import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ambergrade.errors import MissingObject, UnknownName
-from ambergrade.identity import digest, file_digest
+from ambergrade.errors import AmbergradeError, BadSetting, MissingObject, UnknownName
+from ambergrade.identity import canonical_json, digest, file_digest
+
+log = logging.getLogger(__name__)
 
 BUILTIN = Path(__file__).parent / "world" / "weights"
 
@@ -46,18 +53,28 @@ def find_file(source: str) -> Path:
 @contextmanager
 def written_aside(target: Path) -> Iterator[Path]:
     """Yield a temporary path beside `target`; on success fsync it and rename it over `target`."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
-    aside = Path(name)
-    try:
+    with _temporary(target.parent, f".{target.name}.") as aside:
         yield aside
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        aside.chmod(0o644)
-        aside.rename(target)
+        _put_in_place(aside, target)
+
+
+@contextmanager
+def _temporary(folder: Path, prefix: str) -> Iterator[Path]:
+    """Yield an empty file of a new name in a folder, which is made; remove it where it still bears that name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=folder, prefix=prefix)
+    os.close(handle)
+    try:
+        yield Path(name)
     finally:
-        aside.unlink(missing_ok=True)
+        Path(name).unlink(missing_ok=True)
+
+
+def _put_in_place(aside: Path, target: Path, mode: int = 0o644) -> None:
+    with aside.open("rb") as file:
+        os.fsync(file.fileno())
+    aside.chmod(mode)
+    aside.rename(target)
 
 
 def write_json(target: Path, value: Any) -> None:
@@ -67,13 +84,30 @@ def write_json(target: Path, value: Any) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file to `target` in one step: whole or not at all."""
+    """Copy a file under its final name in one step; a reflink where the file system makes them.
+
+    The copy is a file of its own: writing to one of the two never changes the other.
+    """
     with written_aside(target) as aside:
-        shutil.copyfile(source, aside)
+        _copy_bytes(source, aside)
+
+
+def _copy_bytes(source: Path, target: Path) -> None:
+    with source.open("rb") as read, target.open("wb") as write:
+        try:
+            while os.copy_file_range(read.fileno(), write.fileno(), 1 << 30):  # shares the blocks where it can
+                pass
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EIO):
+                raise
+            shutil.copyfile(source, target)  # between file systems, or one that cannot
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Put `source` at `target` by hard link, or by copy across filesystems; replaces in one step."""
+    """Put `source` at `target` by hard link, or by copy across filesystems; replaces in one step.
+
+    For MLflow's artifacts only: who writes into a link writes into the store. See `copy_file` for all else.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{os.getpid()}")
     aside.unlink(missing_ok=True)
@@ -85,31 +119,158 @@ def link_or_copy(source: Path, target: Path) -> None:
     aside.unlink(missing_ok=True)  # POSIX: renaming onto another link of the same file does nothing
 
 
+def refuse_overwrite(
+    out: Path,
+    suffixes: Iterable[str],
+    *,
+    overwrite: bool = False,
+    inputs: Iterable[Path] = (),
+    check: Callable[[Path], object] | None = None,
+) -> None:
+    """Raise BadSetting unless an output may be written at `out`.
+
+    Its name must end in one of `suffixes`, such as `.safetensors`. What lies there already is replaced only with
+    `overwrite`, and only if it is a regular file: never a folder, a link, a device, or one of `inputs` (the recipe and
+    whatever else is read). `check` opens the file that would be replaced and raises an AmbergradeError where it is of
+    another kind than its name says.
+    """
+    suffixes = tuple(suffixes)
+    if out.suffix not in suffixes:
+        raise BadSetting(f"{out} is no name for this output.\nIt must end in {' or '.join(suffixes)}.")
+    try:
+        found = out.lstat()
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:  # too long a name, a file where a folder should be, a zero byte
+        raise BadSetting(f"{str(out)[:200]} cannot be written: {str(error)[:80]}.\nName another file.") from None
+    if not stat.S_ISREG(found.st_mode):
+        kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISLNK, "a link to another place"))
+        kind = next((word for is_kind, word in kinds if is_kind(found.st_mode)), "a device")
+        raise BadSetting(f"{out} is {kind}, which is never replaced.\nName a file.")
+    if any(path.exists() and path.samefile(out) for path in inputs):
+        raise BadSetting(f"{out} is read by this very command.\nName another output.")
+    if check is not None:
+        try:
+            check(out)
+        except AmbergradeError as error:
+            raise BadSetting(f"{out} is there, and not of this command's making: {error}\nName another file.") from None
+    if not overwrite:
+        raise BadSetting(f"{out} is there already.\nName another file, or replace it with overwrite.")
+
+
+class Digests:
+    """sha256 of files, remembered by device, inode, size and the times of the last change of bytes and of inode."""
+
+    def __init__(self, cache: Path | None = None) -> None:
+        """`cache`: a JSON file that is read now and brought up to date by `save`; None remembers nothing."""
+        self.cache = cache
+        self._known = self._read()
+        self._new: dict[str, str] = {}
+
+    def known(self, file: Path, kind: str = "file") -> str | None:
+        """The remembered sha256 of a file that did not change since; of its bytes, or of another `kind`."""
+        return self._known.get(_fingerprint(os.stat(file), kind))
+
+    def tell(self, before: os.stat_result, file: Path, sha256: str, kind: str = "file") -> None:
+        """Remember a digest that was read after `before`, unless the file changed since then or just before.
+
+        A change within a tick of the file system's clock leaves no trace, so a file that young is not remembered.
+        """
+        key = _fingerprint(before, kind)
+        if _fingerprint(os.stat(file), kind) == key and time.time_ns() - before.st_ctime_ns > TICK_NS:
+            self._known[key] = self._new[key] = sha256
+
+    def of_file(self, file: Path) -> str:
+        """The sha256 of a file's bytes, read from the disk where it is not remembered."""
+        found = self.known(file)
+        if found is None:
+            before = os.stat(file)
+            found = file_digest(file)
+            self.tell(before, file, found)
+        return found
+
+    def save(self) -> None:
+        """Write what is new to the cache file, beside what other processes wrote meanwhile."""
+        if self.cache is not None and self._new:
+            both = {**self._read(), **self._new}
+            write_json(self.cache, both if len(both) <= MOST_REMEMBERED else self._new)
+            self._new.clear()
+
+    def _read(self) -> dict[str, str]:
+        """A cache that is missing, torn or foreign is an empty one."""
+        try:
+            found = json.loads(self.cache.read_text()) if self.cache is not None else {}
+        except (OSError, ValueError, RecursionError):
+            return {}
+        if not isinstance(found, dict):
+            return {}
+        return {key: sha256 for key, sha256 in found.items() if isinstance(sha256, str) and len(sha256) == 64}
+
+
+TICK_NS = 50_000_000
+"""Nanoseconds; more than the longest tick of a kernel that stamps files."""
+MOST_REMEMBERED = 10_000
+
+
+def _fingerprint(found: os.stat_result, kind: str) -> str:
+    return f"{kind}:{found.st_dev}:{found.st_ino}:{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
+
+
 @dataclass(frozen=True)
 class Store:
     """Bytes by content."""
 
     root: Path
 
-    def path(self, sha256: str) -> Path:
-        """Where the bytes lie. Raises MissingObject if they do not."""
+    def path(self, sha256: str, size: int | None = None) -> Path:
+        """Where the bytes lie. Raises MissingObject if they do not, or have another size than `size`."""
         path = self._place(sha256)
-        if not path.exists():
-            raise MissingObject(f"The store {self.root} holds no object {sha256[:12]}….\nRun the stage again.")
+        trouble = self._trouble(sha256, size)
+        if trouble:
+            raise MissingObject(f"{trouble}\nRun the stage again.")
         return path
 
-    def holds(self, sha256: str) -> bool:
-        return self._place(sha256).exists()
+    def verified(self, sha256: str, size: int | None = None) -> Path:
+        """`path`, after all bytes were read and found to be those of this digest; once, as long as nothing changes.
+
+        Raises MissingObject for a damaged object, naming it: put the bytes again to replace it.
+        """
+        path = self.path(sha256, size)
+        digests = Digests(self.root / "digests.json")
+        if digests.of_file(path) != sha256:
+            raise MissingObject(
+                f"The object {sha256[:12]}… of the store {self.root} is damaged: its bytes are others.\n"
+                "Run the stage again, which replaces it."
+            )
+        digests.save()
+        return path
+
+    def holds(self, sha256: str, size: int | None = None) -> bool:
+        """Whether there are bytes under this digest, of this size if one is given."""
+        return self._trouble(sha256, size) == ""
 
     def put(self, source: Path) -> str:
-        """Take a copy of a file and return its sha256."""
-        sha256 = file_digest(source)
-        place = self._place(sha256)
-        if not place.exists():
-            with written_aside(place) as aside:
-                shutil.copyfile(source, aside)
-            place.chmod(0o444)
+        """Take a copy of a file and return its sha256. A damaged object of that digest is replaced."""
+        with _temporary(self.root, ".incoming.") as aside:
+            _copy_bytes(source, aside)
+            sha256 = file_digest(aside)  # of the copy: the source may change meanwhile
+            try:
+                self.verified(sha256, aside.stat().st_size)
+            except MissingObject:
+                place = self._place(sha256)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                _put_in_place(aside, place, 0o444)
         return sha256
+
+    def _trouble(self, sha256: str, size: int | None) -> str:
+        """What is wrong with an object, as far as its name and size tell; empty for nothing."""
+        path = self._place(sha256)
+        if not path.is_file():
+            return f"The store {self.root} holds no object {sha256[:12]}…."
+        found = path.stat().st_size
+        if size is not None and found != size:
+            return f"The object {sha256[:12]}… of the store {self.root} is damaged: {found:,} bytes of {size:,}."
+        return ""
 
     def _place(self, sha256: str) -> Path:
         return self.root / "sha256" / sha256[:2] / sha256[2:]
@@ -133,6 +294,8 @@ class Finished:
     """Name to path in the store."""
     digests: Mapping[str, str]
     """Name to sha256."""
+    sizes: Mapping[str, int]
+    """Name to bytes; empty for a record of an earlier version, which did not keep them."""
     values: Mapping[str, Any]
     fresh: bool
     """False: the record was there and nothing was run."""
@@ -157,25 +320,29 @@ class Ledger:
         settings: Any,
         inputs: Mapping[str, str],
         work: Callable[[Path], Outputs],
+        *,
+        verify: bool = False,
     ) -> Finished:
         """Return the finished stage, running `work(scratch folder)` only if no record holds its identity.
 
         `version` is the stage's numerics version: raise it when its results change. `settings` holds
-        *what*, never *where*. `inputs` maps names to digests.
+        *what*, never *where*. `inputs` maps names to digests. `verify` reads the outputs and runs the stage again
+        where their bytes are damaged; without it only their sizes are looked at.
         """
         identity = self.identity(stage, version, settings, inputs)
-        found = self.find(stage, identity)
+        found = self.find(stage, identity, verify=verify)
         if found:
             return found
         record = self._record(stage, identity)
         with _locked(record.with_suffix(".lock")):
-            found = self.find(stage, identity)  # another process may have finished it while we waited
-            if found:
-                return found
+            other = self._read(stage, identity, verify)  # another process may have finished it while we waited
+            if isinstance(other, Finished):
+                return other
             scratch = self.root / "work" / stage / identity[:16]
             scratch.mkdir(parents=True, exist_ok=True)
             start = time.monotonic()
             outputs = work(scratch)
+            sizes = {name: path.stat().st_size for name, path in sorted(outputs.files.items())}
             digests = {name: self.store.put(path) for name, path in sorted(outputs.files.items())}
             write_json(
                 record,
@@ -183,34 +350,35 @@ class Ledger:
                     "stage": stage,
                     "version": version,
                     "identity": identity,
-                    "settings": json.loads(json.dumps(settings, default=_as_json)),
+                    "settings": json.loads(canonical_json(settings)),
                     "inputs": dict(inputs),
                     "files": digests,
+                    "sizes": sizes,
                     "values": dict(outputs.values),
                     "seconds": round(time.monotonic() - start, 3),
                 },
             )
             shutil.rmtree(scratch, ignore_errors=True)
-        done = self.find(stage, identity)
-        assert done is not None, (stage, identity)
-        return Finished(done.stage, done.identity, done.files, done.digests, done.values, True, done.seconds)
+        done = self._read(stage, identity, verify=False)
+        assert isinstance(done, Finished), (stage, identity, done)
+        return replace(done, fresh=True)
 
     @staticmethod
     def identity(stage: str, version: int, settings: Any, inputs: Mapping[str, str]) -> str:
         """What `once` files the stage under."""
         return digest({"stage": stage, "version": version, "settings": settings, "inputs": inputs})
 
-    def find(self, stage: str, identity: str) -> Finished | None:
-        """The finished stage, or None. A record whose bytes were deleted counts as not finished."""
-        path = self._record(stage, identity)
-        if not path.exists():
-            return None
-        record = json.loads(path.read_text())
-        digests: dict[str, str] = record["files"]
-        if not all(self.store.holds(sha256) for sha256 in digests.values()):
-            return None
-        files = {name: self.store.path(sha256) for name, sha256 in digests.items()}
-        return Finished(stage, identity, files, digests, record["values"], False, record["seconds"])
+    def find(self, stage: str, identity: str, *, verify: bool = False) -> Finished | None:
+        """The finished stage, or None where it must run: there is no record, or what it promises does not hold.
+
+        Outputs must be there with their sizes; with `verify`, with all their bytes. A torn or foreign record, and an
+        object that is missing or damaged, are told in the log.
+        """
+        found = self._read(stage, identity, verify)
+        if isinstance(found, Finished) or found is None:
+            return found
+        log.warning("%s counts as not finished: %s", f"{stage} {identity[:12]}", found)
+        return None
 
     def finished_since(self, stage: str, identity: str, when: float) -> bool:
         """Whether the record was written after `when` (seconds since the epoch), perhaps by another process."""
@@ -220,11 +388,36 @@ class Ledger:
     def _record(self, stage: str, identity: str) -> Path:
         return self.root / "records" / stage / f"{identity}.json"
 
+    def _read(self, stage: str, identity: str, verify: bool) -> Finished | str | None:
+        """The finished stage; or None for no record; or what is wrong."""
+        path = self._record(stage, identity)
+        try:
+            record = json.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, RecursionError) as error:
+            return f"its record {path.name} cannot be read ({str(error)[:80]})."
+        if not _is_record(record) or record["identity"] != identity:
+            return f"its record {path.name} is torn, or another program's."
+        digests, sizes = record["files"], record.get("sizes", {})
+        get = self.store.verified if verify else self.store.path
+        try:
+            files = {name: get(sha256, sizes.get(name)) for name, sha256 in digests.items()}
+        except MissingObject as error:
+            return str(error).splitlines()[0]
+        return Finished(stage, identity, files, digests, sizes, record["values"], False, record["seconds"])
 
-def _as_json(value: Any) -> Any:
-    from ambergrade.identity import canonical_json
 
-    return json.loads(canonical_json(value))
+def _is_record(record: Any) -> bool:
+    """Whether JSON has what a record has, of the kinds that it has."""
+    kinds = {"identity": str, "files": dict, "values": dict, "seconds": int | float}
+    return (
+        isinstance(record, dict)
+        and all(isinstance(record.get(key), kind) for key, kind in kinds.items())
+        and all(isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256) for sha256 in record["files"].values())
+        and isinstance(record.get("sizes", {}), dict)
+        and all(isinstance(size, int) for size in record.get("sizes", {}).values())
+    )
 
 
 @contextmanager

@@ -5,7 +5,6 @@ Every tensor is known by its single-file name; where it lies in files is a list 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,9 @@ from ambergrade.family.detect import Layout, detect, families
 from ambergrade.family.files import PASSIVE_FILE, weight_files
 from ambergrade.family.layouts import Source
 from ambergrade.merge.header import Entry, Header, read_header
-from ambergrade.store import write_json
+from ambergrade.store import Digests
+
+__all__ = ["Digests", "Input", "Range", "Stored", "default_cache", "input_digest", "open_input", "parent_recipe"]
 
 Shape = tuple[int, ...]
 
@@ -142,50 +143,9 @@ def _stored(name: str, source: Source, keys: Mapping[str, tuple[int, Entry]], al
     return Stored(parts[0][1].dtype, shape, ranges, source.form == "transposed")
 
 
-class Digests:
-    """sha256 of files, remembered by (device, inode, modification time, size)."""
-
-    def __init__(self, cache: Path | None = None) -> None:
-        """`cache`: a JSON file that is read now and brought up to date by `save`; None remembers nothing."""
-        self.cache = cache
-        self._known: dict[str, str] = {}
-        if cache is not None and cache.is_file():
-            try:
-                known = json.loads(cache.read_text())
-                self._known = {key: value for key, value in known.items() if len(value) == 64}
-            except (ValueError, AttributeError, TypeError):
-                self._known = {}  # a broken cache is an empty one
-
-    def known(self, file: Path) -> str | None:
-        return self._known.get(_fingerprint(os.stat(file)))
-
-    def tell(self, before: os.stat_result, file: Path, sha256: str) -> None:
-        """Remember a digest, unless the file changed since `before`."""
-        if _fingerprint(os.stat(file)) == _fingerprint(before):
-            self._known[_fingerprint(before)] = sha256
-
-    def of_file(self, file: Path) -> str:
-        """The digest, read from the disk where it is not known."""
-        found = self.known(file)
-        if found is None:
-            before = os.stat(file)
-            with file.open("rb", buffering=0) as opened:
-                found = hashlib.file_digest(opened, "sha256").hexdigest()
-            self.tell(before, file, found)
-        return found
-
-    def save(self) -> None:
-        if self.cache is not None:
-            write_json(self.cache, self._known)
-
-
 def input_digest(names: Sequence[str], digests: Sequence[str]) -> str:
     """One file's own sha256; for a folder, the sha256 over its files' names and digests."""
     return digests[0] if len(digests) == 1 else identity.digest(dict(zip(names, digests, strict=True)))
-
-
-def _fingerprint(found: os.stat_result) -> str:
-    return f"{found.st_dev}:{found.st_ino}:{found.st_mtime_ns}:{found.st_size}"
 
 
 def default_cache() -> Path:
