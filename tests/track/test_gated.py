@@ -82,10 +82,10 @@ def test_a_candidate_that_is_not_registered_is_told(journal: Journal, name: str)
 
 
 def test_what_people_wrote_on_a_version_is_kept_for_a_rebuild(journal: Journal, name: str) -> None:
-    from ambergrade.track import told
+    from ambergrade.track import lines
 
     MlflowClient(journal.uri).set_model_version_tag(name, "1", "veto", "hands")
     journal.gated(name, SHA[1], FAIL)
-    last = told.lines(told.folder(journal.root) / "registry.jsonl")[-1]
+    last = lines.read(lines.folder(journal.root) / "registry.jsonl")[-1]
     assert (last["model"], last["digest"], last["tags"]) == (name, SHA[1], {"veto": "hands"})
     assert last["gates"] == {"floor": [False, "0.1"]}

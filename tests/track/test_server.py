@@ -190,7 +190,7 @@ PROGRAM = """
     journal = Journal.open(Path(sys.argv[1]), sys.argv[2])
     with journal.run("train", key="t", kind="train") as run:
         run.metrics({"loss": 1.0}, 0)
-        run._flush()
+        run.flush()
         print(run.id, flush=True)
         time.sleep(120)
 """

@@ -1,9 +1,8 @@
 """Opens MLflow quietly, and its local database safely: made once, under a lock, with a write-ahead log.
 
 Everything that this room needs of MLflow comes from here, after the settings that must come first, and only when it is
-asked for: the import takes seconds, and a process whose journal is kept by another (relay.py) can do without.
-Eight processes that open a new SQLite database at once leave it broken for good, and so does a kill
-half way through its creation: therefore the lock, and the rename at the end.
+asked for, because the import takes seconds. Eight processes that open a new SQLite database at once leave it broken
+for good, and so does a kill half way through its creation: therefore the lock, and the rename at the end.
 """
 
 from __future__ import annotations
@@ -11,28 +10,39 @@ from __future__ import annotations
 import fcntl
 import importlib
 import importlib.metadata
+import logging
 import os
+import random
 import re
+import shutil
 import sqlite3
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ambergrade.errors import BadInput
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient, entities
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
-    from mlflow.models.utils import get_external_mlflow_model_spec
 
-# MLflow reads these when it is imported. What a user has set stays.
+# MLflow reads these. What a user has set stays.
 for _name, _value in {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",  # alembic's and the registry's chatter
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # what fails is raised too, and told once, by the journal
     "MLFLOW_TRUNCATE_LONG_VALUES": "false",  # a value that is too long raises; it is never cut in silence
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # a server's client prints two lines at the end of every run
+    # A server that is down holds the work for seconds, and one that hangs for half a minute (MLflow: for minutes).
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }.items():
     os.environ.setdefault(_name, _value)
 
@@ -43,7 +53,7 @@ __all__ = [
     "database_file",
     "download_artifacts",
     "entities",
-    "get_external_mlflow_model_spec",
+    "failures",
     "locked",
     "open_client",
     "tracking_uri",
@@ -54,13 +64,15 @@ LATER = {
     "MlflowException": "mlflow.exceptions",
     "download_artifacts": "mlflow.artifacts",
     "entities": "mlflow",
-    "get_external_mlflow_model_spec": "mlflow.models.utils",
 }
-"""What other modules take from MLflow, and where it lies."""
+"""What other modules take from MLflow, and the module that has it."""
 
 _VERSION = importlib.metadata.version("mlflow")
 THIS_MLFLOW = int("".join(f"{int(part):03}" for part in re.findall(r"\d+", _VERSION)[:3]))
 """The version as a number for SQLite's `user_version`: 3.17.2 is 3017002."""
+
+TRIES = 8
+"""To set up a new database server, where another process may be at it too."""
 
 
 def __getattr__(name: str) -> Any:
@@ -69,20 +81,29 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(LATER[name]), name)
 
 
+def failures() -> tuple[type[Exception], ...]:
+    """Return what MLflow, its database and its network raise when they fail."""
+    from alembic.util import CommandError
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return MlflowException, OSError, SQLAlchemyError, sqlite3.Error, CommandError, ImportError, BadInput
+
+
 def tracking_uri(root: Path) -> str:
-    """`MLFLOW_TRACKING_URI` if that is set, else the SQLite database in `<root>/mlruns`."""
+    """Return `MLFLOW_TRACKING_URI` if that is set, else the address of the SQLite database in `<root>/mlruns`."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve() / 'mlruns' / 'mlflow.db'}"
     file = database_file(uri)
     return uri if file is None else f"sqlite:///{file}"  # a relative one would change its meaning with the cwd
 
 
 def database_file(uri: str) -> Path | None:
-    """The database behind a `sqlite:///` URI; None for a server."""
+    """Return the database behind a `sqlite:///` address; None for a server."""
     return Path(uri.removeprefix("sqlite:///")).resolve() if uri.startswith("sqlite:///") else None
 
 
 def artifact_root(uri: str, root: Path) -> str | None:
-    """Where artifacts go: beside a local database, in `<root>/mlruns` for a database server; None: a server says.
+    """Return where artifacts go: beside a local database, else in `<root>/mlruns`; None where a server decides.
 
     MLflow's own default follows the working directory of whoever creates the experiment.
     """
@@ -98,52 +119,82 @@ def locked(uri: str, root: Path) -> Iterator[None]:
 
     A server keeps its tables in order, but "create what is not there" takes two calls.
     """
-    place = (root / "mlruns" / "server.db") if database_file(uri) is None else database_file(uri)
-    assert place is not None
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with place.with_name(f".{place.name}.lock").open("w") as lock:
+    file = database_file(uri) or root / "mlruns" / "server.db"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_name(f".{file.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def open_client(uri: str) -> MlflowClient:
-    """A client whose database exists and has this MLflow's schema. Raises what MLflow, alembic or SQLite raise."""
+    """Return a client whose database exists, has this MLflow's tables and answers. Raises one of `failures`."""
+    file = database_file(uri)
+    if file is None:
+        return _connect(uri)
+    with locked(uri, file.parent):
+        if not file.exists():
+            _create(file)
+        elif _made_by(file) != THIS_MLFLOW:
+            _migrate(file)
+        return _answering(uri)
+
+
+def _answering(uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
-    file = database_file(uri)
-    with locked(uri, file.parent) if file is not None else nullcontext():
-        if file is not None:
-            if not file.exists():
-                _create(file)
-            elif _mark(file) != THIS_MLFLOW:
-                _migrate(file)
-        client = MlflowClient(uri)
-        client.search_experiments(max_results=1)  # a server that does not answer is found out here
+    client = MlflowClient(uri)
+    client.search_experiments(max_results=1)
     return client
 
 
+def _connect(uri: str) -> MlflowClient:
+    """Connect to a server. On an empty database every client makes the tables; all but one fail and try again."""
+    from sqlalchemy import create_engine
+    from sqlalchemy.exc import DBAPIError
+
+    if not uri.startswith(("postgresql", "mysql", "mssql")):
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for every retry
+        return _answering(uri)
+    engine = create_engine(uri)
+    engine.connect().close()  # MLflow itself would try for 100 s to reach a database that is down
+    engine.dispose()
+    for left in reversed(range(TRIES)):
+        try:
+            return _answering(uri)
+        except DBAPIError:
+            if not left:
+                raise
+            time.sleep(random.uniform(0.2, 1.0))
+    raise AssertionError("the last try returns or raises")
+
+
 def _create(file: Path) -> None:
-    from mlflow.db import upgrade
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-    aside = file.with_name(f".{file.name}.new")
-    for left in file.parent.glob(f"{aside.name}*"):
-        left.unlink()
-    upgrade.callback(f"sqlite:///{aside}")
-    with closing(sqlite3.connect(aside)) as database:
-        database.execute("PRAGMA journal_mode=WAL")  # is kept in the file; halves the latency of a write
-        database.execute(f"PRAGMA user_version={THIS_MLFLOW}")
+    """Make the database aside, by MLflow's own client, and give it its name when it is whole."""
+    making, aside = file.with_name(f".{file.name}.making"), file.with_name(f".{file.name}.new")
+    shutil.rmtree(making, ignore_errors=True)  # a kill left it
+    aside.unlink(missing_ok=True)
+    making.mkdir()
+    _answering(f"sqlite:///{making / file.name}")
+    with closing(sqlite3.connect(making / file.name)) as made, closing(sqlite3.connect(aside)) as copy:
+        made.backup(copy)
+        copy.execute("PRAGMA journal_mode=WAL")  # is kept in the file; halves the latency of a write
+        copy.execute(f"PRAGMA user_version={THIS_MLFLOW}")
     aside.rename(file)
-    uri = f"sqlite:///{file}"
-    SqlAlchemyStore(
-        uri, artifact_root(uri, file.parent)
-    )  # makes the "Default" experiment, with its artifacts beside the database
+    shutil.rmtree(making)
 
 
-def _mark(file: Path) -> int:
-    """Which MLflow brought the database up to date, as far as we know."""
-    with closing(sqlite3.connect(file)) as database:
-        return int(database.execute("PRAGMA user_version").fetchone()[0])
+def _made_by(file: Path) -> int:
+    """Return the MLflow that brought the database up to date, as far as we know. Raises BadInput if it is damaged."""
+    try:
+        with closing(sqlite3.connect(file)) as database:
+            database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            return int(database.execute("PRAGMA user_version").fetchone()[0])
+    except sqlite3.OperationalError:  # it is locked, or cannot be read
+        raise
+    except sqlite3.DatabaseError as error:
+        raise BadInput(
+            f"{file} is damaged: {error}.\nMove it away and make it anew from the records: ambergrade reindex"
+        ) from error
 
 
 def _migrate(file: Path) -> None:
@@ -151,15 +202,20 @@ def _migrate(file: Path) -> None:
 
     MLflow itself would refuse the database or, where a table is missing, migrate it without a copy.
     """
-    from mlflow.db import upgrade
-
     kept = file.with_name(f"{file.name}.before-mlflow-{_VERSION}")
+    if not kept.exists():  # else a migration was killed, and the copy is the better one
+        aside = kept.with_name(f".{kept.name}")
+        aside.unlink(missing_ok=True)
+        with closing(sqlite3.connect(file)) as database, closing(sqlite3.connect(aside)) as copy:
+            database.backup(copy)
+        aside.rename(kept)
+    command = [sys.executable, "-m", "mlflow", "db", "upgrade", f"sqlite:///{file}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["it says no more"])[-1]
+        if "Can't locate revision" in reason:  # nothing was begun
+            kept.unlink()
+            raise BadInput(f"{file} was made by a newer MLflow than this, {_VERSION}.\nInstall that, or choose a new root.")
+        raise BadInput(f"{file} cannot be brought up to date: {reason}\nMove it away and run: ambergrade reindex")
     with closing(sqlite3.connect(file)) as database:
-        if not kept.exists():  # else a migration was killed, and the copy is the better one
-            aside = kept.with_name(f".{kept.name}")
-            aside.unlink(missing_ok=True)
-            with closing(sqlite3.connect(aside)) as copy:
-                database.backup(copy)
-            aside.rename(kept)
-        upgrade.callback(f"sqlite:///{file}")
         database.execute(f"PRAGMA user_version={THIS_MLFLOW}")

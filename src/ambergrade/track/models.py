@@ -10,10 +10,12 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlparse
 
 from ambergrade.errors import BadSetting
+from ambergrade.identity import digest as identity
 from ambergrade.track import database
+from ambergrade.track.lines import local_path
+from ambergrade.track.registry import ENTRY
 
 if TYPE_CHECKING:
     from ambergrade.track.database import MlflowClient, entities
@@ -22,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def find(client: MlflowClient, experiment_id: str, digest: str) -> entities.LoggedModel | None:
-    """The model with these weights, from whatever run; None if there is none."""
+    """Return the model with these weights, from whatever run; None if there is none."""
     found = client.search_logged_models([experiment_id], f"tags.sha256 = '{digest}'", max_results=1)
     return found[0] if found else None
 
@@ -38,7 +40,7 @@ def enter(
     tags: Mapping[str, Any] | None = None,
     params: Mapping[str, Any] | None = None,
 ) -> entities.LoggedModel:
-    """Find the model with these weights, or create it as `mlflow.create_external_model` does, but by this client.
+    """Find the model with these weights, or make it as `mlflow.create_external_model` does, but by this client.
 
     `run_id` is the run that made it; None for what was given from outside.
     """
@@ -54,9 +56,11 @@ def enter(
             kind,
         )
     if str(model.status) != "READY":  # new, or a kill came between
+        from mlflow.models import Model
+
+        about = {"artifact_path": model.artifact_location, "model_uuid": model.model_id, "model_id": model.model_id}
         with tempfile.TemporaryDirectory() as folder:
-            description = database.get_external_mlflow_model_spec(model)
-            description.signature = None  # MLflow's own is a dummy of one boolean, and the UI would show it
+            description = Model(**about, run_id=model.source_run_id, metadata={"mlflow.model.isExternal": True})
             description.save(str(Path(folder) / "MLmodel"))
             client.log_model_artifacts(model.model_id, folder)
         model = client.finalize_logged_model(model.model_id, "READY")
@@ -65,10 +69,10 @@ def enter(
 
 def link(path: Path, name: str, artifact_location: str) -> None:
     """Show the checkpoint among the model's files by a hard link; on another filesystem its `uri` tag must do."""
-    place = urlparse(artifact_location)
-    if place.scheme not in {"", "file"}:
+    folder = local_path(artifact_location)
+    if folder is None:
         return
-    target = Path(unquote(place.path)) / f"{name}{path.suffix or '.safetensors'}"
+    target = folder / f"{name}{path.suffix or '.safetensors'}"
     try:
         os.link(path, target)
     except FileExistsError:
@@ -89,18 +93,26 @@ def connect(client: MlflowClient, run_id: str, made: str, made_from: Sequence[st
 
 
 def register(
-    client: MlflowClient, name: str, model: entities.LoggedModel, run_id: str, *, aliases: Sequence[str], note: str
+    client: MlflowClient, model: entities.LoggedModel, run_id: str, path: Path, about: Mapping[str, Any]
 ) -> None:
-    """Make the model a version of the registered model `name`, once, and point the aliases to it."""
+    """Make the model a version of a registered model, once for each way in which it is entered, and set its aliases.
+
+    about: what `Run.model` was told: the weights' digest, `registered_as`, and name, aliases, note, tags, parameters
+    and parents, of which another value makes another version of the same weights.
+    """
+    name, note = about["registered_as"], about["note"]
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
-    tags = {tag: model.tags[tag] for tag in ("sha256", "uri")}
-    # SQLite keeps no model id with a version, but its tags.
-    found = client.search_model_versions(f"name = '{name}'")
-    versions = [version for version in found if version.tags.get("sha256") == tags["sha256"]]
-    if versions:
-        version = versions[0]
-    else:
+    ways = ("name", "digest", "aliases", "note", "tags", "params", "parents")
+    tags = {
+        "sha256": about["digest"],
+        "uri": path.resolve().as_uri(),
+        ENTRY: identity({way: about[way] for way in ways}),
+    }
+    version = next(
+        (one for one in client.search_model_versions(f"name = '{name}'") if _is_entry(one, tags, note)), None
+    )
+    if version is None:
         # A models:/ source would be looked up by MLflow's global client, in whatever database that points to.
         version = client.create_model_version(name, model.artifact_location, run_id, tags, model_id=model.model_id)
     listed = json.loads(model.tags.get("mlflow.modelVersions", "[]"))  # by this tag the UI shows a model's versions
@@ -109,8 +121,15 @@ def register(
         client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": json.dumps([*listed, here])})
     if note and version.description != note:
         client.update_model_version(name, version.version, note)
-    for alias in aliases:
+    for alias in about["aliases"]:
         client.set_registered_model_alias(name, alias, version.version)
+
+
+def _is_entry(version: entities.model_registry.ModelVersion, tags: Mapping[str, str], note: str) -> bool:
+    """Tell whether a version was entered this way; one of an earlier version of this house is known by its note."""
+    if version.tags.get("sha256") != tags["sha256"]:
+        return False
+    return bool(version.tags[ENTRY] == tags[ENTRY] if ENTRY in version.tags else version.description == note)
 
 
 def check_aliases(aliases: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Who runs: the process that owns a run, and whether it still lives."""
+"""Tells which process owns a run and whether it still lives, and turns SIGTERM into an exception."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 
-BOOT_FILE = Path("/proc/sys/kernel/random/boot_id")
+import psutil
+
+SAME_BIRTH_SECONDS = 2.0
+"""The system tells a process's start to about this much."""
 
 
 class Terminated(SystemExit):
@@ -40,34 +42,22 @@ def sigterm_raises() -> Iterator[None]:
 
 
 def owner() -> dict[str, str]:
-    """Tags that tell this process from every other, also after its id is used again."""
-    return {"ag.host": socket.gethostname(), "ag.process": f"{os.getpid()} {_started(os.getpid())} {_boot()}"}
+    """Return tags that tell this process from every other, also after its id is used again: host, id, start."""
+    return {"ag.host": socket.gethostname(), "ag.process": f"{os.getpid()} {psutil.Process().create_time():.2f}"}
 
 
-def is_dead(tags: dict[str, str]) -> bool:
-    """True if the owner in `tags` ran on this host and is gone; False where that cannot be known."""
+def is_dead(tags: Mapping[str, str]) -> bool:
+    """Tell whether the owner in `tags` ran on this host and is gone; False where that cannot be known."""
     if tags.get("ag.host") != socket.gethostname() or "ag.process" not in tags:
         return False
-    pid, started, boot = tags["ag.process"].split(" ")
-    if started and boot:
-        return boot != _boot() or _started(int(pid)) != started
+    number, *birth = tags["ag.process"].split()
     try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
+        found = psutil.Process(int(number))
+        started, status = found.create_time(), found.status()
+    except psutil.NoSuchProcess:
         return True
-    except PermissionError:
+    except psutil.AccessDenied:
         return False
-    return False
-
-
-def _boot() -> str:
-    return BOOT_FILE.read_text().strip() if BOOT_FILE.exists() else ""
-
-
-def _started(pid: int) -> str:
-    """When a process started, in clock ticks since boot (proc(5), field 22); "" where that is not told."""
-    try:
-        # The second field is the program's name in brackets and may hold spaces.
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return ""
+    if len(birth) != 1:  # written by an earlier version, which counted clock ticks
+        return status == psutil.STATUS_ZOMBIE
+    return status == psutil.STATUS_ZOMBIE or abs(started - float(birth[0])) > SAME_BIRTH_SECONDS

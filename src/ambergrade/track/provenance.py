@@ -17,10 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 CODE = Path(__file__).parents[3]
 """The checkout that runs, where `ambergrade` is not an installed copy."""
 CODE_FOLDERS = ("src", "conf", "pipelines")
-"""An untracked file here can change a result."""
+"""An untracked file here can change a result; it may hold a secret too, so only its name is kept."""
 MOST_DIFF = 2_000_000
 """Bytes of diff.patch; what is longer is cut and says so, its sha256 is of the whole."""
 
@@ -36,7 +38,7 @@ class Provenance:
 
 @functools.cache
 def provenance(root: Path) -> Provenance:
-    """Look, once a process, at its code and machine: three calls of git and some files of /proc, about 0.1 s.
+    """Look, once a process, at its code and machine: three calls of git and a few files, about 0.1 s.
 
     Code that lies in no checkout of its own is looked for at `root`.
     """
@@ -52,10 +54,9 @@ def provenance(root: Path) -> Provenance:
     machine = hardware()
     files = {"hardware.json": json.dumps(machine, indent=1) + "\n"}
     tags |= {key: ", ".join(value) if isinstance(value, list) else str(value) for key, value in machine.items()}
-    code_tags, diff = code(place)
+    code_tags, code_files = code(place)
     tags |= code_tags
-    if diff:
-        files["diff.patch"] = diff
+    files |= code_files
     lock = place / "requirements.lock"
     if lock.is_file():
         text = lock.read_text()
@@ -64,33 +65,37 @@ def provenance(root: Path) -> Provenance:
     return Provenance(tags, files)
 
 
-def code(place: Path) -> tuple[dict[str, str], str]:
-    """Tags that name the commit and what was changed since, and the change as a patch that `git apply` takes."""
+def code(place: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Return tags that name the commit and its changes, and as files what differs from it.
+
+    diff.patch: the changes of tracked files, for `git apply`. untracked.txt: names of other files of code.
+    """
     sha = _git(place, "rev-parse", "HEAD").decode().strip()
     if not sha:
-        return {"git.sha": "unknown", "git.dirty": "unknown"}, ""
+        return {"git.sha": "unknown", "git.dirty": "unknown"}, {}
     diff = _git(place, "diff", "HEAD", "--binary", "--no-color", "--no-ext-diff")
-    names = _git(place, "ls-files", "-z", "--others", "--exclude-standard", "--", *CODE_FOLDERS).decode().split("\0")
-    for name in sorted(filter(None, names)):
-        diff += _added(name, place / name)
-    tags = {"mlflow.source.git.commit": sha, "git.sha": sha, "git.dirty": str(bool(diff)).lower()}
-    if not diff:
-        return tags, ""
-    tags["git.diff_sha"] = hashlib.sha256(diff).hexdigest()
-    text = diff.decode(errors="replace")
+    untracked = _git(place, "ls-files", "-z", "--others", "--exclude-standard", "--", *CODE_FOLDERS)
+    names = sorted(filter(None, untracked.decode(errors="replace").split("\0")))
+    tags = {"mlflow.source.git.commit": sha, "git.sha": sha, "git.dirty": str(bool(diff or names)).lower()}
+    files = {"untracked.txt": "\n".join(names) + "\n"} if names else {}
+    if diff:
+        tags["git.diff_sha"] = hashlib.sha256(diff).hexdigest()
+        files["diff.patch"] = diff.decode(errors="replace")
     if len(diff) > MOST_DIFF:
         tags["git.diff"] = f"{len(diff)} bytes, cut to {MOST_DIFF}"
-        text = f"This patch is cut after {MOST_DIFF} of {len(diff)} bytes; git.diff_sha is of the whole.\n"
-        text += diff[:MOST_DIFF].decode(errors="replace").rpartition("\n")[0] + "\n"
-    return tags, text
+        files["diff.patch"] = (
+            f"This patch is cut after {MOST_DIFF} of {len(diff)} bytes; git.diff_sha is of the whole.\n"
+            + diff[:MOST_DIFF].decode(errors="replace").rpartition("\n")[0]
+            + "\n"
+        )
+    return tags, files
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, cores that this process may use, memory, and NVIDIA's cards and driver if there are any."""
+    """Return processor, cores that this process may use, memory, and NVIDIA's cards and driver if there are any."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found: dict[str, Any] = {"cpu": _cpu(), "cpu.cores": cores}
-    if hasattr(os, "sysconf"):
-        found["memory_gb"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+    found["memory_gb"] = round(psutil.virtual_memory().total / 1e9, 1)
     cards, driver = _cards()
     if cards:
         found |= {"gpu": cards, "gpu.driver": driver}
@@ -98,7 +103,7 @@ def hardware() -> dict[str, Any]:
 
 
 def cuda() -> dict[str, str]:
-    """CUDA's version where torch has one; importing torch takes seconds, and a process that computes has it already."""
+    """Return CUDA's version where torch has one; importing torch takes seconds, and a process that computes has it already."""
     found = getattr(getattr(sys.modules.get("torch"), "version", None), "cuda", None)
     return {"cuda": str(found)} if found else {}
 
@@ -110,7 +115,7 @@ def _cpu() -> str:
 
 
 def _cards(proc: Path = Path("/proc/driver/nvidia")) -> tuple[list[str], str]:
-    """Names of the cards and the driver's version, from the driver's own files; by nvidia-smi where they are hidden."""
+    """Return the cards' names and the driver's version, from the driver's own files; by nvidia-smi where they are hidden."""
     told = [file.read_text() for file in sorted(proc.glob("gpus/*/information"))]
     cards = [found[1] for text in told if (found := re.search(r"^Model:\s*(.+)$", text, re.MULTILINE))]
     if cards:
@@ -123,27 +128,12 @@ def _cards(proc: Path = Path("/proc/driver/nvidia")) -> tuple[list[str], str]:
     return [name for name, _, _ in rows], rows[0][2] if rows else ""
 
 
-def _added(name: str, file: Path) -> bytes:
-    """An untracked file as a patch; a long or binary one is only named."""
-    size = file.stat().st_size
-    data = file.read_bytes() if size <= MOST_DIFF else b"\0"
-    if b"\0" in data:
-        return f"# {name} is untracked and not in this patch, {size} bytes\n".encode()
-    head = f"diff --git a/{name} b/{name}\nnew file mode 100644\n".encode()
-    if not data:
-        return head
-    lines = data.removesuffix(b"\n").split(b"\n")
-    body = b"".join(b"+" + line + b"\n" for line in lines)
-    tail = b"" if data.endswith(b"\n") else b"\\ No newline at end of file\n"
-    return head + f"--- /dev/null\n+++ b/{name}\n@@ -0,0 +1,{len(lines)} @@\n".encode() + body + tail
-
-
 def _git(place: Path, *arguments: str) -> bytes:
     return _said(["git", "-C", str(place), *arguments])
 
 
 def _said(command: list[str]) -> bytes:
-    """What a program prints; nothing where it is missing, fails or hangs."""
+    """Return what a program prints; nothing where it is missing, fails or hangs."""
     try:
         done = subprocess.run(command, capture_output=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

@@ -37,8 +37,6 @@ class Opened:
     """Its parent: a run of this process by number, or one that is kept anyway by id, name and key."""
     params: Mapping[str, Any]
     tags: Mapping[str, Any]
-    owner: Mapping[str, str]
-    """The process that draws (track/process.py), with which the run ends."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Relayed(Journal):
         super().__init__(None, "", "", root)
         self._send = send
 
-    def _find_or_create(
+    def _begin(
         self,
         name: str,
         key: str,
@@ -68,7 +66,8 @@ class Relayed(Journal):
         parent: Run | None,
         params: Mapping[str, Any],
         tags: Mapping[str, Any],
-        owner: Mapping[str, str] | None = None,
+        start: float | None = None,
+        end: float | None = None,
     ) -> Run:
         run = RelayedRun(self, name, key, self._send)
         above: int | tuple[str, str, str] | None = None
@@ -76,8 +75,8 @@ class Relayed(Journal):
             above = parent.number
         elif parent is not None and parent.id:
             above = (parent.id, parent.name, parent.key)
-        here = {**cuda(), **tags}  # what only the process that computes can see
-        self._send(Opened(run.number, name, key, kind, above, dict(params), here, owner or process.owner()))
+        here = {**cuda(), **tags, **process.owner()}  # what only the process that computes can see
+        self._send(Opened(run.number, name, key, kind, above, dict(params), here))
         return run
 
 
@@ -147,8 +146,8 @@ class Scribe:
         """Do what a message says. Never raises for MLflow's sake."""
         if isinstance(message, Opened):
             about = (message.name, message.key, message.kind, self._parent(message.above))
-            given = (message.params, message.tags, message.owner)
-            self._runs[message.number] = self._journal._find_or_create(*about, *given)
+            given = (message.params, message.tags)
+            self._runs[message.number] = self._journal._begin(*about, *given)
             return
         run = self._runs.get(message.number)
         if run is None:  # a signal came while it was opened; it ends with its process
