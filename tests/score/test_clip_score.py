@@ -76,11 +76,11 @@ def test_long_prompts_keep_their_end_token_and_are_reported(folders: Any, pictur
 
 
 def test_a_tokenizer_that_loses_the_end_token_is_refused(folders: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def cutting(name: str) -> Any:
+    def cutting(folder: Path, text: Any) -> Any:
         whole = open_clip.SimpleTokenizer()
         return lambda texts, context_length=77: whole(texts, context_length=2000)[:, :context_length]
 
-    monkeypatch.setattr(open_clip, "get_tokenizer", cutting)
+    monkeypatch.setattr(clip, "_tokenizer", cutting)
     monkeypatch.setattr(clip, "_open", {})
     with pytest.raises(BadInput, match="end-of-text"):
         ClipScore(str(folders.clip))
@@ -115,7 +115,7 @@ def test_longest_sees_the_whole_of_a_tall_picture_and_shortest_does_not(folders:
 def test_folders_without_readable_weights_are_refused(folders: Any, tmp_path: Path) -> None:
     shutil.copytree(folders.clip, tmp_path / "clip")
     (tmp_path / "clip" / "open_clip_model.safetensors").rename(tmp_path / "clip" / "open_clip_pytorch_model.bin")
-    with pytest.raises(BadInput, match=r"one \.safetensors file, found 0"):
+    with pytest.raises(BadInput, match="Found: none"):
         ClipScore(str(tmp_path / "clip"))
     with pytest.raises(BadSetting, match="longest, squash, shortest"):
         ClipScore(str(folders.clip), resize_mode="longst")

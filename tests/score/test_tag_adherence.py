@@ -228,7 +228,7 @@ def broken(folder: Path, target: Path, change: str) -> str:
         ("row", BadInput, "11 rows"),
         ("category", BadInput, "unknown categories 7"),
         ("thresholds", MissingObject, "lacks thresholds.json"),
-        ("character", BadSetting, "Thresholds are needed"),
+        ("character", BadSetting, "thresholds are needed"),
         ("pickle", MissingObject, "convert them to safetensors"),
     ],
 )

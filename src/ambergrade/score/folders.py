@@ -1,12 +1,18 @@
-"""Finds a scorer's files, and loads timm folders (config.json + model.safetensors), as WD taggers ship."""
+"""Finds a scorer's files, and loads timm folders (config.json + model.safetensors), as WD taggers ship.
+
+A folder may come from anybody. Only its weights, its tables and a checked copy of its config reach a library, so no
+key of a config can run code, read another file or ask a network.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
@@ -32,22 +38,40 @@ class TimmFolder:
     fingerprint: Mapping[str, Any]
 
 
+BUILD_ERRORS = (RuntimeError, LookupError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError)
+"""What timm and open_clip raise for a config that fits no network."""
+HUB_FILES = ["*.json", "*.csv", "*.safetensors", "*.onnx", "*.onnx_data", "*.txt"]
+"""What is fetched of a folder on the hub: no code and no pickles."""
+_NOT_A_NETWORKS = ("pretrained", "checkpoint_path", "cache_dir", "features_only", "feature_cls", "pruned")
+"""Beginnings of names in `model_args` that choose where weights come from, not what the network is."""
+
+
 def load_timm(source: str, *, device: str = "cpu") -> TimmFolder:
     """Load `builtin://name` or a local folder through timm's `local-dir:`.
 
     Architecture, model_args, num_classes, input size, mean and std all come from the folder's config.json.
-    Raises MissingObject or BadInput for a folder without safetensors weights or of another shape.
+    Raises MissingObject or BadInput for a folder without safetensors weights or of another shape, and BadInput for a
+    config that names weights of another place.
     """
     path = scorer_path(source)
-    weights = require_files(path, "config.json", "model.safetensors")[1]
+    listed, weights = require_files(path, "config.json", "model.safetensors")
+    about = read_json(listed)
+    architecture, arguments = about.get("architecture"), about.get("model_args") or {}
+    if not isinstance(architecture, str) or not timm.is_model(architecture):
+        raise BadInput(f"{listed}: architecture {architecture!r} is no network of timm {version('timm')}.")
+    if not isinstance(arguments, dict):
+        raise BadInput(f"{listed}: model_args must be an object, found {str(arguments)[:60]}.")
+    refuse_keys(listed, "model_args", [key for key in arguments if key.startswith(_NOT_A_NETWORKS)])
     try:
-        network = timm.create_model(f"local-dir:{path}", pretrained=True).eval().requires_grad_(False).to(device)
-    except (RuntimeError, KeyError) as error:
+        with only_these("config.json", about, weights) as folder:
+            network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    except BUILD_ERRORS as error:
         raise BadInput(f"timm cannot load {path}:\n{str(error)[:400]}") from error
+    network.requires_grad_(False).to(device)
     config = network.pretrained_cfg
     fingerprint = {
         "weights": file_digest(weights),
-        "config": file_digest(path / "config.json"),
+        "config": file_digest(listed),
         **library_versions("timm", "torch", "torchvision"),
     }
     return TimmFolder(
@@ -59,6 +83,36 @@ def load_timm(source: str, *, device: str = "cpu") -> TimmFolder:
         config["interpolation"],
         fingerprint,
     )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises BadInput for text that is no JSON, or JSON that is no object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path} is not JSON: {str(error)[:200]}") from error
+    if not isinstance(found, dict):
+        raise BadInput(f"{path} must hold a JSON object, found {type(found).__name__}.")
+    return found
+
+
+def refuse_keys(file: Path, where: str, keys: list[str]) -> None:
+    """Raise BadInput naming settings of a downloaded config that choose code, files or a network address."""
+    if keys:
+        raise BadInput(
+            f"{file}: {where} sets {', '.join(sorted(keys))}, which could run code or read other files.\n"
+            "Take the setting out if you trust the folder, or use another one."
+        )
+
+
+@contextmanager
+def only_these(name: str, config: Mapping[str, Any], weights: Path) -> Iterator[Path]:
+    """A temporary folder that holds a checked config and a link to one weight file, and nothing else to be loaded."""
+    with TemporaryDirectory(prefix="ambergrade-") as made:
+        folder = Path(made)
+        (folder / name).write_text(json.dumps(config), encoding="utf-8")
+        (folder / "model.safetensors").symlink_to(weights.resolve())
+        yield folder
 
 
 def scorer_path(source: str) -> Path:
@@ -73,7 +127,7 @@ def scorer_path(source: str) -> Path:
 
     name = source.removeprefix("hub://")
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.csv", "*.safetensors", "*.onnx", "*.txt"]))
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise MissingObject(
             f"The hub folder '{name}' is neither in the local cache nor to be had: {str(error).splitlines()[0][:160]}\n"

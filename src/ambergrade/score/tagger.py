@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,16 @@ import torch
 from PIL import Image
 
 from ambergrade.errors import BadInput, BadSetting, MissingObject
-from ambergrade.identity import file_digest
-from ambergrade.score.folders import TimmFolder, library_versions, load_timm, require_files, scorer_path, scoring_mode
+from ambergrade.identity import digest, file_digest
+from ambergrade.score.folders import (
+    TimmFolder,
+    library_versions,
+    load_timm,
+    read_json,
+    require_files,
+    scorer_path,
+    scoring_mode,
+)
 from ambergrade.store import written_aside
 
 Floats = npt.NDArray[np.float64]
@@ -56,8 +64,19 @@ class _Backend(Protocol):
 class Tagger:
     """Probabilities of tags and ratings."""
 
-    def __init__(self, source: str, thresholds: Mapping[str, float] | None = None, device: str = "cpu") -> None:
-        """`thresholds`: category to probability; by default the folder's thresholds.json, else its model card's."""
+    def __init__(
+        self,
+        source: str,
+        thresholds: Mapping[str, float] | None = None,
+        device: str = "cpu",
+        *,
+        key: str = "suite.metrics.tag_adherence.thresholds",
+    ) -> None:
+        """`thresholds`: category to probability; by default the folder's thresholds.json, else its model card's.
+
+        `key`: the setting that an error message advises to give.
+        """
+        self._key = key
         self.path = scorer_path(source)
         listed = require_files(self.path, "selected_tags.csv")[0]
         self.tags = _read_tags(listed)
@@ -67,9 +86,10 @@ class Tagger:
             raise BadInput(f"{self.path}: {rows} rows in selected_tags.csv, {outputs} outputs in the network.")
         needed = {tag.category for tag in self.tags} - {"rating"}
         found = thresholds if thresholds is not None else self._stated_thresholds(needed)
+        origin = key if thresholds is not None else f"{self.path}/thresholds.json"
         if not needed <= found.keys():
-            raise BadSetting(f"Thresholds are needed for {sorted(needed)}, found {sorted(found)}.")
-        self.thresholds = {category: float(found[category]) for category in sorted(needed)}
+            raise BadSetting(f"{origin}: thresholds are needed for {sorted(needed)}, found {sorted(found)}.")
+        self.thresholds = {category: _threshold(found[category], category, origin) for category in sorted(needed)}
         self.known = {tag.name: k for k, tag in enumerate(self.tags) if tag.category != "rating"}
         """Tag name to output, in the order of the csv; ratings are no tags."""
         self.ratings = {tag.name: k for k, tag in enumerate(self.tags) if tag.category == "rating"}
@@ -95,17 +115,23 @@ class Tagger:
     def _stated_thresholds(self, needed: Iterable[str]) -> dict[str, float]:
         file = self.path / "thresholds.json"
         if file.is_file():
-            stated: dict[str, float] = json.loads(file.read_text())
-            return stated
+            return read_json(file)
         config = self.path / "config.json"
-        about = json.loads(config.read_text()) if config.is_file() else {}
+        about = read_json(config) if config.is_file() else {}
         for start, value in CARD_THRESHOLDS.items():
             if about.get("num_classes") == WD_V3_TAGS and str(about.get("architecture")).startswith(start):
                 return dict.fromkeys(needed, value)
         raise MissingObject(
             f"The tagger {self.path} lacks thresholds.json.\n"
-            "Take its model card's value (there precision equals recall): thresholds={general: …, character: …}"
+            "Take its model card's value (there precision equals recall), for example\n"
+            f"  '{self._key}={{{', '.join(f'{category}: 0.35' for category in sorted(needed))}}}'"
         )
+
+
+def _threshold(value: object, category: str, origin: str) -> float:
+    if not isinstance(value, int | float) or not 0 < value < 1:
+        raise BadSetting(f"{origin}: the threshold of '{category}' must lie between 0 and 1, found {value!r}.")
+    return float(value)
 
 
 def prepare(pixels: Pixels, size: tuple[int, int], interpolation: str) -> npt.NDArray[np.float32]:
@@ -177,7 +203,7 @@ class OnnxTagger:
         self.outputs = outputs if isinstance(outputs, int) else None
         self._one_by_one = isinstance(given.shape[0], int)  # v2 graphs have a fixed batch of one
         self.fingerprint: Mapping[str, Any] = {
-            "weights": file_digest(file),
+            "weights": _all_weights(file),
             "preprocessing": f"white pad to square, PIL bicubic to {self.size}, BGR, 0-255",
             **library_versions("onnxruntime", "pillow"),
         }
@@ -191,6 +217,18 @@ class OnnxTagger:
                 f"This ONNX tagger answers {found.min():.3g} to {found.max():.3g}, which are no probabilities."
             )
         return found.astype(np.float64)
+
+
+def _all_weights(file: Path) -> str:
+    """Digest of an ONNX file, and of all others in its folder where there are any: tensors may lie outside the graph.
+
+    A graph names files for its large tensors, under any name. The tables that have digests of their own are left out.
+    """
+    own = {file.parent / name for name in ("selected_tags.csv", "thresholds.json", "rates.csv")} | {file}
+    others = sorted(path for path in file.parent.rglob("*") if path.is_file() and path not in own)
+    if not others:
+        return file_digest(file)
+    return digest([[path.relative_to(file.parent).as_posix(), file_digest(path)] for path in (file, *others)])
 
 
 def rates_of(
@@ -234,15 +272,18 @@ def write_rates(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def read_rates(path: Path) -> dict[str, list[float]]:
     """Tag to [tpr, fpr, pictures with it, pictures without it] of a rates.csv; raises BadInput for another file."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"tag", "tpr", "fpr", "pictures"} <= rows[0].keys():
-        raise BadInput(f"{path} must have the columns tag,tpr,fpr,pictures.")
-    most = max(float(row["pictures"]) for row in rows)
-    return {
-        row["tag"]: [float(row[key]) for key in ("tpr", "fpr", "pictures")] + [float(row.get("without") or most)]
-        for row in rows
-    }
+    rows = _rows(path, ("tag", "tpr", "fpr", "pictures"))
+    found = {}
+    try:
+        most = max(float(row["pictures"]) for row in rows)
+        for row in rows:
+            tpr, fpr, pictures = (float(row[key]) for key in ("tpr", "fpr", "pictures"))
+            if not (0 <= tpr <= 1 and 0 <= fpr <= 1 and 0 < pictures < math.inf):
+                raise ValueError(f"tag '{row['tag']}' has tpr {tpr}, fpr {fpr}, {pictures} pictures")
+            found[row["tag"]] = [tpr, fpr, pictures, float(row.get("without") or most)]
+    except (ValueError, TypeError) as error:
+        raise BadInput(f"{path} holds a value that is no rate: {error}.") from error
+    return found
 
 
 def _open(path: Path, device: str) -> _Backend:
@@ -252,11 +293,23 @@ def _open(path: Path, device: str) -> _Backend:
 
 
 def _read_tags(path: Path) -> list[Tag]:
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"name", "category"} <= rows[0].keys():
-        raise BadInput(f"{path} must have the columns tag_id,name,category,count.")
-    strange = sorted({row["category"] for row in rows} - CATEGORIES.keys())
+    rows = _rows(path, ("name", "category"))
+    strange = sorted({str(row["category"]) for row in rows} - CATEGORIES.keys())
     if strange:
         raise BadInput(f"{path}: unknown categories {', '.join(strange)}; known are {', '.join(CATEGORIES)}.")
-    return [Tag(row["name"], CATEGORIES[row["category"]], int(row.get("count") or 0)) for row in rows]
+    try:
+        return [Tag(row["name"], CATEGORIES[row["category"]], int(row.get("count") or 0)) for row in rows]
+    except ValueError as error:
+        raise BadInput(f"{path}: count must be a whole number: {error}.") from error
+
+
+def _rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a CSV file; raises BadInput unless all of them have the columns."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise BadInput(f"{path} is not CSV in UTF-8: {error}.") from error
+    if not rows or any(row.get(column) is None for row in rows for column in columns):
+        raise BadInput(f"{path} must have the columns {','.join(columns)} in every row.")
+    return rows

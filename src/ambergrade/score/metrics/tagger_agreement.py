@@ -37,11 +37,25 @@ class TaggerAgreement(Metric):
     name = "tagger_agreement"
     columns: Mapping[str, bool] = {"tagger_agreement": True, "second_tag_prob": True, "second_tag_recall": True}
 
-    def __init__(self, tagger: str, second: str, device: str = "cpu") -> None:
-        """Two WD folders (score/tagger.py). Raises BadSetting where their weights are the same or no tag is shared."""
+    def __init__(
+        self,
+        tagger: str,
+        second: str,
+        thresholds: Mapping[str, float] | None = None,
+        second_thresholds: Mapping[str, float] | None = None,
+        device: str = "cpu",
+    ) -> None:
+        """Two WD folders (score/tagger.py), each with its thresholds: by default its own or its model card's.
+
+        Raises BadSetting where their weights are the same or no tag is shared.
+        """
         from ambergrade.score.tagger import Tagger  # a sheet is read without it
 
-        self._taggers = Tagger(tagger, device=device), Tagger(second, device=device)
+        key = "suite.metrics.tagger_agreement"
+        self._taggers = (
+            Tagger(tagger, thresholds, device, key=f"{key}.thresholds"),
+            Tagger(second, second_thresholds, device, key=f"{key}.second_thresholds"),
+        )
         one, other = (found.fingerprint for found in self._taggers)
         if one["weights"] == other["weights"]:
             raise BadSetting("The second tagger has the first one's weights: it agrees whatever the picture.")
