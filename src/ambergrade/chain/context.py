@@ -22,6 +22,7 @@ from ambergrade.errors import BadSetting
 from ambergrade.identity import canonical_json
 from ambergrade.store import Finished, Ledger, Outputs
 from ambergrade.track.journal import Journal, Run
+from ambergrade.track.secrets import Secrets
 
 Work = Callable[[Path, Run], Outputs]
 """Computes a stage's outputs, given a scratch folder that survives a kill and the stage's run in the journal."""
@@ -129,10 +130,21 @@ class Context:
             print(f"not journaled: {trouble}")
 
 
+def open_journal(root: Path, name: str, settings: object, invocation: Invocation) -> Journal:
+    """Open the journal of a command; the secrets among its settings are masked in whatever is written there."""
+    return Journal.open(root, name, secrets=Secrets.of(_plain(settings), invocation.secret))
+
+
 def record_command(run: Run, settings: object, invocation: Invocation) -> None:
     """Keep on a run what made it: the resolved settings, the command's overrides, code, lock and hardware."""
     if not run.done:
-        run.provenance(json.loads(canonical_json(settings)), invocation.overrides)
+        run.provenance(_plain(settings), invocation.overrides)
+
+
+def _plain(settings: object) -> dict[str, object]:
+    """Settings as plain values."""
+    found: dict[str, object] = json.loads(canonical_json(settings))
+    return found
 
 
 def use_threads(compute: Compute) -> None:

@@ -12,9 +12,9 @@ import numpy as np
 from ambergrade.captions.booru import Booru, open_booru
 from ambergrade.captions.files import PictureFiles
 from ambergrade.captions.lines import caption_lines, percentile_table
-from ambergrade.captions.readers import Array
 from ambergrade.captions.recipe import caption_line, explain
 from ambergrade.captions.selection import select_rows
+from ambergrade.captions.values import Array
 from ambergrade.chain.dataset import draw_world
 from ambergrade.chain.settings import DataPipelineSettings, Invocation
 from ambergrade.errors import BadInput, BadSetting, UnknownName
@@ -144,10 +144,9 @@ def lint_pictures(curation: Curation) -> None:
 
 def build_manifests(curation: Curation) -> None:
     """Write the manifests that a training makes too, and say what became of every post."""
-    from ambergrade.chain.context import Context, record_command
+    from ambergrade.chain.context import Context, open_journal, record_command
     from ambergrade.chain.dataset import dataset
     from ambergrade.identity import digest
-    from ambergrade.track.journal import Journal
     from ambergrade.train.plan import cache_gb
 
     settings = curation.settings
@@ -155,7 +154,7 @@ def build_manifests(curation: Curation) -> None:
     if settings.database is None or settings.pictures is None:
         raise BadSetting("action=build needs database=FILE and pictures=FOLDER.")
     data = replace(settings.data, database=settings.database, pictures=settings.pictures)
-    journal = Journal.open(settings.root, settings.name)
+    journal = open_journal(settings.root, settings.name, settings, curation.invocation)
     key = digest([data, settings.captions, settings.family])
     with journal.run("build", key=key, kind="chain", params={"captions": settings.captions.name}) as run:
         record_command(run, settings, curation.invocation)

@@ -82,10 +82,12 @@ def dataset(context: Context, data: DataSettings, captions: CaptionRecipe, famil
         run.note("\n\n".join(f"**{split}**\n```\n{text}\n```" for split, text in done.values["report"].items()))
         run.file(done.files["train.jsonl"], "captions")
 
+    rows = select_rows(booru, replace(data.selection, split="all"))
+    pictures = files.fingerprint((post.id, post.file_name) for post in booru.posts(rows))
     settings: dict[str, object] = {"captions": captions, "selection": data.selection, "buckets": buckets}
     if unwanted:
         settings["leave_out"] = digest(sorted(unwanted))
-    task = DATASET.task(settings, {"database": booru.fingerprint})
+    task = DATASET.task(settings, {"database": booru.fingerprint, "pictures": pictures})
     return context.run(task, "captions and buckets", work, journal=journal)
 
 

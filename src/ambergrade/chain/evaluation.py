@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from ambergrade.chain.context import Context, Stage, record_command, use_threads
+from ambergrade.chain.context import Context, Stage, open_journal, record_command, use_threads
 from ambergrade.chain.point import Scoring, open_checkpoint
 from ambergrade.chain.settings import EvaluateSettings, Invocation
 from ambergrade.errors import BadInput, BadSetting
@@ -35,7 +35,7 @@ from ambergrade.score.report import html_report
 from ambergrade.score.scoring import Metric, load_metric, metric_class, score
 from ambergrade.score.sheet import ScoreSheet, refuse_unlike
 from ambergrade.store import Finished, Outputs, copy_file, find_file, written_aside
-from ambergrade.track.journal import Journal, Run
+from ambergrade.track.journal import Run
 from ambergrade.track.lookup import registered_checkpoint
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def score_pictures(settings: EvaluateSettings, invocation: Invocation) -> None:
     """Draw or read the pictures, score them, write the sheet and the report."""
     use_threads(settings.compute)
     baseline = ScoreSheet.read(find_file(settings.baseline)) if settings.baseline else None
-    journal = Journal.open(settings.root, settings.name)
+    journal = open_journal(settings.root, settings.name, settings, invocation)
     prompts = read_prompts(settings)
     what = {name: value for name, value in vars(settings).items() if name not in _WHERE}
     title = Path(settings.model or settings.pictures or "").name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ambergrade.chain.context import Context, record_command, use_threads
+from ambergrade.chain.context import Context, open_journal, record_command, use_threads
 from ambergrade.chain.dataset import dataset, draw_world, read_sets
 from ambergrade.chain.latents import prove_latents
 from ambergrade.chain.point import open_checkpoint, read_prompts
@@ -10,7 +10,6 @@ from ambergrade.chain.settings import Invocation, TrainPipelineSettings
 from ambergrade.chain.training import Subject, prove, train
 from ambergrade.identity import digest
 from ambergrade.store import copy_file, find_file
-from ambergrade.track.journal import Journal
 
 _WHERE = ("root", "compute", "debug", "out", "processes", "plan", "gpu", "pictures")
 """Settings that change no result."""
@@ -22,7 +21,7 @@ def run(settings: TrainPipelineSettings, invocation: Invocation) -> None:
     assert source is not None, settings.base
     path = find_file(source)  # before anything slow
     use_threads(settings.compute)
-    journal = Journal.open(settings.root, settings.name)
+    journal = open_journal(settings.root, settings.name, settings, invocation)
     key = digest({name: value for name, value in vars(settings).items() if name not in _WHERE})
     title = settings.trained
     params = {"base": settings.base, "trained": title}

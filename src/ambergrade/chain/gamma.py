@@ -6,7 +6,7 @@ from dataclasses import asdict
 from html import escape
 from pathlib import Path
 
-from ambergrade.chain.context import Context, record_command, use_threads
+from ambergrade.chain.context import Context, open_journal, record_command, use_threads
 from ambergrade.chain.dataset import dataset, draw_world, read_sets
 from ambergrade.chain.gates import judge_candidate
 from ambergrade.chain.heldout import Finalists, compare_finalists
@@ -24,7 +24,6 @@ from ambergrade.score.html import picture
 from ambergrade.score.review import Review
 from ambergrade.store import find_file
 from ambergrade.track import ui
-from ambergrade.track.journal import Journal
 
 
 def run(settings: GammaSettings, invocation: Invocation) -> None:
@@ -33,7 +32,7 @@ def run(settings: GammaSettings, invocation: Invocation) -> None:
     load_gates({label: one.as_mapping for label, one in settings.gates.items()})
     use_threads(settings.compute)
     title = f"{settings.release.name} {settings.release.version}"
-    journal = Journal.open(settings.root, settings.name)
+    journal = open_journal(settings.root, settings.name, settings, invocation)
     key = digest({name: value for name, value in vars(settings).items() if name not in _WHERE})
     with journal.run(title, key=key, kind="chain", params=_parameters(settings)) as parent:
         print(f"{title}, {settings.root / 'mlruns'}")

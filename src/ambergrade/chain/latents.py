@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from PIL import Image
 
 from ambergrade.captions.pictures import decode_bytes
 from ambergrade.chain.context import Context, Stage
@@ -17,6 +16,7 @@ from ambergrade.family.load import family as load_family
 from ambergrade.nouns import CaptionSet, Checkpoint
 from ambergrade.store import Outputs, find_file
 from ambergrade.train.latent_store import LatentStore
+from ambergrade.train.latents import PictureReader
 
 LATENTS = Stage("latents", 3)
 
@@ -33,10 +33,7 @@ def encode(
     """Return the store with latents of both sets by the base's VAE; only those that are missing are made."""
     vae = vae_digest(weights)
     store = LatentStore(context.ledger.root / "latents", vae)
-    files = picture_files(context, data)
-
-    def picture(name: str) -> Image.Image:
-        return decode_bytes(files.read(name), name)
+    pictures = PictureReader(picture_files(context, data).read, decode_bytes)
 
     def fill() -> int:
         if not store.missing(captions) and not store.missing(validation):
@@ -44,7 +41,7 @@ def encode(
         loaded = load_family(family.name)
         networks = loaded.load(base.path, find_file(family.config), device=context.device, only=["vae"])
         at_once = max(1, min(16, 16 * 512**2 // family.resolution**2))  # 10 GB in fp32 at most
-        return sum(store.fill(networks.vae, chosen, picture, batch=at_once) for chosen in (captions, validation))
+        return sum(store.fill(networks.vae, chosen, pictures, batch=at_once) for chosen in (captions, validation))
 
     task = LATENTS.task({}, {"vae": vae, "train": captions.digest, "heldout": validation.digest})
     done = context.run(task, "latents", lambda scratch, run: Outputs({}, {"encoded": fill()}))
@@ -71,7 +68,7 @@ def prove_latents(
     store = LatentStore(context.ledger.root / "latents", vae_digest(loaded.read_checkpoint(base.path)))
     complaints = store.verify()
     print(f"  {len(list(store.folder.glob('*.safetensors')))} shard(s) hashed in {store.folder}")
-    files = picture_files(context, data)
+    pictures = PictureReader(picture_files(context, data).read, decode_bytes)
     for name, chosen in zip(SPLITS, (captions, validation), strict=True):
         missing = set(store.missing(chosen))
         there = CaptionSet(tuple(p for n, p in enumerate(chosen.pictures) if n not in missing), chosen.recipe)
@@ -79,9 +76,7 @@ def prove_latents(
         told = f", {len(missing)} of them without a latent yet" if missing else ""
         print(f"  {name}: {len(chosen.pictures)} pictures{told}; {count} encoded again")
         if count and not complaints:
-            complaints = store.verify(
-                networks.vae, there, lambda name: decode_bytes(files.read(name), name), count=count
-            )
+            complaints = store.verify(networks.vae, there, pictures, count=count)
     if complaints:
         raise BadInput("Latents are not what they should be:\n" + "\n".join(complaints))
     print("verify=latents holds")

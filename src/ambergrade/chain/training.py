@@ -25,6 +25,7 @@ from ambergrade.identity import random_seed
 from ambergrade.nouns import CaptionSet, Checkpoint, PromptSet, SamplerSettings
 from ambergrade.store import Finished, Outputs, find_file
 from ambergrade.track.journal import Run
+from ambergrade.train import lora
 from ambergrade.train.latent_store import LatentStore
 from ambergrade.train.settings import TrainSettings
 from ambergrade.train.trainer import HALF, TRAINED, LogRow, fine_tune
@@ -85,7 +86,7 @@ def train(context: Context, subject: Subject) -> Checkpoint:
         subject.loaded.write_checkpoint(scratch / f"{name}.safetensors", kept, about)
         files = {"checkpoint": scratch / f"{name}.safetensors"}
         if trainer.lora is not None:
-            files["lora"] = scratch / "lora.safetensors"
+            files["lora"] = scratch / lora.FILE
         return Outputs(files, {"validation": losses, "images": seen})
 
     def journal(run: Run, done: Finished) -> None:
@@ -98,14 +99,15 @@ def train(context: Context, subject: Subject) -> Checkpoint:
         "base": subject.base.digest,
         "train": subject.captions.digest,
         "heldout": subject.validation.digest,
-        "latents": latents.vae,
+        "latents": latents.open(subject.captions).digest,
+        "heldout latents": latents.open(subject.validation).digest,
     }
     params = {**flat(trainer.what), "base": subject.base_name, "pictures": len(subject.captions.pictures)}
     done = context.run(TRAIN.task(trainer.what, inputs), f"train {name}", work, journal=journal, params=params)
     losses = done.values["validation"]
     print(f"    validation loss {losses['before']['mean']:.4f} -> {losses['after']['mean']:.4f}")
     if "lora" in done.files:
-        print(f"    {trainer.lora and trainer.lora.get('kind', 'lora')} file  {done.files['lora']}")
+        print(f"    {trainer.lora and trainer.lora.kind} file  {done.files['lora']}")
     return open_checkpoint(done.files["checkpoint"], subject.base.family)
 
 

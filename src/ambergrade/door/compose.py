@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ambergrade.errors import AmbergradeError, BadSetting, nearest, unknown_name
 from ambergrade.identity import digest
 from ambergrade.places import CONF, default_root, project
+from ambergrade.track.secrets import environment_keys
 from ambergrade.typed import open_keys, settings
 
 T = TypeVar("T")
@@ -65,11 +66,8 @@ def read(cls: type[T], cfg: DictConfig) -> T:
 
 
 def secret_keys(cfg: DictConfig) -> tuple[str, ...]:
-    """Dotted keys of the settings that came from environment variables, `root` aside."""
-    raw = _container(_without_hydra(cfg), resolve=False)
-    return tuple(
-        key for key, value in _leaves(raw) if isinstance(value, str) and "${oc.env:" in value and key != "root"
-    )
+    """Dotted keys of the settings that came from environment variables."""
+    return tuple(sorted(environment_keys(_container(_without_hydra(cfg), resolve=False))))
 
 
 def search_path(conf: Path) -> list[str]:

@@ -56,7 +56,9 @@ def set_prediction(networks: Networks, settings: TrainSettings) -> None:
     trained = plug_module("loss", settings.loss).PREDICTION
     found = networks.scheduler_config.get("prediction_type", "epsilon")
     if trained == "epsilon" and found != "epsilon":
-        raise BadSetting(f"The base predicts {found}, and loss={settings.loss['name']} trains epsilon. Take loss@trainer.loss=v.")
+        raise BadSetting(
+            f"The base predicts {found}, and loss={settings.loss['name']} trains epsilon. Take loss@trainer.loss=v."
+        )
     if trained != found:
         networks.scheduler_config = {**networks.scheduler_config, "prediction_type": trained}
     if settings.zero_terminal_snr:
