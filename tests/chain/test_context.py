@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from ambergrade.chain.context import Context, Stage
 from ambergrade.chain.settings import Compute
 from ambergrade.store import Outputs
@@ -40,11 +42,12 @@ def test_where_is_in_no_identity(context: Context) -> None:
     assert not elsewhere.run(task, "toast", made).fresh
 
 
-def test_a_damaged_result_is_made_again(context: Context) -> None:
+@pytest.mark.parametrize("damage", ["burnt!", "krisp"], ids=["another size", "one byte"])
+def test_a_damaged_result_is_made_again(context: Context, damage: str) -> None:
     task = TOAST.task({"minutes": 2}, {"bread": "rye"})
     file = context.run(task, "toast", made).files["toast"]
     file.chmod(0o644)
-    file.write_text("burnt!")  # another size
+    file.write_text(damage)
     again = context.run(task, "toast", made)
     assert again.fresh
     assert again.files["toast"].read_text() == "crisp"

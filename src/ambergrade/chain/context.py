@@ -108,6 +108,7 @@ class Context:
                 task.settings,
                 task.inputs,
                 lambda scratch: work(scratch, run),
+                verify=True,  # a file that was read before and has not changed since is not read again
             )
             new = done.fresh or self.ledger.finished_since(task.stage.kind, task.identity, self.started)
             if not run.done:
