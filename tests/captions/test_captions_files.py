@@ -42,6 +42,8 @@ def folder(tmp_path: Path) -> Path:
     (made / "0456").mkdir()
     (made / "0456" / "9456.png").write_bytes(png(9, tmp_path))
     (made / "loose.png").write_bytes(png(1, tmp_path))
+    write_tar(made / "data-0009.tar", {"²³.png": b"", "9" * 30 + ".png": b"", "9.png": png(3, tmp_path)}, tmp_path)
+    (made / "data-²³.tar").write_bytes(b"")
     return made
 
 
@@ -55,6 +57,7 @@ def test_every_layout_is_found_and_read(folder: Path, tmp_path: Path) -> None:
         (3, "loose.png"): "loose.png",
         (5124, "5124.jpg"): None,
         (6123, "6123.jpg"): None,
+        (9, "9.jpg"): "data-0009.tar/9.png",
     }
     assert {post: files.find(*post) for post in wanted} == wanted
     assert files.read("data-0123.tar/44123.webp") == png(44, tmp_path)
