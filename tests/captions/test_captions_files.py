@@ -133,7 +133,7 @@ def test_a_file_that_may_not_be_read_is_told(folder: Path, monkeypatch: pytest.M
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "read_bytes", refused)
-    with pytest.raises(BadInput, match="loose.png cannot be read: Permission denied"):
+    with pytest.raises(BadInput, match=r"loose\.png cannot be read: Permission denied"):
         PictureFiles(folder).read("loose.png")
 
 
