@@ -211,14 +211,14 @@ def test_cut_is_one_resize_and_a_crop() -> None:
     image = Image.new("RGB", (400, 200), RED)
     image.paste(GREEN, (100, 0, 300, 200))
     assert covering_size(image.size, (128, 128)) == (256, 128)
-    pixels = np.asarray(cut(image, (128, 128), (64, 0)))
+    pixels = np.asarray(cut(image, (128, 128), (64, 0), "a"))
     assert pixels.shape == (128, 128, 3)
     assert (pixels[:, 8:-8] == GREEN).all()
     exact = np.random.default_rng(1).integers(0, 256, (96, 160, 3), dtype=np.uint8)
-    assert np.array_equal(np.asarray(cut(Image.fromarray(exact), (160, 96), (0, 0))), exact)
+    assert np.array_equal(np.asarray(cut(Image.fromarray(exact), (160, 96), (0, 0), "a")), exact)
     for corner in ((129, 0), (0, 1), (-1, 0)):
-        with pytest.raises(BadInput, match="leaves the picture"):
-            cut(image, (128, 128), corner)
+        with pytest.raises(BadInput, match=r"post 5: the crop .* leaves the picture"):
+            cut(image, (128, 128), corner, "post 5")
 
 
 def damaged_exif() -> dict[str, bytes]:

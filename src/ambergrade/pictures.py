@@ -137,16 +137,16 @@ def covering_size(size: Size, target: Size) -> Size:
     return target_width, max(target_height, (2 * height * target_width + width) // (2 * width))
 
 
-def cut(picture: Image.Image, target: Size, corner: Size) -> Image.Image:
+def cut(picture: Image.Image, target: Size, corner: Size, name: str) -> Image.Image:
     """Return a picture of the size `target`: one Lanczos resize that just covers it, then a crop from `corner`.
 
-    `corner` is (left, top) in resized pixels. Raises BadInput where the crop would leave the picture.
+    `corner` is (left, top) in resized pixels. Raises BadInput, with `name`, where the crop would leave the picture.
     """
     (width, height), (left, top) = target, corner
     size = covering_size(picture.size, target)
     if min(corner) < 0 or left + width > size[0] or top + height > size[1]:
         raise BadInput(
-            f"The crop at {corner} leaves the picture, which is {size[0]}x{size[1]} px when resized to cover "
+            f"{name}: the crop at {corner} leaves the picture, which is {size[0]}x{size[1]} px when resized to cover "
             f"{width}x{height}.\nThe file has other proportions than the caption set says; build the caption set again."
         )
     resized = picture.resize(size, Image.Resampling.LANCZOS) if size != picture.size else picture

@@ -15,14 +15,9 @@ from ambergrade.captions.booru import Booru, open_booru, read_posts
 from ambergrade.errors import BadInput
 from ambergrade.nouns import Post
 
-TAGS = ((1, "long_hair", 0), (2, "kohaku_(world)", 2), (3, "smile", 0), (4, "original", 3), (5, "amber", 1))
-TAGS += ((6, "hi", 4),)
-    (1, "long_hair", 0),
-    (2, "kohaku_(world)", 2),
-    (3, "smile", 0),
-    (4, "original", 3),
-    (5, "amber", 1),
-    (6, "hi", 4),
+TAGS = (
+    *((1, "long_hair", 0), (2, "kohaku_(world)", 2), (3, "smile", 0)),
+    *((4, "original", 3), (5, "amber", 1), (6, "hi", 4)),
 )
 WORDS = {0: "general", 1: "artist", 2: "character", 3: "copyright", 4: "meta"}
 SITE = {0: 0, 1: 1, 2: 4, 3: 3, 4: 5}

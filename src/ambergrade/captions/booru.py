@@ -104,6 +104,11 @@ class Booru:
             file_name=self.file_name(row),
         )
 
+    def pictures(self, rows: Iterable[int]) -> Iterator[tuple[int, str]]:
+        """Yield (id, file name) of the posts of the given rows, as `PictureFiles.fingerprint` takes them."""
+        for row in rows:
+            yield int(self.columns["id"][row]), self.file_name(row)
+
     def file_name(self, row: int) -> str:
         """As the database names it, else `<id>.<extension>`."""
         if len(self.file_offsets) > 1 and self.file_offsets[row + 1] > self.file_offsets[row]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,15 +22,14 @@ from ambergrade.store import written_aside
 
 PER_LAYOUT = 1000
 """Tars, and folders, of the danbooru datasets: a post lies in the one numbered id mod 1000."""
-MEMBERS = ("ids", "offsets", "sizes", "names")
+NUMBER = re.compile("[0-9]{1,18}")
 
 
 class OutsideFolder(BadInput):
     """A picture's name leads out of the picture folder: absolute, by `..`, or through a link."""
 
 
-@dataclass(frozen=True, eq=False)
-class _Index:
+class _Members(NamedTuple):
     """Members of one tar that are named by a post's id."""
 
     ids: npt.NDArray[np.int64]
@@ -38,12 +38,18 @@ class _Index:
     """Bytes from the tar's beginning."""
     sizes: npt.NDArray[np.int64]
     names: npt.NDArray[np.str_]
+
+
+@dataclass(frozen=True, eq=False)
+class _Index:
+    """A tar's members, and when the tar was last written."""
+
+    members: _Members
     changed_ns: int
-    """When the tar was last written."""
 
     def place(self, post_id: int) -> int | None:
-        place = int(np.searchsorted(self.ids, post_id))
-        return place if place < len(self.ids) and self.ids[place] == post_id else None
+        place = int(np.searchsorted(self.members.ids, post_id))
+        return place if place < len(self.members.ids) and self.members.ids[place] == post_id else None
 
 
 class PictureFiles:
@@ -67,7 +73,7 @@ class PictureFiles:
         found: dict[int, list[str]] = {}
         for path in sorted(self.folder.glob("**/data-*.tar")) if self.folder.is_dir() else ():
             number = path.stem.removeprefix("data-")
-            if number.isdigit():
+            if NUMBER.fullmatch(number):
                 found.setdefault(int(number), []).append(path.relative_to(self.folder).as_posix())
         return found
 
@@ -96,25 +102,17 @@ class PictureFiles:
             hasher.update(repr((post_id, found)).encode())
         return hasher.hexdigest()
 
-    def read(self, name: str, sha256: str = "") -> bytes:
-        """Return the bytes of a picture by its name.
-
-        Raises BadInput where there is none, its tar is cut short, or its bytes are not those of `sha256`; and
-        OutsideFolder.
-        """
+    def read(self, name: str) -> bytes:
+        """Return the bytes of a picture by its name. Raises BadInput where there is none, and OutsideFolder."""
         tar, inside, _ = name.rpartition(".tar/")
-        if inside and self._stat(f"{tar}.tar"):
-            data = self._member(f"{tar}.tar", name)
-        elif self._stat(name):
-            data = (self.folder / name).read_bytes()
-        else:
-            raise BadInput(f"No picture at {self.folder / name}.")
-        if sha256 and hashlib.sha256(data).hexdigest() != sha256:
-            raise BadInput(
-                f"{self.folder / name} is not the picture that the manifest means: its bytes were others "
-                f"(sha256 {sha256[:12]}…).\nBuild the manifest again, or put the picture back."
-            )
-        return data
+        try:
+            if inside and self._stat(f"{tar}.tar"):
+                return self._member(f"{tar}.tar", name)
+            if self._stat(name):
+                return (self.folder / name).read_bytes()
+        except OSError as error:
+            raise BadInput(f"{self.folder / name} cannot be read: {error.strerror}.") from error
+        raise BadInput(f"No picture at {self.folder / name}.")
 
     def _located(self, post_id: int, file_name: str) -> tuple[str, int, int] | None:
         """(name, size, time of change in ns) of a post's picture."""
@@ -126,7 +124,7 @@ class PictureFiles:
             index = self._opened(tar)
             place = index.place(post_id)
             if place is not None:
-                return f"{tar}/{index.names[place]}", int(index.sizes[place]), index.changed_ns
+                return f"{tar}/{index.members.names[place]}", int(index.members.sizes[place]), index.changed_ns
         return None
 
     def _stat(self, name: str) -> os.stat_result | None:
@@ -161,13 +159,13 @@ class PictureFiles:
         index = self._opened(tar)
         member = name.removeprefix(f"{tar}/")
         stem = Path(member).stem
-        place = index.place(int(stem)) if stem.isdigit() else None
-        if place is None or index.names[place] != member:
+        place = index.place(int(stem)) if NUMBER.fullmatch(stem) else None
+        if place is None or index.members.names[place] != member:
             raise BadInput(f"{self.folder / tar} has no member {member}.")
         with (self.folder / tar).open("rb") as file:
-            file.seek(int(index.offsets[place]))
-            found = file.read(int(index.sizes[place]))
-        if len(found) < index.sizes[place]:
+            file.seek(int(index.members.offsets[place]))
+            found = file.read(int(index.members.sizes[place]))
+        if len(found) < index.members.sizes[place]:
             raise BadInput(f"{self.folder / tar} ends within {member}: the tar is cut short.")
         return found
 
@@ -180,27 +178,26 @@ class PictureFiles:
             kept = self.index and self.index / f"{digest(state)[:24]}.npz"
             if kept and kept.is_file():
                 with np.load(kept) as arrays:
-                    members = [arrays[name] for name in MEMBERS]
+                    members = _Members(*(arrays[name] for name in _Members._fields))
             else:
                 members = _members(self.folder / tar)
                 if kept:
                     with written_aside(kept) as aside, aside.open("wb") as file:
-                        np.savez(file, **dict(zip(MEMBERS, members, strict=True)))
-            self._indices[tar] = _Index(*members, about.st_mtime_ns)
+                        np.savez(file, allow_pickle=False, **members._asdict())
+            self._indices[tar] = _Index(members, about.st_mtime_ns)
         return self._indices[tar]
 
 
-def _members(path: Path) -> list[npt.NDArray[Any]]:
-    """A tar's members as `_Index` holds them, in the order of MEMBERS."""
+def _members(path: Path) -> _Members:
     rows: dict[int, tuple[int, int, str]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 stem = Path(member.name).stem
-                if member.isfile() and stem.isdigit():
+                if member.isfile() and NUMBER.fullmatch(stem):
                     rows[int(stem)] = (member.offset_data, member.size, member.name)  # the last of a name counts
     except (tarfile.TarError, OSError) as error:
         raise BadInput(f"{path} cannot be read as an uncompressed tar: {error}.") from error
     ids = sorted(rows)
     offsets, sizes = (np.array([rows[post][place] for post in ids], np.int64) for place in (0, 1))
-    return [np.array(ids, np.int64), offsets, sizes, np.array([rows[post][2] for post in ids], np.str_)]
+    return _Members(np.array(ids, np.int64), offsets, sizes, np.array([rows[post][2] for post in ids], np.str_))

@@ -15,7 +15,7 @@ from ambergrade.nouns import RATINGS, TAG_TYPES
 Array = npt.NDArray[Any]
 RATING_CODES = {word: code for code, rating in enumerate(RATINGS) for word in (rating, rating[0])}
 """The words and letters that danbooru writes since 2022: g, s (sensitive), q, e."""
-SITE_TYPES = {0: "general", 1: "artist", 3: "copyright", 4: "character", 5: "meta"}
+SITE_TYPES = {"general": 0, "artist": 1, "copyright": 3, "character": 4, "meta": 5}
 """danbooru's own numbers of tag types; the danbooru2023 dumps number them in the order of TAG_TYPES."""
 WHOLE = re.compile(r"[+-]?[0-9]{1,18}(\.0+)?")
 
@@ -70,13 +70,14 @@ def tag_table(rows: Iterable[tuple[Any, Any, Any]], database: object) -> tuple[A
     ids = whole_numbers([row[0] for row in named], f"{database}: tag.id")
     spelled = [_type(row[2]) for row in named]
     site = 5 in spelled
-    known = {number: TAG_TYPES.index(word) for number, word in SITE_TYPES.items()} if site else {}
-    known |= {word: place for place, word in enumerate(TAG_TYPES)} | ({} if site else {n: n for n in range(5)})
+    known: dict[int | str | None, int] = {}
+    for place, word in enumerate(TAG_TYPES):
+        known[word] = known[SITE_TYPES[word] if site else place] = place
     for (tag, name, kind), value in zip(named, spelled, strict=True):
         if value not in known:
-            numbers = "0, 1, 3, 4, 5 (danbooru's own, since 5 is among them)" if site else "0 to 4"
+            right = "0, 1, 3, 4, 5 (danbooru's own, since 5 is among them)" if site else "0 to 4"
             raise BadInput(
-                f"{database}: tag.type of '{name}' (id {tag}) is {kind!r:.80}; {numbers}, or one of "
+                f"{database}: tag.type of '{name}' (id {tag}) is {kind!r:.80}; {right}, or one of "
                 f"{', '.join(TAG_TYPES)}, is needed."
             )
         if not isinstance(name, str | int):
