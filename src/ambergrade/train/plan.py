@@ -47,7 +47,7 @@ class Device:
     name: str
     memory_gb: float
     peak_tflops: float
-    """Of the datasheet: dense bf16 with fp32 accumulation. Shares (MFU) are of this."""
+    """The datasheet's: dense bf16 with fp32 accumulation. Shares (MFU) are of this."""
     dollars: tuple[float, float]
     """An hour: rented from a small provider in 2025, and the list price of a large cloud in 2024."""
     mfu: Mapping[str, float]

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ambergrade.errors import BadSetting
 from ambergrade.identity import canonical_json
@@ -86,8 +85,8 @@ class TrainingRun:
         if self.ema:
             # A short memory at first, so that the start is forgotten.
             decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-            live = [p.data.float() for p in self.names.values()]
-            get_ema_multi_avg_fn(decay)(list(self.ema.values()), live, self.steps)
+            for name, average in self.ema.items():
+                average.lerp_(self.names[name].detach().float(), 1 - decay)
 
     def log(self, lr: dict[str, float], peak: float | None = None) -> LogRow:
         """A row over the steps since the last; `peak` is FLOP/s of all GPUs together."""

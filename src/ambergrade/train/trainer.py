@@ -123,16 +123,10 @@ def fine_tune(
     flop = StepFlop(networks, settings.lr, settings.tokens) if peak and adapters is None else None
     batches = Batches({bucket: len(rows) for bucket, rows in latents.positions.items()}, settings.batch, settings.seed)
     denoiser.train()
-    bar = tqdm(
-        total=settings.images,
-        initial=run.seen,
-        desc="train",
-        unit="img",
-        disable=None if accelerator.is_main_process else True,
-    )
+    silent = None if accelerator.is_main_process else True
     stock = settings.compile or adapters is not None
     with (
-        bar,
+        tqdm(total=settings.images, initial=run.seen, desc="train", unit="img", disable=silent) as bar,
         nullcontext() if stock else unread_layer_left_out(networks.text_encoder),
     ):
         while run.seen < settings.images:

@@ -1,6 +1,9 @@
 """Adafactor (Shazeer & Stern 2018) with the learning rate given: two vectors of state for a matrix, not two copies.
 
-bf16 weights are rounded stochastically.
+A matrix and a vector are stepped as by transformers' Adafactor with `scale_parameter=False, relative_step=False`. A
+convolution differs: here it is the matrix of its filters, (out, in · kernel), where transformers, timm and torch factor
+the kernel's two axes and keep 6 numbers for the 9 weights of a 3 x 3 kernel: 0.96 GB for the convolutions of SDXL's
+UNet instead of 1.5 MB. The state is fp32 whatever the weights are, and bf16 weights are rounded stochastically.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Lion (Chen et al. 2023, algorithm 2): the sign of a mixed momentum; bf16 weights are rounded stochastically."""
+"""Lion (Chen et al. 2023, algorithm 2): the sign of a mixed momentum.
+
+With fp32 weights it steps as timm's Lion does. With bf16 weights the momentum is still fp32, where timm and others keep
+it in bf16, and the weights are rounded stochastically: signs of small momenta, and with them steps, may differ.
+"""
 
 from __future__ import annotations
 
