@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ambergrade.errors import BadInput
 from ambergrade.family.files import read_tensors, write_tensors
 from ambergrade.nouns import CaptionedPicture, CaptionSet
+from ambergrade.pictures import cut, decode_bytes
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class PictureReader:
 
     read: Callable[[str], bytes]
     """Gives a file's bytes by its name."""
-    decode: Callable[[bytes, str], Image.Image]
+    decode: Callable[[bytes, str], Image.Image] = decode_bytes
     """Makes an upright RGB picture of bytes; the name is for complaints."""
 
     def open(self, picture: CaptionedPicture) -> Image.Image:
@@ -108,10 +109,10 @@ def encode_pictures(
     `mapped` opens and cuts them, perhaps in threads. Raises BadInput as `cache_latents` does.
     """
 
-    def cut(picture: CaptionedPicture) -> Tensor:
+    def pixels_of(picture: CaptionedPicture) -> Tensor:
         return _pixels(fit_to_bucket(pictures.open(picture), picture))
 
-    return _encode(vae, torch.stack(list(mapped(cut, chosen))), chosen).float().cpu()
+    return _encode(vae, torch.stack(list(mapped(pixels_of, chosen))), chosen).float().cpu()
 
 
 def read_latents(path: Path) -> Latents:
@@ -134,22 +135,11 @@ def group_by_bucket(captions: CaptionSet) -> dict[tuple[int, int], list[int]]:
 
 
 def fit_to_bucket(image: Image.Image, picture: CaptionedPicture) -> Image.Image:
-    """One Lanczos resize that just covers the bucket, then the caption set's crop."""
-    width, height = picture.bucket
-    # Whole-number rounding, half up: the caption set's crop was reckoned from the same size.
-    if image.width * height >= image.height * width:
-        size = max(width, (2 * image.width * height + image.height) // (2 * image.height)), height
-    else:
-        size = width, max(height, (2 * image.height * width + image.width) // (2 * image.width))
-    left, top = picture.crop
-    if left + width > size[0] or top + height > size[1]:
-        raise BadInput(
-            f"Post {picture.post_id} ({picture.file_name}): the crop at {picture.crop} leaves the picture, which is "
-            f"{size[0]}x{size[1]} px when resized to cover {width}x{height}.\n"
-            "The file has other proportions than the caption set says; build the caption set again."
-        )
-    resized = image.resize(size, Image.Resampling.LANCZOS) if size != image.size else image
-    return resized.crop((left, top, left + width, top + height))
+    """Resize a picture once so that it just covers its bucket, and take the caption set's crop."""
+    try:
+        return cut(image, picture.bucket, picture.crop)
+    except BadInput as error:
+        raise BadInput(f"Post {picture.post_id} ({picture.file_name}): {error}") from error
 
 
 def _pixels(image: Image.Image) -> Tensor:

@@ -80,7 +80,8 @@ def end_with_parent() -> None:
     """Kill this process once its standard input, a pipe from the process that started it, is closed."""
 
     def wait() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1):  # not `sys.stdin`, whose lock a waiting thread would hold when Python ends
+            pass
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=wait, daemon=True).start()
