@@ -1,4 +1,4 @@
-"""Latents of a caption set: every picture goes from the original straight to its bucket and through the VAE, once."""
+"""Encodes a caption set: every picture goes from the original straight to its bucket and through the VAE, once."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ class PictureReader:
 
 
 class Cached(Protocol):
-    """Latents of a caption set, wherever they are kept; a picture is named by its position in the set."""
+    """Gives the latents of a caption set, wherever they are kept; a picture is named by its position in the set."""
 
     @property
     def positions(self) -> dict[tuple[int, int], Tensor]:
-        """Bucket (width, height in pixels) to (N,) positions in the caption set, rising."""
+        """Map buckets (width, height in pixels) to (N,) positions in the caption set, rising."""
 
     def rows(self, bucket: tuple[int, int], rows: list[int]) -> Tensor:
-        """(len(rows), C, H, W) fp32."""
+        """Return (len(rows), C, H, W) fp32."""
 
 
 @dataclass(frozen=True, eq=False)
 class Latents:
-    """Latents in memory, by bucket."""
+    """Holds latents in memory, by bucket."""
 
     by_bucket: dict[tuple[int, int], Tensor]
     """Bucket (width, height in pixels) to (N, C, height/8, width/8), times the VAE's scaling factor."""
@@ -65,7 +65,7 @@ class Latents:
     """Bucket to (N,) positions in the caption set, rising."""
 
     def rows(self, bucket: tuple[int, int], rows: list[int]) -> Tensor:
-        """(len(rows), C, H, W) fp32."""
+        """Return (len(rows), C, H, W) fp32."""
         return self.by_bucket[bucket][torch.tensor(rows)].float()
 
 
@@ -104,7 +104,7 @@ def encode_pictures(
     pictures: PictureReader,
     mapped: Callable[..., Iterable[Tensor]] = map,
 ) -> Tensor:
-    """(B, C, H, W) fp32 on the CPU: the posterior's means times the scaling factor, of pictures of one bucket.
+    """Encode pictures of one bucket: (B, C, H, W) fp32 on the CPU, the posterior's means times the scaling factor.
 
     `mapped` opens and cuts them, perhaps in threads. Raises BadInput as `cache_latents` does.
     """
@@ -127,7 +127,7 @@ def read_latents(path: Path) -> Latents:
 
 
 def group_by_bucket(captions: CaptionSet) -> dict[tuple[int, int], list[int]]:
-    """Bucket to positions in the caption set, both rising."""
+    """Map buckets to positions in the caption set, both rising."""
     groups = defaultdict(list)
     for position, picture in enumerate(captions.pictures):
         groups[picture.bucket].append(position)
@@ -143,7 +143,7 @@ def fit_to_bucket(image: Image.Image, picture: CaptionedPicture) -> Image.Image:
 
 
 def _pixels(image: Image.Image) -> Tensor:
-    """(3, H, W) in -1..1."""
+    """Make (3, H, W) in -1..1."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
 
 

@@ -1,4 +1,4 @@
-"""bf16 weights that learn: stochastic rounding, and how much plain rounding would lose."""
+"""Lets bf16 weights learn by stochastic rounding, and tells how much plain rounding would lose."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write_back(parameter: Tensor, value: Tensor, seed: int, *item: int) -> None:
 
 @torch.no_grad()
 def lost_share(parameters: Iterable[Tensor], rate: float) -> float:
-    """Share of the weights for which a step of size `rate`, as Adam makes it, is rounded away in bf16.
+    """Measure the share of the weights for which a step of size `rate`, as Adam makes it, is rounded away in bf16.
 
     A step is lost below half the spacing of bf16 numbers there: 2^(exponent of w - 8).
     """

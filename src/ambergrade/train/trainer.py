@@ -1,4 +1,4 @@
-"""Fine-tuning of an SDXL UNet and both text encoders: CaptionSet + Networks in, the same Networks trained.
+"""Fine-tunes an SDXL UNet and both text encoders: CaptionSet + Networks in, the same Networks trained.
 
 Everything random is keyed by (seed, purpose, number of the image in the run), so a killed run resumes to the bit,
 and process count and micro-batch change only the order of sums.
@@ -51,7 +51,7 @@ STATES = "state"
 
 @dataclass
 class TrainingReport:
-    """What a training did; the weights are in the networks."""
+    """Says what a training did; the weights are in the networks."""
 
     seen: int
     """Images."""
@@ -235,5 +235,5 @@ def check_loss_weights(settings: TrainSettings, captions: CaptionSet) -> None:
 
 
 def _due(seen: int, every: int, settings: TrainSettings) -> bool:
-    """Whether the step that ended at `seen` crossed a multiple of `every`, or was the last."""
+    """Say whether the step that ended at `seen` crossed a multiple of `every`, or was the last."""
     return every > 0 and (seen // every > (seen - settings.batch) // every or seen == settings.images)

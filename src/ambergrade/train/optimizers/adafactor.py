@@ -28,7 +28,7 @@ def optimizer(
     weight_decay: float = 0.0,
     seed: int = 0,
 ) -> torch.optim.Optimizer:
-    """An optimizer of the groups (`params`, `lr`, `decayed`), without momentum and without relative step sizes.
+    """Make an optimizer of the groups (`params`, `lr`, `decayed`), without momentum and without relative step sizes.
 
     `decay`: β₂ of step t is 1 - t^-decay (section 7.2); `clip_threshold`: largest root mean square of an update
     (algorithm 4); `seed` keys the rounding.

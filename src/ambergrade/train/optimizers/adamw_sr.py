@@ -20,7 +20,7 @@ def optimizer(
     weight_decay: float = 0.01,
     seed: int = 0,
 ) -> torch.optim.Optimizer:
-    """An optimizer of the groups (`params`, `lr`, `decayed`); decay spares groups that are not `decayed`.
+    """Make an optimizer of the groups (`params`, `lr`, `decayed`); decay spares groups that are not `decayed`.
 
     `seed` keys the rounding. With fp32 weights it is plain AdamW.
     """

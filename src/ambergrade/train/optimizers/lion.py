@@ -23,7 +23,7 @@ def optimizer(
     weight_decay: float = 0.1,
     seed: int = 0,
 ) -> torch.optim.Optimizer:
-    """An optimizer of the groups (`params`, `lr`, `decayed`); decay spares groups that are not `decayed`."""
+    """Make an optimizer of the groups (`params`, `lr`, `decayed`); decay spares groups that are not `decayed`."""
     return Lion(groups, {"betas": tuple(betas), "weight_decay": weight_decay, "seed": seed})
 
 
