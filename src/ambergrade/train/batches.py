@@ -62,30 +62,6 @@ class Batches:
         return generator.permutation(self.sizes[bucket])
 
 
-def caption_text(
-    caption: Caption,
-    seed: int,
-    image: int,
-    *,
-    shuffle: bool,
-    tag_dropout: float,
-    caption_dropout: float,
-    group_dropout: float = 0.0,
-) -> str:
-    """Write the caption as image number `image` of the run (from 0) shows it."""
-    return ", ".join(
-        caption_tags(
-            caption,
-            seed,
-            image,
-            shuffle=shuffle,
-            tag_dropout=tag_dropout,
-            caption_dropout=caption_dropout,
-            group_dropout=group_dropout,
-        )
-    )
-
-
 def caption_tags(
     caption: Caption,
     seed: int,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ambergrade.train.rounding import write_back
+from ambergrade.train.rounding import numbered, write_back
 
 ROUNDS_STOCHASTICALLY = True
 
@@ -43,30 +43,19 @@ class Adafactor(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        number = 0
-        for group in self.param_groups:
-            number = group.get("before", number)
+        for group, number, parameter, gradient, state in numbered(self):
             shrink = group["lr"] * group["weight_decay"] if group["decayed"] else 0.0
-            for parameter in group["params"]:
-                number += 1
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                update = _update(parameter.grad.float(), state, group)
-                value = parameter.float() * (1 - shrink) - group["lr"] * update
-                write_back(parameter, value, group["seed"], number, int(state["step"]))
+            value = parameter.float() * (1 - shrink) - group["lr"] * _update(gradient, state, group)
+            write_back(parameter, value, group["seed"], number, int(state["step"]))
 
 
 def _update(gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
     matrix = gradient.flatten(1) if gradient.ndim > 1 else gradient  # a convolution is a matrix of its filters
     squared = matrix.square() + group["eps"]
-    if not state:
-        state["step"] = torch.zeros((), dtype=torch.int64)
-        if matrix.ndim > 1:
-            state["rows"], state["columns"] = torch.zeros_like(squared[:, 0]), torch.zeros_like(squared[0])
-        else:
-            state["square"] = torch.zeros_like(squared)
-    state["step"] += 1
+    if matrix.ndim > 1 and "rows" not in state:
+        state["rows"], state["columns"] = torch.zeros_like(squared[:, 0]), torch.zeros_like(squared[0])
+    elif matrix.ndim == 1 and "square" not in state:
+        state["square"] = torch.zeros_like(squared)
     weight = float(state["step"]) ** -group["decay"]  # 1 - β₂
     if matrix.ndim > 1:
         rows = state["rows"].lerp_(squared.mean(dim=1), weight)
