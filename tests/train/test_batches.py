@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from ambergrade.nouns import Caption
-from ambergrade.train.batches import Batches, caption_text
+from ambergrade.train.batches import Batches, caption_tags
 
 SIZES = {(64, 64): 40, (32, 96): 10, (96, 32): 7}
 CAPTION = Caption(("1girl", "kohaku", "artist"), tuple("abcdefgh"))
@@ -49,8 +49,12 @@ def test_a_batch_may_be_larger_than_its_bucket():
     assert sorted(rows[:3]) == sorted(rows[3:6]) == [0, 1, 2]
 
 
+def text_of(*arguments, **options):
+    return ", ".join(caption_tags(*arguments, **options))
+
+
 def plain(image, **changed):
-    return caption_text(CAPTION, 0, image, **{"shuffle": False, "tag_dropout": 0, "caption_dropout": 0, **changed})
+    return text_of(CAPTION, 0, image, **{"shuffle": False, "tag_dropout": 0, "caption_dropout": 0, **changed})
 
 
 def test_a_caption_untouched_is_its_text():
@@ -77,14 +81,14 @@ def test_dropout_happens_as_often_as_asked():
 def test_a_group_is_dropped_whole_and_the_spared_never():
     caption = Caption(("1girl",), tuple("abcdef"), ("last",), groups=(3, 2, 1), never_drop=("b",))
     shown = [
-        caption_text(caption, 0, n, shuffle=True, tag_dropout=0.0, caption_dropout=0.0, group_dropout=0.25).split(", ")
+        text_of(caption, 0, n, shuffle=True, tag_dropout=0.0, caption_dropout=0.0, group_dropout=0.25).split(", ")
         for n in range(2000)
     ]
     assert all(words[0] == "1girl" and words[-1] == "last" and "b" in words for words in shown)
     assert all(("a" in words) == ("c" in words) and ("d" in words) == ("e" in words) for words in shown)
     for tag in "adf":
         assert abs(sum(tag not in words for words in shown) / 2000 - 0.25) < 4 * (0.1875 / 2000) ** 0.5
-    spared = [caption_text(caption, 0, n, shuffle=False, tag_dropout=0.9, caption_dropout=0.0) for n in range(200)]
+    spared = [text_of(caption, 0, n, shuffle=False, tag_dropout=0.9, caption_dropout=0.0) for n in range(200)]
     assert all("b" in text.split(", ") for text in spared)
 
 

@@ -3,7 +3,9 @@
 import math
 
 import pytest
+import timm.optim
 import torch
+import transformers
 
 from ambergrade.errors import BadSetting
 from ambergrade.train.optimizers import adafactor, adamw, adamw8bit, adamw_sr, lion
@@ -70,6 +72,42 @@ def test_lion_is_its_algorithm():
         weight -= 1e-2 * (update + 0.1 * weight)
         momentum = 0.99 * momentum + 0.01 * gradient
     torch.testing.assert_close(found, weight)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+@pytest.mark.parametrize("shape", [(40, 30), (50,), (6, 4, 3, 3)])
+def test_lion_is_timm_s_at_equal_precision(shape, weight_decay):
+    start, given = torch.randn(shape, generator=torch.Generator().manual_seed(4)), gradients(shape, 20)
+    ours = stepped(lambda p: lion.optimizer(groups(p, 1e-3), weight_decay=weight_decay), start, given)
+    theirs = stepped(lambda p: timm.optim.Lion(p, lr=1e-3, betas=(0.9, 0.99), weight_decay=weight_decay), start, given)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_lion_s_momentum_is_fp32_for_bf16_weights():
+    """Which is why it differs from libraries that keep it in bf16: there 2^-9 vanishes beside 1, here it is kept."""
+    parameter = torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+    optimizer = lion.optimizer(groups([parameter]))
+    for value in (1.0, 1.0 + 2**-7):
+        parameter.grad = torch.full((4,), value, dtype=torch.bfloat16)
+        optimizer.step()
+    momentum = optimizer.state[parameter]["exp_avg"]
+    assert momentum.dtype == torch.float32
+    torch.testing.assert_close(momentum, torch.full((4,), 0.99 * 0.01 + 0.01 * (1 + 2**-7)))
+    assert not torch.equal(momentum, momentum.bfloat16().float())
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+@pytest.mark.parametrize("shape", [(40, 30), (50,), (6, 4, 3, 3)])
+def test_adafactor_is_transformers_and_a_convolution_is_its_matrix_of_filters(shape, weight_decay):
+    start, given = torch.randn(shape, generator=torch.Generator().manual_seed(4)), gradients(shape, 20)
+    known = {"lr": 1e-2, "scale_parameter": False, "relative_step": False, "weight_decay": weight_decay}
+    ours = stepped(lambda p: adafactor.optimizer(groups(p), weight_decay=weight_decay), start, given)
+    flat = (start, given) if start.ndim < 3 else (start.flatten(1), [gradient.flatten(1) for gradient in given])
+    theirs = stepped(lambda p: transformers.Adafactor(p, **known), *flat)
+    torch.testing.assert_close(ours, theirs.view(shape), rtol=1e-5, atol=1e-6)
+    if start.ndim > 2:  # as documented: the libraries factor the kernel's two axes
+        kernels = stepped(lambda p: transformers.Adafactor(p, **known), start, given)
+        assert float((ours - kernels).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (5,), (3, 2, 2, 2)])

@@ -43,7 +43,7 @@ def test_a_v_prediction_model_stays_one(tiny_config, captions, latents, tmp_path
     live = sdxl.from_config(tiny_config, seed=8)
     sdxl.assign(live, sdxl.tensors(again))
     assert live.scheduler_config == again.scheduler_config
-    with pytest.raises(BadSetting, match="Take loss@trainer.loss=v"):
+    with pytest.raises(BadSetting, match=r"Take loss@trainer\.loss=v"):
         fine_tune(again, captions, latents, replace(settings, loss={"name": "eps"}), scratch=tmp_path / "unlearn")
 
 

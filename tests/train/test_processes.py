@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -85,3 +86,20 @@ def test_two_processes_equal_one(tiny_config, beginning, captions, latents, tmp_
         for key, value in one.items():
             if key.startswith(part):
                 torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-3 * scale)
+
+
+RANK = "from ambergrade.train.worker import end_with_parent; end_with_parent(); print('up', flush=True)"
+
+
+def test_a_rank_that_is_done_ends_well():
+    with subprocess.Popen([sys.executable, "-c", RANK], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as rank:
+        assert rank.wait(60) == 0
+
+
+def test_a_rank_ends_when_the_process_that_started_it_is_gone():
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", f"{RANK}; import time; time.sleep(120)"], **pipes) as rank:
+        assert rank.stdout.readline() == b"up\n"
+        assert rank.poll() is None
+        rank.stdin.close()
+        assert rank.wait(20) == -signal.SIGKILL

@@ -1,4 +1,4 @@
-"""Which pictures and which words the k-th optimizer step sees: functions of (seed, k), with no state to lose."""
+"""Chooses the pictures and words that the k-th optimizer step sees, as functions of (seed, k): no state can be lost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Bucket = tuple[int, int]
 
 
 class Batches:
-    """Batches of one bucket each.
+    """Gives each optimizer step a batch of one bucket.
 
     A bucket's pictures form an endless stream of shuffled epochs, cut into batches, so every picture of it is
     seen once before any is seen again. Each bucket gets its turns evenly spaced and in proportion to its size.
@@ -31,7 +31,7 @@ class Batches:
         self._order = lru_cache(maxsize=4 * len(self.sizes))(self._make_order)
 
     def __call__(self, step: int) -> tuple[Bucket, list[int]]:
-        """The bucket of step `step` (from 0) and the rows of its pictures within the bucket."""
+        """Return the bucket of step `step` (from 0) and the rows of its pictures within the bucket."""
         horizon = 1 << max(10, step.bit_length())  # a power of two, so that neighbouring steps share a table
         index, turn = self._turns(horizon)[step]
         bucket = list(self.sizes)[index]
@@ -40,7 +40,7 @@ class Batches:
         return bucket, [int(self._order(bucket, place // size)[place % size]) for place in places]
 
     def _make_turns(self, horizon: int) -> list[tuple[int, int]]:
-        """(bucket index, how many batches of it came before) of the first `horizon` steps.
+        """List (bucket index, how many batches of it came before) of the first `horizon` steps.
 
         Bucket b takes its j-th turn at time (j + u_b) / size_b with u_b in 0..1 from the seed; a step's place is
         its rank in time, which does not depend on the horizon.
@@ -62,30 +62,6 @@ class Batches:
         return generator.permutation(self.sizes[bucket])
 
 
-def caption_text(
-    caption: Caption,
-    seed: int,
-    image: int,
-    *,
-    shuffle: bool,
-    tag_dropout: float,
-    caption_dropout: float,
-    group_dropout: float = 0.0,
-) -> str:
-    """The caption as image number `image` of the run (from 0) shows it."""
-    return ", ".join(
-        caption_tags(
-            caption,
-            seed,
-            image,
-            shuffle=shuffle,
-            tag_dropout=tag_dropout,
-            caption_dropout=caption_dropout,
-            group_dropout=group_dropout,
-        )
-    )
-
-
 def caption_tags(
     caption: Caption,
     seed: int,
@@ -96,7 +72,7 @@ def caption_tags(
     caption_dropout: float,
     group_dropout: float = 0.0,
 ) -> list[str]:
-    """The tags that image number `image` of the run (from 0) shows.
+    """Choose the tags that image number `image` of the run (from 0) shows.
 
     `keep` stays first, whole and in order, `suffix` last; of `flexible` each tag is dropped with probability
     `tag_dropout` and each group whole with `group_dropout`, but for those in `never_drop`; the rest are shuffled.

@@ -1,4 +1,4 @@
-"""The trained networks as one module, and what is chosen about them: what moves, in which precision and memory."""
+"""Joins the trained networks in one module, and sets what moves in it, in which precision and with what memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MOST_LOST = 0.5
 
 
 class Denoiser(nn.Module):
-    """The three trained networks as one, so that accumulation and gradient reduction cover them all."""
+    """Joins the three trained networks, so that accumulation and gradient reduction cover them all."""
 
     def __init__(self, networks: Networks, *, autocast: bool = False) -> None:
         """`autocast` computes fp32 weights' matrix products in bf16."""
@@ -35,7 +35,7 @@ class Denoiser(nn.Module):
         self.te2 = networks.text_encoder_2
 
     def forward(self, noisy: Tensor, timesteps: Tensor, ids_1: Tensor, ids_2: Tensor, time_ids: Tensor) -> Tensor:
-        """The predicted noise, (B, C, H, W)."""
+        """Predict the noise, (B, C, H, W)."""
         # Not accelerate's mixed precision, which would hold for every later run of the process.
         with torch.autocast(noisy.device.type, torch.bfloat16, enabled=self.autocast):
             states, pooled = encode(self.te1, self.te2, ids_1, ids_2)
@@ -123,7 +123,7 @@ def freeze(denoiser: Denoiser, lr: Mapping[str, float], *, embeddings: bool = Fa
 
 
 def parameter_groups(denoiser: Denoiser, lr: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Trained parameters by part; weight decay spares norms, biases and embeddings (rows rarely seen would drift)."""
+    """Group trained parameters by part; decay spares norms, biases and embeddings (rows rarely seen would drift)."""
     embeddings = {id(m.weight) for m in denoiser.modules() if isinstance(m, nn.Embedding)}
     groups: list[dict[str, Any]] = []
     for part in lr:

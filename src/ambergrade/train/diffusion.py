@@ -1,4 +1,4 @@
-"""The forward process and SDXL's micro-conditions, drawn image by image."""
+"""Draws noise, timesteps and SDXL's micro-conditions, image by image, and mixes noise into pictures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PREDICTIONS = ("epsilon", "v_prediction")
 
 
 def alpha_bars(scheduler_config: Mapping[str, Any]) -> Tensor:
-    """ᾱ_t, (T,) fp32, of the family's schedule as stock DDPM computes it.
+    """Compute ᾱ_t, (T,) fp32, of the family's schedule as stock DDPM does.
 
     With `rescale_betas_zero_snr` ᾱ_T is 0 (Lin et al. 2023, algorithm 1). Raises BadSetting for what training does
     not know: another prediction type, or ε-prediction of a picture that is all noise, which says nothing.
@@ -39,13 +39,13 @@ def alpha_bars(scheduler_config: Mapping[str, Any]) -> Tensor:
 
 
 def add_noise(clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """√ᾱ x + √(1-ᾱ) ε (Ho et al. 2020, equation 4); (B, C, H, W), (B, C, H, W), (B,)."""
+    """Mix √ᾱ x + √(1-ᾱ) ε (Ho et al. 2020, equation 4); (B, C, H, W), (B, C, H, W), (B,)."""
     signal = alpha_bar.sqrt()[:, None, None, None]
     return signal * clean + (1 - alpha_bar).sqrt()[:, None, None, None] * noise
 
 
 def target(prediction: str, clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """What the UNet is to say, (B, C, H, W): ε, or v = √ᾱ ε - √(1-ᾱ) x (Salimans & Ho 2022, appendix D)."""
+    """Compute what the UNet is to say, (B, C, H, W): ε, or v = √ᾱ ε - √(1-ᾱ) x (Salimans & Ho 2022, appendix D)."""
     if prediction == "epsilon":
         return noise
     signal = alpha_bar.sqrt()[:, None, None, None]
@@ -53,12 +53,12 @@ def target(prediction: str, clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> 
 
 
 def draw_noise(shape: Sequence[int], seed: int, images: Sequence[int], purpose: str = "noise") -> Tensor:
-    """(len(images), *shape) normal noise, each image's its own by (seed, purpose, image), on the CPU."""
+    """Draw (len(images), *shape) normal noise on the CPU, each image's keyed by (seed, purpose, image)."""
     return torch.stack([torch.randn(*shape, generator=generator(seed, purpose, image)) for image in images])
 
 
 def offset_noise(noise: Tensor, strength: float, seed: int, images: Sequence[int]) -> Tensor:
-    """Noise with one more draw for each whole channel: ε + strength · δ, δ (B, C, 1, 1).
+    """Add one more draw for each whole channel to the noise: ε + strength · δ, δ (B, C, 1, 1).
 
     It lets a model learn the mean brightness (Guttenberg 2023, "Diffusion with offset noise"). Variance 1 + strength².
     """
@@ -66,7 +66,7 @@ def offset_noise(noise: Tensor, strength: float, seed: int, images: Sequence[int
 
 
 def pyramid_noise(noise: Tensor, discount: float, seed: int, images: Sequence[int], levels: int = 10) -> Tensor:
-    """Noise of many scales (Whitaker 2023, "Multi-resolution noise"), brought back to unit variance per image.
+    """Add noise of coarser scales (Whitaker 2023, "Multi-resolution noise"), at unit variance per image.
 
     Level i is coarser by r_i, drawn in 2–4 of the level before, is stretched to the full size (bilinear) and weighs
     discount^i; it ends where a side is one latent pixel.
@@ -87,20 +87,20 @@ def pyramid_noise(noise: Tensor, discount: float, seed: int, images: Sequence[in
 
 
 def input_noise(noise: Tensor, strength: float, seed: int, images: Sequence[int]) -> Tensor:
-    """The noise that is mixed in, while the plain one stays the target: ε + strength · ξ (Ning et al. 2023)."""
+    """Make the noise that is mixed in, while the plain one stays the target: ε + strength · ξ (Ning et al. 2023)."""
     return noise + strength * draw_noise(noise.shape[1:], seed, images, "input noise")
 
 
 def draw_timesteps(count: int, seed: int, images: Sequence[int]) -> Tensor:
-    """(len(images),) int64, uniform on 0 … count-1, each image's its own."""
+    """Draw (len(images),) int64, uniform on 0 … count-1, each image's its own."""
     return torch.cat([torch.randint(count, (1,), generator=generator(seed, "timestep", image)) for image in images])
 
 
 def time_ids(pictures: Sequence[CaptionedPicture]) -> Tensor:
-    """(B, 6): original height, width; crop top, left; target height, width (Podell et al. 2023, section 2.2)."""
+    """List (B, 6): original height, width; crop top, left; target height, width (Podell et al. 2023, section 2.2)."""
     return torch.tensor([[*p.original_size[::-1], *p.crop[::-1], *p.bucket[::-1]] for p in pictures]).float()
 
 
 def generator(seed: int, purpose: str, *item: Any) -> torch.Generator:
-    """A CPU generator keyed by (seed, purpose, item)."""
+    """Make a CPU generator keyed by (seed, purpose, item)."""
     return torch.Generator().manual_seed(random_seed(seed, purpose, *item))

@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, counted on the networks at hand, and the share of a GPU's peak."""
+"""Counts the floating-point operations (FLOP) of a training step on the networks at hand, and knows GPUs' peaks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LONG = 77
 
 
 class StepFlop:
-    """FLOP of forward and backward of one image, by bucket; recomputation is not counted, as MFU wants it."""
+    """Counts forward and backward of one image, by bucket; recomputation is left out, as MFU wants it."""
 
     def __init__(self, networks: Networks, lr: Mapping[str, float], tokens: int) -> None:
         """`lr` says which parts are trained: a frozen text encoder has no backward pass; backward is twice forward."""
@@ -32,7 +32,7 @@ class StepFlop:
         self._found: dict[tuple[int, int], float] = {}
 
     def of_image(self, bucket: tuple[int, int]) -> float:
-        """FLOP (a multiply-add is two) for one image of a bucket (width, height in pixels)."""
+        """Count the FLOP (a multiply-add is two) of one image of a bucket (width, height in pixels)."""
         if bucket not in self._found:
             states, pooled = self._encoded()
             height, width = (side // self._shrink for side in bucket[::-1])
@@ -44,7 +44,7 @@ class StepFlop:
         return self._found[bucket]
 
     def _encoded(self) -> tuple[Tensor, Tensor]:
-        """Shapes of what the UNet reads; counts the encoders on the way."""
+        """Return the shapes of what the UNet reads, and count the encoders on the way."""
         windows = self._tokens // WINDOW
         ids = torch.zeros((1, LONG) if windows == 1 else (1, windows, LONG), dtype=torch.int64, device="meta")
         flat = ids.reshape(-1, LONG)
@@ -67,7 +67,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def _on_meta(module: Any) -> Any:
-    """The module's shapes without its values: a deep copy would hold a second set of weights for a moment."""
+    """Copy a module's shapes without its values: a deep copy would hold a second set of weights for a moment."""
     memo: dict[int, object] = {}
     for tensor in [*module.parameters(), *module.buffers()]:
         meta = torch.empty_like(tensor, device="meta")

@@ -1,4 +1,4 @@
-"""Optimizer steps during the backward pass: a weight moves as soon as its gradient is whole, which is then freed."""
+"""Steps weights during the backward pass: each as soon as its gradient is whole, which is then freed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class StepsInBackward:
-    """Hooks on every trained weight that let `optimizer` step it alone (LOMO, Lv et al. 2023, section 3.1).
+    """Hooks every trained weight, so that `optimizer` steps it alone (LOMO, Lv et al. 2023, section 3.1).
 
     The optimizer's state and the numbers are those of an ordinary step: no update of ours looks at another tensor. What
     needs the whole gradient at once, a clip by its norm or a sum over passes, is not possible.
@@ -28,7 +28,7 @@ class StepsInBackward:
                 number += 1
 
     def norm(self) -> Tensor:
-        """Of the whole gradient, and forget it."""
+        """Return the norm of the whole gradient since the last call."""
         parts = torch.stack([self.norms[number] for number in sorted(self.norms)])
         self.norms = {}
         found: Tensor = torch.linalg.vector_norm(parts)

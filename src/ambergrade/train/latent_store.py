@@ -1,4 +1,4 @@
-"""Latents by content: shards shared by all experiments, filled once, resumable, checkable.
+"""Keeps latents by content: in shards that all experiments share, filled once, resumable, checkable.
 
     <folder>/<VAE>-fp16-2/<sha256 of the file>.safetensors      some thousand pictures' latents, each under its key
 
@@ -49,7 +49,7 @@ REMEDY = "Remove that file and run the same command again; only its pictures are
 
 @dataclass(frozen=True, eq=False)
 class StoredLatents:
-    """Latents of a caption set where they lie; nothing is read before it is used."""
+    """Reads the latents of a caption set from where they lie, none before it is used."""
 
     positions: dict[tuple[int, int], Tensor]
     """Bucket (width, height in pixels) to (N,) positions in the caption set, rising."""
@@ -78,13 +78,13 @@ class StoredLatents:
 
     @cached_property
     def digest(self) -> str:
-        """What the latents are, without reading them: their sha256 in the order of the caption set."""
+        """Digest the latents' bytes in the order of the caption set, from their records: nothing is read."""
         positions = np.concatenate([positions.numpy() for positions in self.positions.values()])
         return hashlib.sha256(np.concatenate(list(self.hashes.values()))[np.argsort(positions)].tobytes()).hexdigest()
 
 
 class LatentStore:
-    """The latents that one VAE gives, below `folder`."""
+    """Fills, opens and checks the latents that one VAE gives, below `folder`."""
 
     def __init__(self, folder: Path, vae: str) -> None:
         """`vae` is the digest of its weights."""
@@ -236,12 +236,12 @@ def _keys(shard: Path) -> dict[str, Entry]:
 
 
 def key_of(picture: CaptionedPicture) -> str:
-    """What a latent is made of, the VAE and this module's version aside."""
+    """Digest what a latent is made of, the VAE and this module's version aside."""
     return digest([picture.sha256, picture.bucket, picture.crop])
 
 
 def duration(seconds: float) -> str:
-    """In the unit that suits it, for estimates.
+    """Write seconds in the unit that suits them, for estimates.
 
     >>> [duration(x) for x in (4.68, 59, 200, 5400, 360_000)]
     ['4.7 s', '59 s', '3.3 min', '1.5 h', '100 h']
@@ -252,7 +252,7 @@ def duration(seconds: float) -> str:
 
 
 def amount(size: int) -> str:
-    """Bytes in the unit that suits them.
+    """Write bytes in the unit that suits them.
 
     >>> [amount(x) for x in (83_600, 5_400_000, 393_216_000_000)]
     ['84 KB', '5.4 MB', '393 GB']
@@ -263,7 +263,7 @@ def amount(size: int) -> str:
 
 
 def latent_bytes(picture: CaptionedPicture) -> int:
-    """131,072 for a 1024² picture."""
+    """Count the bytes of a picture's latent: 131,072 for 1024²."""
     return CHANNELS * BYTES * (picture.bucket[0] // SHRINK) * (picture.bucket[1] // SHRINK)
 
 

@@ -1,4 +1,4 @@
-"""Latents of a caption set: every picture goes from the original straight to its bucket and through the VAE, once."""
+"""Encodes a caption set: every picture goes from the original straight to its bucket and through the VAE, once."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ambergrade.errors import BadInput
 from ambergrade.family.files import read_tensors, write_tensors
 from ambergrade.nouns import CaptionedPicture, CaptionSet
+from ambergrade.pictures import cut, decode_bytes
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class PictureReader:
 
     read: Callable[[str], bytes]
     """Gives a file's bytes by its name."""
-    decode: Callable[[bytes, str], Image.Image]
+    decode: Callable[[bytes, str], Image.Image] = decode_bytes
     """Makes an upright RGB picture of bytes; the name is for complaints."""
 
     def open(self, picture: CaptionedPicture) -> Image.Image:
@@ -44,19 +45,19 @@ class PictureReader:
 
 
 class Cached(Protocol):
-    """Latents of a caption set, wherever they are kept; a picture is named by its position in the set."""
+    """Gives the latents of a caption set, wherever they are kept; a picture is named by its position in the set."""
 
     @property
     def positions(self) -> dict[tuple[int, int], Tensor]:
-        """Bucket (width, height in pixels) to (N,) positions in the caption set, rising."""
+        """Map buckets (width, height in pixels) to (N,) positions in the caption set, rising."""
 
     def rows(self, bucket: tuple[int, int], rows: list[int]) -> Tensor:
-        """(len(rows), C, H, W) fp32."""
+        """Return (len(rows), C, H, W) fp32."""
 
 
 @dataclass(frozen=True, eq=False)
 class Latents:
-    """Latents in memory, by bucket."""
+    """Holds latents in memory, by bucket."""
 
     by_bucket: dict[tuple[int, int], Tensor]
     """Bucket (width, height in pixels) to (N, C, height/8, width/8), times the VAE's scaling factor."""
@@ -64,7 +65,7 @@ class Latents:
     """Bucket to (N,) positions in the caption set, rising."""
 
     def rows(self, bucket: tuple[int, int], rows: list[int]) -> Tensor:
-        """(len(rows), C, H, W) fp32."""
+        """Return (len(rows), C, H, W) fp32."""
         return self.by_bucket[bucket][torch.tensor(rows)].float()
 
 
@@ -103,15 +104,15 @@ def encode_pictures(
     pictures: PictureReader,
     mapped: Callable[..., Iterable[Tensor]] = map,
 ) -> Tensor:
-    """(B, C, H, W) fp32 on the CPU: the posterior's means times the scaling factor, of pictures of one bucket.
+    """Encode pictures of one bucket: (B, C, H, W) fp32 on the CPU, the posterior's means times the scaling factor.
 
     `mapped` opens and cuts them, perhaps in threads. Raises BadInput as `cache_latents` does.
     """
 
-    def cut(picture: CaptionedPicture) -> Tensor:
+    def pixels_of(picture: CaptionedPicture) -> Tensor:
         return _pixels(fit_to_bucket(pictures.open(picture), picture))
 
-    return _encode(vae, torch.stack(list(mapped(cut, chosen))), chosen).float().cpu()
+    return _encode(vae, torch.stack(list(mapped(pixels_of, chosen))), chosen).float().cpu()
 
 
 def read_latents(path: Path) -> Latents:
@@ -126,7 +127,7 @@ def read_latents(path: Path) -> Latents:
 
 
 def group_by_bucket(captions: CaptionSet) -> dict[tuple[int, int], list[int]]:
-    """Bucket to positions in the caption set, both rising."""
+    """Map buckets to positions in the caption set, both rising."""
     groups = defaultdict(list)
     for position, picture in enumerate(captions.pictures):
         groups[picture.bucket].append(position)
@@ -134,26 +135,15 @@ def group_by_bucket(captions: CaptionSet) -> dict[tuple[int, int], list[int]]:
 
 
 def fit_to_bucket(image: Image.Image, picture: CaptionedPicture) -> Image.Image:
-    """One Lanczos resize that just covers the bucket, then the caption set's crop."""
-    width, height = picture.bucket
-    # Whole-number rounding, half up: the caption set's crop was reckoned from the same size.
-    if image.width * height >= image.height * width:
-        size = max(width, (2 * image.width * height + image.height) // (2 * image.height)), height
-    else:
-        size = width, max(height, (2 * image.height * width + image.width) // (2 * image.width))
-    left, top = picture.crop
-    if left + width > size[0] or top + height > size[1]:
-        raise BadInput(
-            f"Post {picture.post_id} ({picture.file_name}): the crop at {picture.crop} leaves the picture, which is "
-            f"{size[0]}x{size[1]} px when resized to cover {width}x{height}.\n"
-            "The file has other proportions than the caption set says; build the caption set again."
-        )
-    resized = image.resize(size, Image.Resampling.LANCZOS) if size != image.size else image
-    return resized.crop((left, top, left + width, top + height))
+    """Resize a picture once so that it just covers its bucket, and take the caption set's crop."""
+    try:
+        return cut(image, picture.bucket, picture.crop)
+    except BadInput as error:
+        raise BadInput(f"Post {picture.post_id} ({picture.file_name}): {error}") from error
 
 
 def _pixels(image: Image.Image) -> Tensor:
-    """(3, H, W) in -1..1."""
+    """Make (3, H, W) in -1..1."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
 
 

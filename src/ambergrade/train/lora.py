@@ -1,4 +1,4 @@
-"""Adapters instead of weights: LoRA (Hu et al. 2021) through peft, LyCORIS' kinds through lycoris-lora.
+"""Trains adapters instead of weights: LoRA (Hu et al. 2021) by peft, LyCORIS' kinds by lycoris-lora.
 
 They are trained, written as one file with kohya's key names, which A1111, ComfyUI and our own merges read, and then
 merged into the weights.
@@ -32,7 +32,7 @@ FILE = "lora.safetensors"
 
 
 class Adapters:
-    """The adapters of a network while they are trained."""
+    """Holds the adapters of a network while they are trained."""
 
     def __init__(self, denoiser: nn.Module, lr: Mapping[str, float], seed: int, settings: LoraSettings) -> None:
         """Put adapters into the parts with a learning rate, and freeze all else.
@@ -103,7 +103,7 @@ class Adapters:
 
 
 def _kohya(name: str) -> str:
-    """kohya's name of a module: `te1.encoder.layers.0.mlp.fc1` is `lora_te1_text_model_encoder_layers_0_mlp_fc1`."""
+    """Name a module as kohya: `te1.encoder.layers.0.mlp.fc1` is `lora_te1_text_model_encoder_layers_0_mlp_fc1`."""
     part, _, path = name.partition(".")
     if part != "unet" and not path.startswith(("text_model.", "text_projection")):
         path = f"text_model.{path}"

@@ -1,4 +1,4 @@
-"""LyCORIS adapters (Yeh et al. 2023: LoCon, LoHa, LoKr) through the optional package lycoris-lora."""
+"""Puts LyCORIS adapters (Yeh et al. 2023: LoCon, LoHa, LoKr) into networks, by the optional package lycoris-lora."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def inject(denoiser: nn.Module, lr: Mapping[str, float], seed: int, settings: Lo
 
 
 def entries(adapters: Mapping[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
-    """Name to the adapter's tensors by their LyCORIS names, `alpha` included."""
+    """Map names to each adapter's tensors by their LyCORIS names, `alpha` included."""
     return {name: dict(_state(adapter)) for name, adapter in adapters.items()}
 
 
@@ -65,7 +65,7 @@ def merge(adapters: Mapping[str, nn.Module]) -> None:
 
 
 def _difference(adapter: Any) -> Tensor:
-    """What the adapter's forward pass adds to the weight.
+    """Compute what the adapter's forward pass adds to the weight.
 
     Not its `get_diff_weight`, which in lycoris-lora 4.1 scales LoHa's and LoKr's product twice.
     """

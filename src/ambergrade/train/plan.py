@@ -1,4 +1,4 @@
-"""What a run will take before it is started: steps, memory by part, cache, hours and money. Plain arithmetic, no torch.
+"""Reckons what a run will take: steps, memory by part, cache, hours and money. Plain arithmetic, no torch.
 
 Floors: FLOP counted by torch's FlopCounter on the exact SDXL architecture (a multiply-add is two), at 1024 x 1024 and
 scaled by the pixels trained on; MFU is a share of the GPU's datasheet peak, and told whose figure it is.
@@ -47,7 +47,7 @@ class Device:
     name: str
     memory_gb: float
     peak_tflops: float
-    """Of the datasheet: dense bf16 with fp32 accumulation. Shares (MFU) are of this."""
+    """The datasheet's: dense bf16 with fp32 accumulation. Shares (MFU) are of this."""
     dollars: tuple[float, float]
     """An hour: rented from a small provider in 2025, and the list price of a large cloud in 2024."""
     mfu: Mapping[str, float]
@@ -74,7 +74,7 @@ class MemoryPart:
 
 
 def train_tflop(settings: TrainSettings, *, resolution: int = 1024) -> float:
-    """TFLOP of forward and backward for one image, recomputation not counted (as MFU wants it).
+    """Reckon the TFLOP of forward and backward for one image, recomputation not counted (as MFU wants it).
 
     Backward is twice forward. A text encoder without learning rate is only run forward; a frozen UNet still passes
     gradients on. 20.62 for full fine-tuning at 75 tokens, 21.78 at 225.
@@ -87,7 +87,7 @@ def train_tflop(settings: TrainSettings, *, resolution: int = 1024) -> float:
 
 
 def memory(settings: TrainSettings, *, resolution: int = 1024) -> list[MemoryPart]:
-    """Parts of one process's memory, planned: weights, gradients, optimizer, average, activations, the frozen rest.
+    """Plan one process's memory by part: weights, gradients, optimizer, average, activations, the frozen rest.
 
     With `in_backward` the gradients are those of the largest tensor alone, the second encoder's token embedding.
     """
@@ -120,12 +120,12 @@ def _gradients(settings: TrainSettings, learned: int, width: int) -> tuple[str, 
 
 
 def cache_gb(pictures: int, *, resolution: int = 1024) -> float:
-    """Latents of so many pictures in fp16, 1e9 bytes."""
+    """Reckon the size of so many pictures' latents in fp16, in 1e9 bytes."""
     return pictures * LATENT_BYTES * MEAN_AREA * (resolution / 1024) ** 2 / 1e9
 
 
 def plan(settings: TrainSettings, processes: int, device: str, *, resolution: int = 1024, pictures: int = 0) -> str:
-    """The plan as text. `pictures` in the data set (0: as many as images are seen) decide the cache.
+    """Write the plan as text. `pictures` in the data set (0: as many as images are seen) decide the cache.
 
     Raises BadSetting for a batch that does not divide, UnknownName for an unknown device.
     """
@@ -170,7 +170,7 @@ def plan(settings: TrainSettings, processes: int, device: str, *, resolution: in
 
 
 def card_range(settings: TrainSettings, images: tuple[int, int] = (3_000_000, 6_000_000)) -> str:
-    """The card's sentence from the table: what 3 to 6 million images cost at the MFU that others published."""
+    """Write what 3 to 6 million images cost at the MFU that others published, beside what the card says."""
     lines = [f"one epoch of {images[0] / 1e6:g}M to {images[1] / 1e6:g}M images with these settings, at published MFU:"]
     for kind in DEVICES.values():
         for whose, mfu in kind.mfu.items():

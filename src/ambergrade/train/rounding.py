@@ -1,13 +1,33 @@
-"""bf16 weights that learn: stochastic rounding, and how much plain rounding would lose."""
+"""Lets bf16 weights learn by stochastic rounding, and tells how much plain rounding would lose."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ambergrade.identity import random_seed
+
+Group = dict[str, Any]
+State = dict[str, Any]
+
+
+def numbered(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Group, int, Tensor, Tensor, State]]:
+    """Yield (group, number, parameter, fp32 gradient, state) of all that have a gradient; the state counts a step more.
+
+    Numbers count all parameters from 1 and key their rounding; a group's `before` says how many came before it.
+    """
+    number = 0
+    for group in optimizer.param_groups:
+        number = group.get("before", number)
+        for parameter in group["params"]:
+            number += 1
+            if parameter.grad is not None:
+                state = optimizer.state[parameter]
+                state["step"] = state.get("step", torch.zeros((), dtype=torch.int64)) + 1
+                yield group, number, parameter, parameter.grad.float(), state
 
 
 @torch.no_grad()
@@ -29,7 +49,7 @@ def write_back(parameter: Tensor, value: Tensor, seed: int, *item: int) -> None:
 
 @torch.no_grad()
 def lost_share(parameters: Iterable[Tensor], rate: float) -> float:
-    """Share of the weights for which a step of size `rate`, as Adam makes it, is rounded away in bf16.
+    """Measure the share of the weights for which a step of size `rate`, as Adam makes it, is rounded away in bf16.
 
     A step is lost below half the spacing of bf16 numbers there: 2^(exponent of w - 8).
     """

@@ -1,4 +1,4 @@
-"""What changes while a run trains: weights, their average, the optimizer's state, and how far it is."""
+"""Keeps what changes while a run trains: weights, their average, the optimizer's state, and how far it is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ambergrade.errors import BadSetting
 from ambergrade.identity import canonical_json
@@ -25,7 +24,7 @@ QUARTERS = ("0-249", "250-499", "500-749", "750-999")
 
 @dataclass(frozen=True)
 class LogRow:
-    """Training as it went, averaged over the images since the row before."""
+    """Tells how training went, averaged over the images since the row before."""
 
     seen: int
     """Images seen so far."""
@@ -43,7 +42,7 @@ class LogRow:
 
 
 def by_quarter(losses: Tensor, quarters: Tensor) -> Tensor:
-    """(2, 4) float64: sums and counts of images' losses (B,), by the quarter of the schedule (B,) that each was of."""
+    """Sum and count images' losses (B,) by the quarter of the schedule (B,) that each was of: (2, 4) float64."""
     found = torch.zeros(2, len(QUARTERS), dtype=torch.float64, device=losses.device)
     found[0].index_add_(0, quarters, losses.detach().double())
     found[1] += torch.bincount(quarters, minlength=len(QUARTERS))
@@ -86,11 +85,11 @@ class TrainingRun:
         if self.ema:
             # A short memory at first, so that the start is forgotten.
             decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-            live = [p.data.float() for p in self.names.values()]
-            get_ema_multi_avg_fn(decay)(list(self.ema.values()), live, self.steps)
+            for name, average in self.ema.items():
+                average.lerp_(self.names[name].detach().float(), 1 - decay)
 
     def log(self, lr: dict[str, float], peak: float | None = None) -> LogRow:
-        """A row over the steps since the last; `peak` is FLOP/s of all GPUs together."""
+        """Add a row over the steps since the last; `peak` is FLOP/s of all GPUs together."""
         losses, norms = zip(*self.pending, strict=True)
         seconds = max(time.monotonic() - self.since[0], 1e-9)
         rate, mfu = (self.seen - self.since[1]) / seconds, self.flop / seconds / peak if peak else None
@@ -105,7 +104,7 @@ class TrainingRun:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The averaged weights in the live modules, while it lasts."""
+        """Put the averaged weights into the live modules, while it lasts."""
         raw = {name: self.names[name].data for name in self.ema}
         for name, average in self.ema.items():
             self.names[name].data = average.to(raw[name].dtype)
@@ -167,7 +166,7 @@ class TrainingRun:
         self.between |= {int(seen): _validation(found) for seen, found in progress.get("between", {}).items()}
 
     def _restore_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
-        """Straight into its state: loading would cast the fp32 moments of bf16 weights to bf16."""
+        """Fill the optimizer's state directly: loading would cast the fp32 moments of bf16 weights to bf16."""
         for key, value in tensors.items():
             name, field_name = key.removeprefix("optimizer.").split("/")
             parameter = self.names[name]
@@ -178,6 +177,6 @@ class TrainingRun:
 
 
 def _validation(values: Mapping[str, Any]) -> ValidationLoss:
-    """Back from JSON, whose keys are text."""
+    """Read a loss back from JSON, whose keys are text."""
     by_timestep = {int(timestep): value for timestep, value in values["by_timestep"].items()}
     return ValidationLoss(**{**values, "by_timestep": by_timestep})

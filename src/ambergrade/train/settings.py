@@ -1,4 +1,4 @@
-"""What a training run computes: everything that changes its result, nothing about where it runs."""
+"""Describes what a training run computes: everything that changes its result, nothing about where it runs."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ class TrainSettings:
 
     @property
     def what(self) -> dict[str, Any]:
-        """The settings that decide the result, without those that say where and how often.
+        """List the settings that decide the result, without those that say where and how often.
 
         A `micro` above the batch is the batch: the passes are the same.
         """
@@ -185,7 +185,7 @@ class TrainSettings:
         return {key: value for key, value in chosen.items() if key not in WHERE}
 
     def same_but_for_rounding(self) -> Iterator[TrainSettings]:
-        """Other settings whose sums are these in another order, so that only last bits of the result differ."""
+        """Yield other settings whose sums are these in another order, so that only last bits of the result differ."""
         for micro in (n for n in range(1, self.batch + 1) if self.batch % n == 0):
             for compiled in (False, True):
                 for channels_last in (False, True):
@@ -194,7 +194,7 @@ class TrainSettings:
                         yield other
 
     def per_pass(self, processes: int) -> int:
-        """Images of one forward and backward pass on each of `processes`: `micro`, or a smaller share of the batch.
+        """Return the images of one pass on each of `processes`: `micro`, or a smaller share of the batch.
 
         Raises BadSetting saying which setting to change to what.
         """
@@ -210,7 +210,7 @@ class TrainSettings:
         return min(self.micro, share)
 
     def accumulation(self, processes: int) -> int:
-        """Passes per optimizer step on each of `processes`.
+        """Return the passes per optimizer step on each of `processes`.
 
         Raises BadSetting where the batch does not divide, and where `in_backward` would need more passes than one.
         """

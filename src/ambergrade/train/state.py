@@ -1,4 +1,4 @@
-"""The resumable state of a run on disk: sharded, hashed, and complete or not there at all.
+"""Writes and reads the resumable state of a run: sharded, hashed, and complete or not there at all.
 
     <scratch>/state/000012800/shard-000.safetensors …   tensors, at most SHARD bytes a file
                               state.json                progress and every shard's sha256; written last
@@ -57,7 +57,7 @@ def write_state(
 
 
 def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """(tensors, progress) of the newest state that is whole; None if there is no state at all.
+    """Read (tensors, progress) of the newest state that is whole; None if there is no state at all.
 
     Raises:
         BadInput: there are states, and every one is damaged.
@@ -89,7 +89,7 @@ def images_seen(folder: Path) -> int:
 
 
 def _complete(folder: Path) -> list[Path]:
-    """States that were written to the end, oldest first."""
+    """List the states that were written to the end, oldest first."""
     return sorted(path.parent for path in folder.glob("*/state.json"))
 
 

@@ -1,4 +1,4 @@
-"""One optimizer step: the images of its passes drawn, their gradients summed, the weights moved."""
+"""Makes one optimizer step: draws the images of its passes, sums their gradients, moves the weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LossPerImage = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass
 class MicroBatch:
-    """Tensors of one forward pass, B images."""
+    """Holds the tensors of one forward pass, B images."""
 
     noisy: Tensor
     """(B, C, H, W)"""
@@ -55,7 +55,7 @@ class MicroBatch:
     """(B,) int64, of the schedule, that the timesteps lie in."""
 
     def to(self, device: torch.device) -> MicroBatch:
-        """There; from pinned memory to a GPU, so that the next batch is drawn while this one is computed."""
+        """Move the tensors; to a GPU from pinned memory, so that the next batch is drawn while this one is computed."""
         values: dict[str, Tensor] = vars(self)
         if device.type == "cuda":
             values = {name: value.pin_memory() for name, value in values.items()}
@@ -65,7 +65,7 @@ class MicroBatch:
 
 
 class Step(NamedTuple):
-    """What an optimizer step gave, over all processes."""
+    """Says what an optimizer step gave, over all processes."""
 
     loss: float
     norm: float
@@ -82,7 +82,7 @@ def draw_micro_batch(
     alphas: Tensor,
     settings: TrainSettings,
 ) -> MicroBatch:
-    """Noise, timesteps and captions of pictures with latents `clean`; `images` are their numbers in the run."""
+    """Draw noise, timesteps and captions of pictures with latents `clean`; `images` are their numbers in the run."""
     tags = [
         caption_tags(
             picture.caption,
@@ -116,7 +116,7 @@ def draw_micro_batch(
 
 
 def loss_weight(caption: Caption, weights: Mapping[str, float]) -> float:
-    """The factor of a picture's loss: the product over the tags of its whole caption."""
+    """Compute the factor of a picture's loss: the product over the tags of its whole caption."""
     return math.prod(weights.get(tag, 1.0) for tag in (*caption.keep, *caption.flexible, *caption.suffix))
 
 
@@ -159,7 +159,7 @@ def step_in_backward(
     micro_batches: Iterable[MicroBatch],
     loss_per_image: LossPerImage,
 ) -> Step:
-    """The step of one pass on one process, made while it goes backward."""
+    """Step once within the backward pass of the only micro-batch."""
     (micro,) = (batch.to(accelerator.device) for batch in micro_batches)
     each = _losses(model, micro, loss_per_image)
     loss = each.mean()
@@ -168,6 +168,6 @@ def step_in_backward(
 
 
 def _losses(model: nn.Module, micro: MicroBatch, loss_per_image: LossPerImage) -> Tensor:
-    """(B,)"""
+    """Compute one loss an image, (B,)."""
     predicted = model(micro.noisy, micro.timesteps, micro.ids_1, micro.ids_2, micro.time_ids)
     return loss_per_image(predicted, micro.target, micro.alpha_bar) * micro.weights

@@ -1,4 +1,4 @@
-"""Captions of up to 225 tokens: windows of 75, each with its own begin and end, side by side in the UNet's context.
+"""Encodes captions of up to 225 tokens: windows of 75, each with its begin and end, side by side in the context.
 
 One window is read exactly as SDXL's own pipeline reads it.
 """
@@ -19,7 +19,7 @@ WINDOW = 75
 
 
 def tokenize_captions(networks: Networks, captions: Sequence[Sequence[str]], tokens: int) -> tuple[Tensor, Tensor]:
-    """Ids of both tokenizers for captions given as tags: (B, 77) int64 for 75 tokens, else (B, tokens / 75, 77).
+    """Tokenize captions given as tags, for both encoders: (B, 77) int64 for 75 tokens, else (B, tokens / 75, 77).
 
     What does not fit is left out: with one window as the pipeline cuts it, with more whole tags at the end, so that
     no half tag is learned.
@@ -32,7 +32,7 @@ def tokenize_captions(networks: Networks, captions: Sequence[Sequence[str]], tok
 
 
 def encode(text_encoder: nn.Module, text_encoder_2: nn.Module, ids_1: Tensor, ids_2: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, T, C1+C2) states and (B, P) pooled, of (B, 77) ids or of (B, K, 77).
+    """Encode (B, 77) or (B, K, 77) ids: (B, T, C1+C2) states and (B, P) pooled.
 
     With K windows T is 75 K + 2: the first window's begin, all windows' text, the last window's end. Pooled is the
     first window's. Each window is padded as its own tokenizer pads.
@@ -48,7 +48,7 @@ def encode(text_encoder: nn.Module, text_encoder_2: nn.Module, ids_1: Tensor, id
 
 @contextmanager
 def unread_layer_left_out(text_encoder: Any) -> Iterator[None]:
-    """While it lasts, the first text encoder does not compute its last layer, whose states SDXL never reads.
+    """Leave out, while it lasts, the first text encoder's last layer, whose states SDXL never reads.
 
     Its own last state is then wrong; `encode` and the stock pipeline take the one before and the second's pooled.
     """
@@ -61,7 +61,7 @@ def unread_layer_left_out(text_encoder: Any) -> Iterator[None]:
 
 
 def _windows(tokenizer: Any, tags: Sequence[str], tokens: int) -> Tensor:
-    """(tokens / 75, 77) int64 of one caption."""
+    """Make (tokens / 75, 77) int64 of one caption."""
     begin, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     text = _fitting(tokenizer, list(tags), tokens)
     rows = []
@@ -72,7 +72,7 @@ def _windows(tokenizer: Any, tags: Sequence[str], tokens: int) -> Tensor:
 
 
 def _fitting(tokenizer: Any, tags: list[str], tokens: int) -> list[int]:
-    """The ids of as many whole tags, from the first on, as fit."""
+    """Return the ids of as many whole tags, from the first on, as fit."""
     while True:
         ids: list[int] = tokenizer(", ".join(tags), add_special_tokens=False, truncation=False).input_ids
         if len(ids) <= tokens or len(tags) <= 1:

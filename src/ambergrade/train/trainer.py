@@ -1,4 +1,4 @@
-"""Fine-tuning of an SDXL UNet and both text encoders: CaptionSet + Networks in, the same Networks trained.
+"""Fine-tunes an SDXL UNet and both text encoders: CaptionSet + Networks in, the same Networks trained.
 
 Everything random is keyed by (seed, purpose, number of the image in the run), so a killed run resumes to the bit,
 and process count and micro-batch change only the order of sums.
@@ -51,7 +51,7 @@ STATES = "state"
 
 @dataclass
 class TrainingReport:
-    """What a training did; the weights are in the networks."""
+    """Says what a training did; the weights are in the networks."""
 
     seen: int
     """Images."""
@@ -123,16 +123,10 @@ def fine_tune(
     flop = StepFlop(networks, settings.lr, settings.tokens) if peak and adapters is None else None
     batches = Batches({bucket: len(rows) for bucket, rows in latents.positions.items()}, settings.batch, settings.seed)
     denoiser.train()
-    bar = tqdm(
-        total=settings.images,
-        initial=run.seen,
-        desc="train",
-        unit="img",
-        disable=None if accelerator.is_main_process else True,
-    )
+    silent = None if accelerator.is_main_process else True
     stock = settings.compile or adapters is not None
     with (
-        bar,
+        tqdm(total=settings.images, initial=run.seen, desc="train", unit="img", disable=silent) as bar,
         nullcontext() if stock else unread_layer_left_out(networks.text_encoder),
     ):
         while run.seen < settings.images:
@@ -241,5 +235,5 @@ def check_loss_weights(settings: TrainSettings, captions: CaptionSet) -> None:
 
 
 def _due(seen: int, every: int, settings: TrainSettings) -> bool:
-    """Whether the step that ended at `seen` crossed a multiple of `every`, or was the last."""
+    """Say whether the step that ended at `seen` crossed a multiple of `every`, or was the last."""
     return every > 0 and (seen // every > (seen - settings.batch) // every or seen == settings.images)

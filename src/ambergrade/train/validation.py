@@ -1,4 +1,4 @@
-"""Loss on held-out pictures at fixed timesteps with fixed noise: comparable between any two checkpoints."""
+"""Measures the loss on held-out pictures at fixed timesteps with fixed noise: any two checkpoints can be compared."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ QUANTILES = tuple(n / 10 for n in range(1, 10))
 
 @dataclass(frozen=True)
 class ValidationLoss:
-    """Mean squared error of the predicted noise, or velocity for a v-prediction model."""
+    """Holds mean squared errors of the predicted noise, or velocity for a v-prediction model."""
 
     by_timestep: dict[int, float]
     mean: float
@@ -39,7 +39,7 @@ def validation_loss(
     batch: int = 32,
     tokens: int = 75,
 ) -> ValidationLoss:
-    """Unweighted loss with whole captions at the given quantiles of the schedule.
+    """Measure the unweighted loss with whole captions at the given quantiles of the schedule.
 
     The noise of a picture depends on (seed, position in the set, timestep) alone. `batch` is pictures per forward pass.
     """

@@ -1,4 +1,4 @@
-"""Proofs that a user can run on his own machines before he pays for a run: exact resume, and whole gradients."""
+"""Proves on a user's own machines, before he pays for a run, that resume is exact and gradients are whole."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CLOSE = 1e-6
 
 @dataclass(frozen=True)
 class Resumed:
-    """A run killed and resumed against the same run left alone."""
+    """Compares a run killed and resumed with the same run left alone."""
 
     kills: tuple[int, ...]
     """Images seen at each SIGKILL."""
@@ -57,7 +57,7 @@ def verify_resume(job: TrainingJob, processes: int, kills: Sequence[int], *, cpu
 
 @dataclass(frozen=True)
 class Gradients:
-    """The gradient of many processes against that of one."""
+    """Compares the gradient of many processes with that of one."""
 
     processes: int
     accumulation: int
@@ -70,7 +70,7 @@ class Gradients:
 
 
 def verify_gradients(job: TrainingJob, processes: int, *, cpu: bool = True) -> Gradients:
-    """One step's gradient by `processes` ranks with accumulation, against one rank with the whole batch at once.
+    """Compare one step's gradient by `processes` ranks with accumulation and by one rank with the whole batch at once.
 
     In double precision, so that sums in another order agree to 1e-12 and a missing reduction stands out.
     """

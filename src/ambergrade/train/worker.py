@@ -1,4 +1,4 @@
-"""One rank of a training run: `python -m ambergrade.train.worker JOB.json`, started as often as there are processes.
+"""Runs one rank of a training: `python -m ambergrade.train.worker JOB.json`, started as often as there are processes.
 
 A job file holds everything, so no rank composes a configuration again. `launch` starts the ranks, and they end when it
 does, however it ends.
@@ -23,7 +23,7 @@ from ambergrade.store import write_json
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What a rank needs; paths as text."""
+    """Holds what a rank needs; paths as text."""
 
     checkpoint: str
     """Weights to begin with: a single file or a diffusers folder."""
@@ -80,7 +80,8 @@ def end_with_parent() -> None:
     """Kill this process once its standard input, a pipe from the process that started it, is closed."""
 
     def wait() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1):  # not `sys.stdin`, whose lock a waiting thread would hold when Python ends
+            pass
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=wait, daemon=True).start()

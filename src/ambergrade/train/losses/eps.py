@@ -11,7 +11,7 @@ PREDICTION = "epsilon"
 def loss(
     predicted: Tensor, target: Tensor, alpha_bar: Tensor, *, min_snr: float | None = None, debiased: bool = False
 ) -> Tensor:
-    """One value per image, (B,), from (B, C, H, W) and ᾱ_t (B,); a batch's loss is their mean.
+    """Compute one value per image, (B,), from (B, C, H, W) and ᾱ_t (B,); a batch's loss is their mean.
 
     ε-prediction (Ho et al. 2020, equation 14). With SNR = ᾱ / (1 - ᾱ), `min_snr` is γ of Hang et al. 2023 (equation
     10, its weight for ε: min(SNR, γ) / SNR); `debiased` weighs by 1 / √SNR, SNR at most 1000 (Yu et al. 2023,

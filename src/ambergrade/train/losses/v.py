@@ -11,7 +11,7 @@ PREDICTION = "v_prediction"
 def loss(
     predicted: Tensor, target: Tensor, alpha_bar: Tensor, *, min_snr: float | None = None, debiased: bool = False
 ) -> Tensor:
-    """One value per image, (B,), from (B, C, H, W) and ᾱ_t (B,); a batch's loss is their mean.
+    """Compute one value per image, (B,), from (B, C, H, W) and ᾱ_t (B,); a batch's loss is their mean.
 
     v-prediction (Salimans & Ho 2022, section 4). With SNR = ᾱ / (1 - ᾱ), `min_snr` is γ of Hang et al. 2023 in its
     form for v: min(SNR, γ) / (SNR + 1); `debiased` weighs by 1 / (SNR + 1), SNR at most 1000, the counterpart of its

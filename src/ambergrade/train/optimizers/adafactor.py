@@ -1,6 +1,9 @@
 """Adafactor (Shazeer & Stern 2018) with the learning rate given: two vectors of state for a matrix, not two copies.
 
-bf16 weights are rounded stochastically.
+A matrix and a vector are stepped as by transformers' Adafactor with `scale_parameter=False, relative_step=False`. A
+convolution differs: here it is the matrix of its filters, (out, in · kernel), where transformers, timm and torch factor
+the kernel's two axes and keep 6 numbers for the 9 weights of a 3 x 3 kernel: 0.96 GB for the convolutions of SDXL's
+UNet instead of 1.5 MB. The state is fp32 whatever the weights are, and bf16 weights are rounded stochastically.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ambergrade.train.rounding import write_back
+from ambergrade.train.rounding import numbered, write_back
 
 ROUNDS_STOCHASTICALLY = True
 
@@ -25,7 +28,7 @@ def optimizer(
     weight_decay: float = 0.0,
     seed: int = 0,
 ) -> torch.optim.Optimizer:
-    """An optimizer of the groups (`params`, `lr`, `decayed`), without momentum and without relative step sizes.
+    """Make an optimizer of the groups (`params`, `lr`, `decayed`), without momentum and without relative step sizes.
 
     `decay`: β₂ of step t is 1 - t^-decay (section 7.2); `clip_threshold`: largest root mean square of an update
     (algorithm 4); `seed` keys the rounding.
@@ -40,30 +43,19 @@ class Adafactor(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        number = 0
-        for group in self.param_groups:
-            number = group.get("before", number)
+        for group, number, parameter, gradient, state in numbered(self):
             shrink = group["lr"] * group["weight_decay"] if group["decayed"] else 0.0
-            for parameter in group["params"]:
-                number += 1
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                update = _update(parameter.grad.float(), state, group)
-                value = parameter.float() * (1 - shrink) - group["lr"] * update
-                write_back(parameter, value, group["seed"], number, int(state["step"]))
+            value = parameter.float() * (1 - shrink) - group["lr"] * _update(gradient, state, group)
+            write_back(parameter, value, group["seed"], number, int(state["step"]))
 
 
 def _update(gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
     matrix = gradient.flatten(1) if gradient.ndim > 1 else gradient  # a convolution is a matrix of its filters
     squared = matrix.square() + group["eps"]
-    if not state:
-        state["step"] = torch.zeros((), dtype=torch.int64)
-        if matrix.ndim > 1:
-            state["rows"], state["columns"] = torch.zeros_like(squared[:, 0]), torch.zeros_like(squared[0])
-        else:
-            state["square"] = torch.zeros_like(squared)
-    state["step"] += 1
+    if matrix.ndim > 1 and "rows" not in state:
+        state["rows"], state["columns"] = torch.zeros_like(squared[:, 0]), torch.zeros_like(squared[0])
+    elif matrix.ndim == 1 and "square" not in state:
+        state["square"] = torch.zeros_like(squared)
     weight = float(state["step"]) ** -group["decay"]  # 1 - β₂
     if matrix.ndim > 1:
         rows = state["rows"].lerp_(squared.mean(dim=1), weight)

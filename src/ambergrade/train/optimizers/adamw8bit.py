@@ -13,7 +13,7 @@ from ambergrade.errors import BadSetting
 def optimizer(
     groups: list[dict[str, Any]], *, betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.01
 ) -> torch.optim.Optimizer:
-    """An optimizer of the groups (`params`, `lr`, `decayed`). Raises BadSetting where bitsandbytes is not installed."""
+    """Make an optimizer of the groups (`params`, `lr`, `decayed`). Raises BadSetting where bitsandbytes is missing."""
     try:
         library = importlib.import_module("bitsandbytes")
     except ImportError as error:

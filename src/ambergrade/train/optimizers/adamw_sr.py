@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ambergrade.train.rounding import write_back
+from ambergrade.train.rounding import numbered, write_back
 
 ROUNDS_STOCHASTICALLY = True
 
@@ -20,7 +20,7 @@ def optimizer(
     weight_decay: float = 0.01,
     seed: int = 0,
 ) -> torch.optim.Optimizer:
-    """An optimizer of the groups (`params`, `lr`, `decayed`); decay spares groups that are not `decayed`.
+    """Make an optimizer of the groups (`params`, `lr`, `decayed`); decay spares groups that are not `decayed`.
 
     `seed` keys the rounding. With fp32 weights it is plain AdamW.
     """
@@ -33,26 +33,16 @@ class AdamWSR(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        number = 0
-        for group in self.param_groups:
-            number = group.get("before", number)
+        for group, number, parameter, gradient, state in numbered(self):
             beta_1, beta_2 = group["betas"]
             decay = group["lr"] * group["weight_decay"] if group["decayed"] else 0.0
-            for parameter in group["params"]:
-                number += 1
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["step"] = torch.zeros((), dtype=torch.int64)
-                    state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
-                gradient = parameter.grad.float()
-                state["step"] += 1
-                step = int(state["step"])
-                state["exp_avg"].lerp_(gradient, 1 - beta_1)
-                state["exp_avg_sq"].mul_(beta_2).addcmul_(gradient, gradient, value=1 - beta_2)
-                root = (state["exp_avg_sq"] / (1 - beta_2**step)).sqrt_().add_(group["eps"])
-                value = parameter.float() * (1 - decay)
-                value.addcdiv_(state["exp_avg"], root, value=-group["lr"] / (1 - beta_1**step))
-                write_back(parameter, value, group["seed"], number, step)
+            if "exp_avg" not in state:
+                state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
+                state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
+            step = int(state["step"])
+            state["exp_avg"].lerp_(gradient, 1 - beta_1)
+            state["exp_avg_sq"].mul_(beta_2).addcmul_(gradient, gradient, value=1 - beta_2)
+            root = (state["exp_avg_sq"] / (1 - beta_2**step)).sqrt_().add_(group["eps"])
+            value = parameter.float() * (1 - decay)
+            value.addcdiv_(state["exp_avg"], root, value=-group["lr"] / (1 - beta_1**step))
+            write_back(parameter, value, group["seed"], number, step)

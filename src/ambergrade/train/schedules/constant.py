@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def factor(seen: int, total: int, *, warmup: int = 0) -> float:
-    """What multiplies the learning rate of the optimizer step that brings the images seen to `seen`.
+    """Compute what multiplies the learning rate of the optimizer step that brings the images seen to `seen`.
 
     `warmup` counts images, so it does not depend on batch size or process count. The card's "100 steps of 128"
     are 12,800; its first step gets 1/100 of the rate (transformers' counter gives it 0, a lost step).

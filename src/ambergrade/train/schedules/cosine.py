@@ -6,7 +6,7 @@ import math
 
 
 def factor(seen: int, total: int, *, warmup: int = 0, floor: float = 0.0) -> float:
-    """What multiplies the learning rate of the optimizer step that brings the images seen to `seen` of `total`.
+    """Compute what multiplies the rate of the optimizer step that brings the images seen to `seen` of `total`.
 
     `warmup` counts images; `floor` is the fraction of the peak that is left at the end.
 
