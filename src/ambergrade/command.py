@@ -1,96 +1,133 @@
 """The installed command: what needs no configuration beyond a recipe file.
 
-ambergrade merge RECIPE.yaml [a=0.9 …] [--out FILE] [--dry-run]
+ambergrade merge RECIPE.yaml [a=0.9 …] [--models DIR] [--out FILE] [--overwrite] [--dry-run]
 ambergrade verify MODEL.safetensors --models DIR
+ambergrade digest FILE …
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ambergrade.errors import AmbergradeError, BadSetting
 
+if TYPE_CHECKING:
+    from ambergrade.merge.files import RecipeFile
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 done, 1 a user's mistake or a check that failed, told in a few lines."""
-    parser = argparse.ArgumentParser(prog="ambergrade", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    merge = commands.add_parser("merge", help="run a recipe file")
-    merge.add_argument("recipe", type=Path)
-    merge.add_argument("coefficients", nargs="*", metavar="name=value", help="in place of the recipe's")
-    merge.add_argument("--out", type=Path, help="in place of the recipe's")
-    merge.add_argument("--dry-run", action="store_true", help="print the plan, its costs and its audit; write nothing")
-    verify = commands.add_parser("verify", help="rebuild a merged file from its own header and compare the bytes")
-    verify.add_argument("model", type=Path)
-    verify.add_argument("--models", type=Path, required=True, help="folder that holds the inputs, under any names")
-    for command in (merge, verify):
-        command.add_argument("--threads", type=int, default=None)
-        command.add_argument("--device", default="cpu") if command is merge else None
-    given = parser.parse_args(arguments)
+    """Run one command. Returns 0 for done, 1 for a user's mistake or a check that failed, told in a few lines."""
+    given = _parser().parse_args(arguments)
     try:
-        if given.command == "merge":
-            merge_recipe(
-                given.recipe,
-                coefficients=_numbers(given.coefficients),
-                out=given.out,
-                dry_run=given.dry_run,
-                threads=given.threads,
-                device=given.device,
-            )
-            return 0
-        return 0 if verify_model(given.model, given.models, threads=given.threads) else 1
+        return int(given.run(given))
     except AmbergradeError as error:
         print(error, file=sys.stderr)
         return 1
 
 
-def merge_recipe(
-    recipe: Path,
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ambergrade", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    merge = commands.add_parser("merge", help="run a recipe file")
+    merge.add_argument("recipe", type=Path)
+    merge.add_argument("coefficients", nargs="*", metavar="name=value", help="in place of the recipe's")
+    merge.add_argument("--models", type=Path, help="folder that holds inputs which the recipe names by digest")
+    merge.add_argument("--out", type=Path, help="in place of the recipe's")
+    merge.add_argument("--overwrite", action="store_true", help="replace a model that is at the output's place")
+    merge.add_argument("--dry-run", action="store_true", help="print the plan, its costs and its audit; write nothing")
+    merge.add_argument("--device", default="cpu")
+    merge.set_defaults(run=_merge)
+    verify = commands.add_parser("verify", help="rebuild a merged file from its own header and compare the bytes")
+    verify.add_argument("model", type=Path)
+    verify.add_argument("--models", type=Path, required=True, help="folder that holds the inputs, under any names")
+    verify.set_defaults(run=lambda given: 0 if verify_model(given.model, given.models, threads=given.threads) else 1)
+    for command in (merge, verify):
+        command.add_argument("--threads", type=_count, default=None)
+    digest = commands.add_parser("digest", help="print a model file's digests, each under its name")
+    digest.add_argument("files", nargs="+", type=Path, metavar="FILE", help="safetensors file or diffusers folder")
+    digest.set_defaults(run=lambda given: print_digests(given.files))
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) <= 1024:
+        raise argparse.ArgumentTypeError(f"'{text[:40]}' is no count from 1 to 1024")
+    return int(text)
+
+
+def _merge(given: argparse.Namespace) -> int:
+    from ambergrade.merge.files import read_recipe
+
+    run_written(
+        read_recipe(given.recipe, _numbers(given.coefficients)),
+        out=given.out,
+        dry_run=given.dry_run,
+        threads=given.threads,
+        device=given.device,
+        models=given.models,
+        overwrite=given.overwrite,
+    )
+    return 0
+
+
+def run_written(
+    written: RecipeFile,
     *,
-    coefficients: Mapping[str, float] | None = None,
     out: Path | None = None,
     dry_run: bool = False,
     threads: int | None = None,
     device: str = "cpu",
+    models: Path | None = None,
+    overwrite: bool = False,
 ) -> None:
-    """Read, plan, merge and print the audit. Raises AmbergradeError for what cannot be merged."""
-    from ambergrade.merge.files import read_recipe
+    """Plan and merge a recipe; print the audit and what was written.
 
-    run_written(read_recipe(recipe, coefficients), out=out, dry_run=dry_run, threads=threads, device=device)
-
-
-def run_written(
-    written: object, *, out: Path | None = None, dry_run: bool = False, threads: int | None = None, device: str = "cpu"
-) -> None:
-    """Plan and merge a `merge.files.Written`; print the audit and what was written."""
+    models: the folder for inputs that the recipe names by digest. Raises AmbergradeError for what cannot be merged,
+    for an output that may not be replaced, and where a release's recipe does not give the release's bytes.
+    """
+    from ambergrade.identity import file_digest
     from ambergrade.merge.engine import merge
-    from ambergrade.merge.files import Written
+    from ambergrade.merge.header import read_header
     from ambergrade.merge.inputs import Digests, default_cache
+    from ambergrade.store import refuse_overwrite
 
-    assert isinstance(written, Written)
-    job = written.job()
+    target = out or written.out or (Path(written.result["name"]) if written.result else None)
+    job = written.job(models)
+    if target is not None:
+        read = [file for opened in job.inputs.values() for file in opened.files]
+        read += [written.source] if written.source else []
+        may = overwrite or written.overwrite
+        refuse_overwrite(target, [".safetensors"], overwrite=may or dry_run, inputs=read, check=read_header)
     print(job.told())
-    target = out or written.out
     if dry_run:
         return
     if target is None:
         raise BadSetting("Where shall the merge be written?\nGive out=FILE.safetensors, here or in the recipe.")
     report = merge(job, target, threads=threads, device=device, digests=Digests(default_cache()))
+    sha256 = file_digest(target)
     print(f"read     {report.bytes_read:,} bytes in {report.seconds:.1f} s")
     print(f"written  {target}  {report.bytes_written:,} bytes, recipe {report.recipe.digest[:12]}")
+    print(f"file     sha256 {sha256}")
+    expected = written.result.get("file", sha256)
+    if sha256 != expected:
+        raise BadSetting(f"{target} is NOT the released file, whose sha256 is {expected}.")
+    if written.result:
+        print("         the released file's bytes")
 
 
 def verify_model(model: Path, models: Path, *, threads: int | None = None) -> bool:
-    """Rebuild and compare; prints what was found. Raises AmbergradeError where that is not possible."""
+    """Rebuild a merged file and compare; prints what was found. Raises AmbergradeError where it cannot be rebuilt."""
     from ambergrade.merge.files import verify
 
     found = verify(model, models, threads=threads)
     print(found.recipe.formula.text)
     for alias, path in found.inputs.items():
-        print(f"  {alias:<12} {found.recipe.inputs[alias][:12]}  {path}")
+        digests = ", ".join(f"{kind} {sha256[:12]}" for kind, sha256 in sorted(found.recipe.model(alias).items()))
+        print(f"  {alias:<12} {digests}  {path}" + ("  (saved anew: equal weights)" if alias in found.resaved else ""))
     if found.same:
         print(f"verified: {found.bytes_compared:,} bytes are what the recipe in the header gives")
     else:
@@ -98,16 +135,37 @@ def verify_model(model: Path, models: Path, *, threads: int | None = None) -> bo
     return found.same
 
 
+def print_digests(files: Sequence[Path]) -> int:
+    """Print every digest of model files, and remember none but the file's and the weights'."""
+    from ambergrade.family.digests import listed_digests, model_digests
+    from ambergrade.merge.inputs import Digests, default_cache
+
+    known = Digests(default_cache())
+    for path in files:
+        digests = model_digests(path, known)
+        rows = {"file": f"sha256 {digests.file}", "weights": f"sha256 {digests.weights}"}
+        rows |= {} if path.is_dir() else listed_digests(path)
+        print(path)
+        for name, text in rows.items():
+            print(f"  {name:<8} {text}")
+    known.save()
+    return 0
+
+
 def _numbers(given: Sequence[str]) -> dict[str, float]:
-    found = {}
+    found: dict[str, float] = {}
     for one in given:
         name, equals, text = one.partition("=")
+        name = name.removeprefix("coefficients.")
         try:
-            found[name.removeprefix("coefficients.")] = float(text)
+            value = float(text)
         except ValueError:
             equals = ""
         if not equals:
             raise BadSetting(f"'{one}' is no coefficient.\nWrite name=number, as in a=0.9.")
+        if name in found:
+            raise BadSetting(f"The coefficient {name} is given twice.\nGive it once.")
+        found[name] = value
     return found
 
 

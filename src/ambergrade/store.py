@@ -167,17 +167,17 @@ class Digests:
         self._known = self._read()
         self._new: dict[str, str] = {}
 
-    def known(self, file: Path, kind: str = "file") -> str | None:
-        """The remembered sha256 of a file that did not change since; of its bytes, or of another `kind`."""
-        return self._known.get(_fingerprint(os.stat(file), kind))
+    def known(self, file: Path) -> str | None:
+        """The remembered sha256 of a file that did not change since."""
+        return self._known.get(_fingerprint(os.stat(file)))
 
-    def tell(self, before: os.stat_result, file: Path, sha256: str, kind: str = "file") -> None:
+    def tell(self, before: os.stat_result, file: Path, sha256: str) -> None:
         """Remember a digest that was read after `before`, unless the file changed since then or just before.
 
         A change within a tick of the file system's clock leaves no trace, so a file that young is not remembered.
         """
-        key = _fingerprint(before, kind)
-        if _fingerprint(os.stat(file), kind) == key and time.time_ns() - before.st_ctime_ns > TICK_NS:
+        key = _fingerprint(before)
+        if _fingerprint(os.stat(file)) == key and time.time_ns() - before.st_ctime_ns > TICK_NS:
             self._known[key] = self._new[key] = sha256
 
     def of_file(self, file: Path) -> str:
@@ -188,6 +188,14 @@ class Digests:
             found = file_digest(file)
             self.tell(before, file, found)
         return found
+
+    def derived(self, kind: str, sha256: str) -> str | None:
+        """A digest of another kind that follows from a file's bytes, such as that of its weights; by their sha256."""
+        return self._known.get(f"{kind}:{sha256}")
+
+    def tell_derived(self, kind: str, sha256: str, found: str) -> None:
+        """Remember what `derived` gives."""
+        self._known[f"{kind}:{sha256}"] = self._new[f"{kind}:{sha256}"] = found
 
     def save(self) -> None:
         """Write what is new to the cache file, beside what other processes wrote meanwhile."""
@@ -212,8 +220,8 @@ TICK_NS = 50_000_000
 MOST_REMEMBERED = 10_000
 
 
-def _fingerprint(found: os.stat_result, kind: str) -> str:
-    return f"{kind}:{found.st_dev}:{found.st_ino}:{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
+def _fingerprint(found: os.stat_result) -> str:
+    return f"{found.st_dev}:{found.st_ino}:{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
 
 
 @dataclass(frozen=True)

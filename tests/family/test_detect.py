@@ -172,3 +172,33 @@ def test_a_transposed_projection_is_seen_against_a_relative():
     assert not looks_transposed(base[:12], base[:12])
     symmetric = base + base.T
     assert not looks_transposed(symmetric, symmetric)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+@pytest.mark.parametrize("names", ["whole prefix", "comfy", "bare", "diffusers"])
+def test_a_network_saved_alone_is_what_it_is(part, names):
+    """ComfyUI's and diffusers' UNet files and everybody's VAE files: no prefix, or a part of it."""
+    family = sdxl.FAMILY
+    component = family.components[part]
+    table = {name: shape for name, shape in family.table().items() if name.startswith(component.prefix)}
+    comfy = "diffusion_model." if part == "unet" else ""
+    beginning = {"whole prefix": component.prefix, "comfy": comfy, "bare": ""}
+    if names == "diffusers":
+        saved = component.kind.shapes(component.config)
+    else:
+        saved = {beginning[names] + name.removeprefix(component.prefix): shape for name, shape in table.items()}
+    layout = detect({**saved, "v_pred": (0,)}, like=family)
+    assert (layout.family, layout.kind, layout.missing, layout.unexpected) == (family, "single file", (), ())
+    found = {name: source.shape(saved | {"v_pred": (0,)}) for name, source in layout.sources.items()}
+    assert found == {**table, "v_pred": (0,)}
+    assert {key for source in layout.sources.values() for key in source.keys} == saved.keys() | {"v_pred"}
+    assert len(layout.absent) == 3
+
+
+def test_names_that_are_the_cause_are_told():
+    wrapped = {f"module.{name}": shape for name, shape in sdxl.FAMILY.table().items()}
+    with pytest.raises(BadInput, match=r"every key begins with 'module\.'"):
+        detect(wrapped)
+    encoder = sdxl.FAMILY.components["text_encoder"]
+    with pytest.raises(BadInput, match=r"'text_model\.encoder\.layers\.0\.[a-z_0-9.]*' is what transformers calls it"):
+        detect(encoder.kind.shapes(encoder.config))

@@ -2,12 +2,15 @@
 
 import json
 import struct
+from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ambergrade.family.files import weights_digest, write_tensors
+from ambergrade.errors import BadInput, MissingObject
+from ambergrade.family.files import entries, weight_files, weights_digest, write_tensors
 
 TENSORS = {
     "b.scalar": torch.tensor(2.5),
@@ -57,3 +60,49 @@ def test_the_digest_covers_names_dtypes_shapes_and_bytes():
         {"w": torch.tensor([1.0, 2.5])},
     ]
     assert len({weights_digest(tensors) for tensors in [base, *variants]}) == 5
+
+
+def component(folder: Path, *names: str, index: dict[str, str] | None = None) -> Path:
+    for number, name in enumerate(names):
+        write_tensors(folder / name, {f"w{number}": torch.full((2,), float(number))}, {})
+    if index is not None:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return folder
+
+
+def test_one_file_of_a_component_is_chosen_by_rule_or_none(tmp_path):
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    index = {"w0": shards[0], "w1": shards[1]}
+    plain = component(tmp_path / "plain", "model.fp16.safetensors", "model.safetensors")
+    assert [file.name for file in weight_files(plain)] == ["model.safetensors"]
+    assert [file.name for file in weight_files(component(tmp_path / "shards", *shards))] == shards
+    stale = component(tmp_path / "stale", *shards, "model.safetensors", index=index)  # the whole file is an old one
+    assert [file.name for file in weight_files(stale)] == shards
+    for number, names in enumerate(
+        [
+            ["model.fp16.safetensors", "model.non_ema.safetensors"],
+            [*shards, "model.safetensors"],
+            [shards[0]],
+            [shards[0], "model-00002-of-00003.safetensors"],
+        ]
+    ):
+        with pytest.raises(BadInput) as caught:
+            weight_files(component(tmp_path / str(number), *names))
+        assert all(name in str(caught.value) for name in names)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "model.bin", 3])
+def test_an_index_names_files_beside_it_only(tmp_path, name):
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    folder = component(tmp_path / "x", *shards, index={"w0": name})
+    with pytest.raises(BadInput, match="no index of shards"):
+        weight_files(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"w0": "gone.safetensors"}}')
+    with pytest.raises(MissingObject, match=r"names gone\.safetensors"):
+        weight_files(folder)
+
+
+def test_a_folder_of_checkpoints_is_told_from_a_checkpoint(tmp_path):
+    component(tmp_path, "a.safetensors", "b.safetensors")
+    with pytest.raises(MissingObject, match=r"holds 2 checkpoints: name one, such as .*a\.safetensors"):
+        entries(tmp_path, ["unet", "vae"])

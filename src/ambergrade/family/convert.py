@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from ambergrade.errors import BadInput, BadSetting, MissingObject
 from ambergrade.family.detect import EMA, Layout, detect, require
 from ambergrade.family.files import PASSIVE_FILE, Entry, entries, write_streamed
 from ambergrade.family.layouts import Source, listed, renamed
 from ambergrade.family.load import Family, families
+from ambergrade.family.prediction import lacking_marks, read_scheduler, scheduler_settings
 from ambergrade.store import write_json
 
 if TYPE_CHECKING:
@@ -101,7 +101,9 @@ def to_single_file(folder: Path, checkpoint: Path, metadata: Mapping[str, str] |
         raise BadSetting(f"{folder} is a single file already.")
     import torch
 
-    marks = {name: torch.empty(0) for name in _scheduler_marks(folder) if name not in layout.sources}
+    marks = {
+        name: torch.empty(0) for name in lacking_marks((), None, read_scheduler(folder)) if name not in layout.sources
+    }
     write(checkpoint, opened, layout.sources, metadata or {}, marks)
     return layout
 
@@ -141,19 +143,8 @@ def _copy_config(config: Path, folder: Path) -> None:
 
 
 def _mark_scheduler(folder: Path, passive: Mapping[str, Source]) -> None:
-    """A single file says by empty tensors what a folder says in its scheduler (NoobAI's and ComfyUI's convention)."""
+    """Write into the folder's scheduler what the single file says by empty tensors."""
     path = folder / "scheduler" / "scheduler_config.json"
-    says: dict[str, Any] = {}
-    if "v_pred" in passive:
-        says["prediction_type"] = "v_prediction"
-    if "ztsnr" in passive:
-        says["rescale_betas_zero_snr"] = True
-    if says and path.is_file():
-        write_json(path, {**json.loads(path.read_text()), **says})
-
-
-def _scheduler_marks(folder: Path) -> list[str]:
-    path = folder / "scheduler" / "scheduler_config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
-    marks = ["v_pred"] if config.get("prediction_type") == "v_prediction" else []
-    return marks + (["ztsnr"] if config.get("rescale_betas_zero_snr") else [])
+    said = scheduler_settings(passive)
+    if said and path.is_file():
+        write_json(path, {**read_scheduler(folder), **said})

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ambergrade.errors import BadInput
 from ambergrade.family.layouts import Shape, Source, listed, renamed
 from ambergrade.family.load import Family, families
 
-__all__ = ["EMA", "Layout", "detect", "ema_name", "families"]
+__all__ = ["EMA", "Layout", "detect", "ema_name", "families", "naming_hint", "require"]
 
 ENOUGH = 0.9
 """Of the keys of the components found, so many must be there: a few missing are a fault, many another family."""
@@ -41,13 +41,14 @@ class Layout:
     """Whether every shape is the published one."""
 
 
-def detect(shapes: Mapping[str, Shape]) -> Layout:
-    """The family and layout of a checkpoint.
+def detect(shapes: Mapping[str, Shape], like: Family | None = None) -> Layout:
+    """The family and layout of a checkpoint, or of a UNet or a VAE that was saved alone.
 
     `shapes` maps its keys to shapes; those of a folder's component begin with its name and a slash, such as
-    `unet/conv_in.weight`. Raises BadInput where no family fits, saying what the nearest lacks.
+    `unet/conv_in.weight`. `like` decides where families have the tensors in common, as SD 1.x and SDXL have the VAE's.
+    Raises BadInput where no family fits, saying what the nearest lacks.
     """
-    return _detected(tuple((key, tuple(shape)) for key, shape in shapes.items()))
+    return _detected(tuple((key, tuple(shape)) for key, shape in shapes.items()), like.name if like else "")
 
 
 def require(family: Family, shapes: Mapping[str, Shape], what: str) -> Layout:
@@ -64,16 +65,19 @@ def require(family: Family, shapes: Mapping[str, Shape], what: str) -> Layout:
     )
 
 
-@functools.lru_cache(maxsize=4)  # the models of a merge have the same keys and shapes
-def _detected(keys: tuple[tuple[str, Shape], ...]) -> Layout:
+@functools.lru_cache(maxsize=8)  # the models of a merge have the same keys and shapes
+def _detected(keys: tuple[tuple[str, Shape], ...], like: str) -> Layout:
     shapes = dict(keys)
     fits = sorted((_fit(family, shapes) for family in families()), key=lambda fit: -fit.matched)
+    if not fits[0].enough:
+        alone = sorted((fit for family in families() for fit in _alone(family, shapes)), key=lambda fit: -fit.matched)
+        fits = alone if alone and alone[0].enough else fits
     best = fits[0]
-    if best.expected and best.matched >= ENOUGH * best.expected:
-        others = [fit for fit in fits[1:] if fit.matched == best.matched]
-        if not others:
-            return best.layout
-        names = " and ".join(fit.layout.family.name for fit in [best, *others])
+    if best.enough:
+        same = {fit.layout.family.name: fit for fit in reversed(fits) if fit.matched == best.matched}
+        if len(same) == 1 or like in same:
+            return same.get(like, best).layout
+        names = " and ".join(sorted(same))
         raise BadInput(f"These {len(shapes)} tensors fit {names} alike: they hold only what those have in common.")
     layout = best.layout
     complaints = [f"missing: {name}" for name in layout.missing] + [f"unknown: {key}" for key in layout.unexpected]
@@ -83,8 +87,48 @@ def _detected(keys: tuple[tuple[str, Shape], ...]) -> Layout:
         nearest = f"The nearest, {layout.family.name}, {count}:\n{listed(complaints)}"
     raise BadInput(
         f"These {len(shapes)} tensors are of no known family ({', '.join(family.name for family in families())}).\n"
-        f"{nearest}\nA new family is one file: docs/how-to/add-a-family.md."
+        f"{nearest}\n{naming_hint(shapes) or 'A new family is one file: docs/how-to/add-a-family.md.'}"
     )
+
+
+def naming_hint(keys: Collection[str]) -> str:
+    """What to say where only the names of tensors are in the way; empty where they are not."""
+    first = {key.partition(".")[0] for key in keys}
+    known = tuple(component.prefix for family in families() for component in family.components.values())
+    if len(first) == 1 and any(key.partition(".")[2].startswith(known) for key in keys):
+        word = first.pop()
+        return (
+            f"The names are the cause: every key begins with '{word}.', as a wrapper of torch's saves it.\n"
+            "Save the file again with that beginning taken off the keys."
+        )
+    theirs = [key for key in keys if "text_model.encoder.layers." in key and not key.startswith(known)]
+    if theirs and not any("/" in key for key in theirs):
+        return (
+            f"The names are the cause: '{theirs[0]}' is what transformers calls it; single files have the original "
+            "names.\nUse the diffusers folder, or a file that was converted for A1111 or ComfyUI."
+        )
+    return ""
+
+
+def _alone(family: Family, shapes: Mapping[str, Shape]) -> Iterator[_Fit]:
+    """A UNet or a VAE without the others, under the original names or diffusers', without the whole prefix."""
+    for part, component in family.components.items():
+        if component.short not in ("unet", "vae"):
+            continue
+        words = component.prefix.split(".")
+        begins = [f"{part}/", *(".".join(words[:cut]) + "." for cut in range(1, len(words)))]
+        for begin in begins:
+            names = {key: key if key in family.passive else begin + key for key in shapes}
+            fit = _fit(family, {names[key]: shape for key, shape in shapes.items()})
+            if fit.enough:
+                back = {name: key for key, name in names.items()}
+                layout = replace(
+                    fit.layout,
+                    kind="single file",
+                    sources=renamed(fit.layout.sources, back.__getitem__),
+                    unexpected=tuple(back.get(name, name) for name in fit.layout.unexpected),
+                )
+                yield replace(fit, layout=layout)
 
 
 def ema_name(name: str) -> str:
@@ -101,6 +145,10 @@ class _Fit:
     layout: Layout
     matched: int
     expected: int
+
+    @property
+    def enough(self) -> bool:
+        return self.expected > 0 and self.matched >= ENOUGH * self.expected
 
 
 def _fit(family: Family, shapes: Mapping[str, Shape]) -> _Fit:

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -102,17 +103,48 @@ class Entry:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The file itself or, of one component's folder, a plain file before variants such as `.fp16`, or all its shards.
+    """The file itself or, of one component's folder, its one plain file or the shards that its index names.
 
-    Raises MissingObject where there is none.
+    Variants such as `.fp16` are taken where there is nothing plainer. Raises MissingObject where there is none or a
+    shard is missing, BadInput where several files hold the component and no index says which count.
     """
     if path.is_file():
         return [path]
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise MissingObject(f"{path} holds no .safetensors file. A diffusers folder needs one in each component.")
-    fewest_dots = min(file.name.count(".") for file in files)
-    return [file for file in files if file.name.count(".") == fewest_dots]
+    indexes = sorted(path.glob("*.safetensors.index*.json"), key=lambda index: (index.name.count("."), index.name))
+    plainest = [file for file in files if file.name.count(".") == min(each.name.count(".") for each in files)]
+    if indexes and (len(plainest) > 1 or _SHARD.search(plainest[0].name)):
+        return _shards(indexes[0])
+    shards = [_SHARD.search(file.name) for file in plainest]
+    stems = {_SHARD.sub("", file.name) for file in plainest}
+    whole = len(stems) == 1 and {int(shard[2]) if shard else 1 for shard in shards} == {len(plainest)}
+    if whole:
+        return plainest
+    names = ", ".join(file.name for file in plainest)
+    raise BadInput(
+        f"{path} holds several files of one network, and no index says which count: {names}.\n"
+        "Keep one of them, or all shards with their .safetensors.index.json, and move the others away."
+    )
+
+
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})(?=\.)")
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names, all beside it."""
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        plain = all(name == Path(name).name and name.endswith(".safetensors") for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        names, plain = [], False
+    if not (names and plain):
+        raise BadInput(f"{index} is no index of shards: its weight_map must map tensors to files beside it.")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise MissingObject(f"{index} names {', '.join(missing)}, which {index.parent} does not hold. Fetch it again.")
+    return [index.parent / name for name in names]
 
 
 def entries(path: Path, components: Iterable[str] = ()) -> dict[str, Entry]:
@@ -124,9 +156,28 @@ def entries(path: Path, components: Iterable[str] = ()) -> dict[str, Entry]:
         for file in weight_files(path / name) if (path / name).is_dir() else []:
             found |= {f"{name}/{key}": entry for key, entry in _header(file).items()}
     if not found:
-        known = ", ".join(sorted(set(components)))
-        raise MissingObject(f"{path} is no diffusers folder: it has none of the folders {known}.")
+        raise MissingObject(no_checkpoint(path, components))
     return found | (_header(path / PASSIVE_FILE) if (path / PASSIVE_FILE).is_file() else {})
+
+
+def no_checkpoint(folder: Path, components: Iterable[str]) -> str:
+    """What to say of a folder that is no checkpoint: most often the checkpoints lie in it."""
+    files = sorted(file.name for file in folder.glob("*.safetensors"))
+    holds = (
+        f"it holds {len(files)} checkpoints: name one, such as {folder / files[0]}" if files else "it holds no model"
+    )
+    known = ", ".join(sorted(set(components)))
+    return f"{folder} is no diffusers folder, which has some of the folders {known}; {holds}."
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts that a safetensors file's header holds beside its tensors."""
+    _refuse(path)
+    try:
+        with safe_open(path, "np") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise BadInput(f"{path} is not a whole safetensors file: {error}.\nFetch or write it again.") from error
 
 
 def _header(path: Path) -> dict[str, Entry]:

@@ -17,8 +17,17 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ambergrade import family as package
 from ambergrade.errors import BadInput, BadSetting, UnknownName
-from ambergrade.family.files import PASSIVE_FILE, read_tensors, weight_files, weights_digest, write_tensors
+from ambergrade.family.files import (
+    PASSIVE_FILE,
+    entries,
+    read_metadata,
+    read_tensors,
+    weight_files,
+    weights_digest,
+    write_tensors,
+)
 from ambergrade.family.layouts import Component, Shape, Source, listed
+from ambergrade.family.prediction import lacking_marks, prediction_type, read_scheduler
 
 if TYPE_CHECKING:
     import torch
@@ -103,16 +112,32 @@ class Family:
         return self.networks.load(checkpoint, config, dtype=dtype, device=device, only=only)
 
     def read_checkpoint(self, path: Path) -> dict[str, Tensor]:
-        """Weights under single-file keys, from a single file or a diffusers folder; pickles are refused."""
-        if not path.is_dir():
-            return read_tensors(path)
+        """Weights under single-file keys, from a single file or a diffusers folder; pickles are refused.
+
+        What only a folder's scheduler or a file's header say of the prediction type is said by marks as well.
+        """
+        import torch
+
         found: dict[str, Tensor] = {}
-        for part in self.components:
-            state: dict[str, Tensor] = {}
-            for file in weight_files(path / part):
-                state |= read_tensors(file)
-            found |= self.single_tensors(part, state)
-        return found | (read_tensors(path / PASSIVE_FILE) if (path / PASSIVE_FILE).is_file() else {})
+        if path.is_dir():
+            for part in self.components:
+                state: dict[str, Tensor] = {}
+                for file in weight_files(path / part):
+                    state |= read_tensors(file)
+                found |= self.single_tensors(part, state)
+            found |= read_tensors(path / PASSIVE_FILE) if (path / PASSIVE_FILE).is_file() else {}
+            lacking = lacking_marks(found, None, read_scheduler(path))
+        else:
+            found = read_tensors(path)
+            lacking = lacking_marks(found, read_metadata(path))
+        return found | {mark: torch.empty(0) for mark in lacking}
+
+    def prediction_type(self, path: Path) -> str | None:
+        """`epsilon`, `v`, `flow` or another word, as a checkpoint's headers say; None where nothing says."""
+        keys = entries(path, self.components)
+        if path.is_dir():
+            return prediction_type(keys, None, read_scheduler(path))
+        return prediction_type(keys, read_metadata(path))
 
     def write_checkpoint(self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
         """Write a single file of canonical bytes under its final name in one step; returns the weights' digest."""

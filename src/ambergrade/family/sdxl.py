@@ -17,6 +17,7 @@ from ambergrade.family import original
 from ambergrade.family.files import weights_digest
 from ambergrade.family.layouts import Component
 from ambergrade.family.load import Family
+from ambergrade.family.prediction import scheduler_marks, scheduler_settings
 from ambergrade.identity import random_seed
 
 if TYPE_CHECKING:
@@ -45,11 +46,6 @@ __all__ = [
 
 POSITION_IDS = "conditioner.embedders.0.transformer.text_model.embeddings.position_ids"
 LOGIT_SCALE = "conditioner.embedders.1.model.logit_scale"
-MARKS: Mapping[str, tuple[str, Any]] = {
-    "v_pred": ("prediction_type", "v_prediction"),
-    "ztsnr": ("rescale_betas_zero_snr", True),
-}
-"""Empty tensors by which a single file says what its weights predict, and the scheduler's setting of each."""
 FAMILY = Family(
     name="sdxl",
     architecture="stable-diffusion-xl-v1-base",
@@ -140,6 +136,12 @@ def load(
     from accelerate import init_empty_weights
 
     weights = read_checkpoint(checkpoint)
+    predicts = FAMILY.prediction_type(checkpoint)
+    if predicts not in (None, "epsilon", "v"):
+        raise BadInput(
+            f"{checkpoint.name} predicts '{predicts}'; training and drawing know epsilon and v.\n"
+            "Choose another checkpoint."
+        )
     with init_empty_weights():
         networks = _build(config)
     for name, module in networks.modules().items():
@@ -295,8 +297,7 @@ def marks(scheduler_config: Mapping[str, Any]) -> dict[str, Tensor]:
     """The empty tensors by which a single file says what a folder says in its scheduler's config."""
     import torch
 
-    found = [mark for mark, (key, value) in MARKS.items() if scheduler_config.get(key) == value]
-    return {mark: torch.empty(0) for mark in found}
+    return {mark: torch.empty(0) for mark in scheduler_marks(scheduler_config)}
 
 
 def from_noise(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -308,8 +309,8 @@ def from_noise(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
 def _take_passive(networks: Networks, tensors: Mapping[str, Tensor]) -> None:
     """Keep what no network holds, and let a file's marks decide what its weights predict."""
     networks.passive = _passive(tensors)
-    says = dict(MARKS[mark] for mark in MARKS.keys() & networks.passive.keys())
-    networks.scheduler_config = from_noise({**networks.scheduler_config, **says})
+    said = scheduler_settings(networks.passive.keys())
+    networks.scheduler_config = from_noise({**networks.scheduler_config, **said})
 
 
 def _passive(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

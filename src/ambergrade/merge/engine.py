@@ -95,7 +95,7 @@ def run(
         parts = list(gather(job, batch))
         readers.plan(parts)
         _Pipeline(job, sink, readers, threads or _threads(), device).run(parts)
-        recipe = job.recipe(readers.finish())
+        recipe = job.recipe(readers.finish(), digests)
     header, _ = header_bytes(job.described, job.metadata(recipe))
     assert len(header) <= length, (len(header), length)
     # Two aliases of one file share an entry, so the final text may be shorter than the reserved one.

@@ -1,17 +1,18 @@
 """Merges as people write them down: a recipe file is read and run, and a merged file is rebuilt from its own header.
 
 formula: "gamma rev1 = beta7 + a * (anxl3 - anxl2) + b * (base7 - beta7)"
-models: {beta7: beta7.safetensors, …}      # relative to this file
+models: {beta7: beta7.safetensors, …}      # relative to this file; or {weights: sha256, file: sha256, name: hint}
 coefficients: {a: 0.8, b: 0.5}
 dtype: fp16                                # default: the base's
 policies: {vae: base}                      # default: strict, see `plan.POLICIES`
 out: gamma-rev1.safetensors
+overwrite: true                            # default: an `out` that is there already is refused
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,43 +20,72 @@ from typing import Any
 import yaml
 
 from ambergrade.errors import BadInput, BadSetting, MissingObject, UnknownName
-from ambergrade.family.files import PASSIVE_FILE
+from ambergrade.identity import canonical_json
 from ambergrade.merge.engine import run
+from ambergrade.merge.find import find_inputs
 from ambergrade.merge.formula import Formula
 from ambergrade.merge.header import Header, read_header
-from ambergrade.merge.inputs import Digests, default_cache, input_digest, open_input
-from ambergrade.merge.job import Job, open_job
-from ambergrade.merge.recipe import Recipe
+from ambergrade.merge.inputs import Digests, default_cache
+from ambergrade.merge.job import Job, Repeated, open_job
+from ambergrade.merge.recipe import RECIPE, Recipe, are_digests, header_recipe, is_number
 from ambergrade.store import find_file
 
-KEYS = ("formula", "models", "coefficients", "dtype", "policies", "out")
-MOST_BYTES = 1 << 16
-"""Of a recipe file."""
-MOST_NUMBER = 1e300
-RECIPE = "ambergrade.recipe"
-"""Key of a merged file's metadata under which its recipe stands."""
+__all__ = ["RECIPE", "RecipeFile", "Verdict", "from_values", "read_recipe", "verify"]
+
+KEYS = ("formula", "models", "coefficients", "dtype", "policies", "out", "overwrite", "result", "ancestors")
+MOST_BYTES = 1 << 20
+"""Of a recipe file. A release's holds what its inputs were merged from, if they were."""
 
 
 @dataclass(frozen=True)
-class Written:
+class RecipeFile:
     """A recipe as written down: what to merge, from which files, to where."""
 
     formula: Formula
     paths: Mapping[str, Path]
-    """Alias to file or diffusers folder, LoRAs included."""
+    """Alias to file or diffusers folder, LoRAs included; of those that are named by a path."""
+    digests: Mapping[str, Mapping[str, str]]
+    """Alias to `weights`, `file` or both; of those that are named by digest, as in a release."""
+    names: Mapping[str, str]
+    """Alias to a file name, which is looked at first."""
     coefficients: Mapping[str, float]
     dtype: str | None
     policies: Mapping[str, str]
     out: Path | None
+    overwrite: bool
+    result: Mapping[str, Any]
+    """Of a release: `name`, `bytes` and the digests `file` and `weights` of the merged file; empty otherwise."""
+    ancestors: Mapping[str, Any]
+    """See `Recipe.ancestors`."""
+    source: Path | None = None
+    """The file it was read from."""
 
-    def job(self) -> Job:
-        """Planned from headers alone. Raises as `job.open_job`."""
-        return open_job(
-            self.formula, self.paths, coefficients=self.coefficients, dtype=self.dtype, policies=self.policies
-        )
+    def job(self, models: Path | None = None) -> Job:
+        """Plan the merge from headers alone. `models` is the folder for inputs that are named by digest.
+
+        Where all of them are, the file's header will say what the recipe says, even of inputs that were saved anew.
+        Raises as `job.open_job` and `find.find_inputs`.
+        """
+        about: dict[str, Any] = {"coefficients": self.coefficients, "dtype": self.dtype, "policies": self.policies}
+        if not self.digests:
+            return open_job(self.formula, self.paths, **about)
+        if models is None:
+            raise BadSetting(
+                f"The recipe names {', '.join(self.digests)} by digest.\nGive the folder that holds them: --models DIR"
+            )
+        found = find_inputs(self.digests, models, Digests(default_cache()), names=set(self.names.values()))
+        weights = {alias: digests["weights"] for alias, digests in self.digests.items() if "weights" in digests}
+        repeats = None
+        if weights.keys() == {*self.formula.models, *self.formula.loras}:
+            files = {alias: digests["file"] for alias, digests in self.digests.items() if "file" in digests}
+            recipe = Recipe(
+                self.formula, self.coefficients, weights, self.dtype, self.policies, files, ancestors=self.ancestors
+            )
+            repeats = Repeated(recipe, self.result.get("bytes", 0))
+        return open_job(self.formula, {**self.paths, **found.paths}, **about, repeats=repeats)
 
 
-def read_recipe(file: Path, coefficients: Mapping[str, float] | None = None) -> Written:
+def read_recipe(file: Path, coefficients: Mapping[str, float] | None = None) -> RecipeFile:
     """The recipe in a yaml file; `coefficients` take the place of those written there.
 
     Raises MissingObject for no file, BadInput for what is no yaml mapping, UnknownName for a key that is not known.
@@ -73,7 +103,7 @@ def read_recipe(file: Path, coefficients: Mapping[str, float] | None = None) -> 
         raise BadInput(f"{file.name} cannot be read as yaml: {told}") from None
     if not isinstance(values, dict) or "formula" not in values:
         raise BadInput(f"{file.name} holds no recipe.\nA recipe has the keys: {', '.join(KEYS)}.")
-    return from_values(values, file.parent, coefficients)
+    return from_values(values, file.parent, coefficients, source=file)
 
 
 class _Loader(yaml.SafeLoader):
@@ -89,7 +119,13 @@ class _Loader(yaml.SafeLoader):
 _YAML_FAILS = (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
-def from_values(values: Mapping[str, Any], folder: Path, coefficients: Mapping[str, float] | None = None) -> Written:
+def from_values(
+    values: Mapping[str, Any],
+    folder: Path,
+    coefficients: Mapping[str, float] | None = None,
+    *,
+    source: Path | None = None,
+) -> RecipeFile:
     """A recipe from plain values; paths are relative to `folder`. Raises as `read_recipe`."""
     for key in values:
         if key not in KEYS:
@@ -98,26 +134,73 @@ def from_values(values: Mapping[str, Any], folder: Path, coefficients: Mapping[s
         value = values.get(key)
         if not (isinstance(value, str) or (value is None and key != "formula")) or "\0" in (value or ""):
             raise BadSetting(f"{key} is a text, found {str(value)[:80]!r}.")
+    if not isinstance(overwrite := values.get("overwrite") or False, bool):
+        raise BadSetting(f"overwrite is true or false, found {str(overwrite)[:80]!r}.")
     sources, policies = _mapping(values, "models"), _mapping(values, "policies")
+    digests, names = _by_digest(sources)
     for key, mapping in (("models", sources), ("policies", policies)):
         if not all(isinstance(text, str) for pair in mapping.items() for text in pair):
             raise BadInput(f"{key} maps names to {'files' if key == 'models' else 'words'}, as in {_EXAMPLES[key]}.")
-    formula = Formula.parse(values["formula"], sources)
+    formula = Formula.parse(values["formula"], [*sources, *digests])
+    result, older = _release_keys(values)
     numbers = {**_mapping(values, "coefficients"), **(coefficients or {})}
     for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > MOST_NUMBER:
+        if not is_number(value):
             raise BadSetting(f"coefficients.{str(name)[:80]} is a number, found {str(value)[:80]!r}.")
     needed = (*formula.models, *formula.loras)
-    paths = {alias: _place(sources.get(alias, formula.lora_paths.get(alias, alias)), folder) for alias in needed}
+    paths = {
+        alias: _place(sources.get(alias, formula.lora_paths.get(alias, alias)), folder)
+        for alias in needed
+        if alias not in digests
+    }
     out = values.get("out")
-    return Written(
+    return RecipeFile(
         formula,
         paths,
+        {alias: digests[alias] for alias in needed if alias in digests},
+        names,
         {str(name): float(value) for name, value in numbers.items()},
         values.get("dtype"),
         policies,
         None if out is None else folder / out,
+        overwrite,
+        {} if coefficients else result,  # other coefficients make another file
+        older,
+        source,
     )
+
+
+def _by_digest(sources: dict[Any, Any]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """Take the inputs that are named by digest out of `sources`; their digests, and their file names."""
+    digests: dict[str, dict[str, str]] = {}
+    names: dict[str, str] = {}
+    for alias, value in list(sources.items()):
+        if isinstance(value, Mapping):
+            named = {key: item for key, item in value.items() if key != "name"}
+            name = value.get("name", "")
+            if not (isinstance(alias, str) and isinstance(name, str) and are_digests(named)):
+                raise BadInput(
+                    f"models.{str(alias)[:80]} is a file, or the digests `weights` and `file` (64 hexadecimal digits) "
+                    f"with perhaps a `name`; found {str(value)[:200]!r}."
+                )
+            digests[alias], names[alias] = named, name
+            del sources[alias]
+    return digests, names
+
+
+def _release_keys(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a release's recipe says of the merged file and of its inputs' own inputs."""
+    result, older = _mapping(values, "result"), _mapping(values, "ancestors")
+    digests = {key: value for key, value in result.items() if key in ("file", "weights")}
+    size, name = result.get("bytes", 0), result.get("name", "merged.safetensors")
+    sound = result.keys() <= {"name", "bytes", "file", "weights"} and (not digests or are_digests(digests))
+    if not (sound and type(size) is int and 0 <= size < 1 << 53 and isinstance(name, str) and Path(name).name == name):
+        raise BadInput(f"result has the keys name (of a file), bytes, file and weights; found {str(result)[:200]!r}.")
+    try:
+        canonical_json(older).encode()
+    except (ValueError, TypeError) as error:
+        raise BadInput(f"ancestors cannot stand in a header: {str(error)[:80]}.") from None
+    return {**result, "name": name} if result else {}, older
 
 
 _EXAMPLES = {
@@ -151,24 +234,34 @@ class Verdict:
     bytes_compared: int
     first_difference: str = ""
     """`byte 123,456, in 'model.diffusion_model.…'`; empty where there is none."""
+    resaved: tuple[str, ...] = ()
+    """Aliases of inputs that were found by their weights, in other files than the header names."""
 
 
 def verify(model: Path, models: Path, *, threads: int | None = None, cache: Path | None = None) -> Verdict:
     """Run the recipe in a merged file's header again and compare every byte; nothing is written.
 
-    `models` is a folder in which the inputs are found by their sha256, whatever their names. Raises BadInput where the
-    file holds no recipe, MissingObject with the sha256 of inputs that are not there.
+    `models` is a folder in which the inputs are found by their digests, whatever their names. Where some were saved
+    anew, what the header says of the inputs' own origin cannot be compared, and all else is. Raises BadInput where the
+    file holds no recipe, MissingObject with the digests of inputs that are not there.
     """
     header = read_header(model)
     if RECIPE not in header.metadata:
         raise BadInput(
             f"{model.name} holds no recipe ({RECIPE}): it was not merged by Ambergrade, or its header is lost."
         )
-    recipe = Recipe.from_json(header.metadata[RECIPE])
+    recipe = header_recipe(header.metadata)
     digests = Digests(cache if cache is not None else default_cache())
-    paths = _found(recipe, models, model, digests)
+    wanted = {alias: recipe.model(alias) for alias in recipe.named}
+    found = find_inputs(wanted, models, digests, skip=[model])
     job = open_job(
-        recipe.formula, paths, coefficients=recipe.coefficients, dtype=recipe.dtype, policies=recipe.policies
+        recipe.formula,
+        found.paths,
+        coefficients=recipe.coefficients,
+        dtype=recipe.dtype,
+        policies=recipe.policies,
+        by_weights=recipe.by_weights,
+        repeats=Repeated(recipe, header.size) if found.resaved else None,
     )
     with model.open("rb") as file:
         sink = _Comparing(file.fileno())
@@ -176,7 +269,7 @@ def verify(model: Path, models: Path, *, threads: int | None = None, cache: Path
     extra = header.size != sink.end
     difference = sink.first if sink.first is not None else (min(header.size, sink.end) if extra else None)
     told = "" if difference is None else _told(difference, header)
-    return Verdict(difference is None, recipe, paths, sink.compared, told)
+    return Verdict(difference is None, recipe, found.paths, sink.compared, told, found.resaved)
 
 
 class _Comparing:
@@ -203,42 +296,3 @@ def _told(place: int, header: Header) -> str:
         if entry.start <= place < entry.start + entry.size:
             return f"byte {place:,}, in '{name}'"
     return f"byte {place:,}, in the header" if place < header.size else f"byte {place:,}, at the end"
-
-
-def _found(recipe: Recipe, folder: Path, model: Path, digests: Digests) -> dict[str, Path]:
-    """Where each input lies, by digest. Every candidate is read once, and remembered."""
-    if not folder.is_dir():
-        raise MissingObject(f"{folder} is no folder.\nName the folder that holds the inputs.")
-    wanted = {recipe.inputs[alias]: alias for alias in recipe.named}
-    where: dict[str, Path] = {}
-    for candidate in _candidates(folder, model):
-        if len(where) == len(wanted):
-            break
-        sha256 = _digest(candidate, digests)
-        if sha256 in wanted:
-            where.setdefault(sha256, candidate)
-    digests.save()
-    missing = [f"{alias}: sha256 {sha256}" for sha256, alias in wanted.items() if sha256 not in where]
-    if missing:
-        raise MissingObject(f"{folder} does not hold every input of {model.name}. Missing:\n  " + "\n  ".join(missing))
-    return {alias: where[recipe.inputs[alias]] for alias in recipe.named}
-
-
-def _candidates(folder: Path, model: Path) -> Iterator[Path]:
-    for path in sorted(folder.rglob("model_index.json")):
-        yield path.parent
-    for path in sorted(folder.rglob("*.safetensors")):
-        if path.name != PASSIVE_FILE and not path.samefile(model):
-            yield path
-
-
-def _digest(path: Path, digests: Digests) -> str | None:
-    if path.is_file():
-        return digests.of_file(path)
-    try:
-        opened = open_input("input", path)
-    except (BadInput, MissingObject):
-        return None  # a folder that is no model is no candidate
-    return input_digest(
-        [str(file.relative_to(path)) for file in opened.files], [digests.of_file(file) for file in opened.files]
-    )

@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ambergrade import identity
-from ambergrade.errors import BadInput, MissingObject
-from ambergrade.family.detect import Layout, detect, families
-from ambergrade.family.files import PASSIVE_FILE, weight_files
+from ambergrade.errors import BadInput
+from ambergrade.family.detect import Layout, detect
+from ambergrade.family.digests import folder_files
 from ambergrade.family.layouts import Source
+from ambergrade.identity import canonical_json
 from ambergrade.merge.header import Entry, Header, read_header
 from ambergrade.store import Digests
 
-__all__ = ["Digests", "Input", "Range", "Stored", "default_cache", "input_digest", "open_input", "parent_recipe"]
+__all__ = ["Digests", "Input", "Range", "Stored", "default_cache", "open_input", "parent_recipe"]
 
 Shape = tuple[int, ...]
+MOST_NESTED = 1 << 18
+"""Characters of an input's own recipe, or of its ancestors', that are written again."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def open_input(alias: str, path: Path, *, plain: bool = False) -> Input:
 
     Raises MissingObject for what is not there, BadInput for what is damaged.
     """
-    found = {path.name: (path, "")} if not path.is_dir() else _folder_files(path)
+    found = {path.name: (path, "")} if not path.is_dir() else folder_files(path)
     headers = {name: read_header(file) for name, (file, _) in found.items()}
     keys: dict[str, tuple[int, Entry]] = {}
     for number, (name, (_, prefix)) in enumerate(found.items()):
@@ -120,19 +122,6 @@ def _metadata(headers: Mapping[str, Header]) -> Mapping[str, str]:
     return next(iter(headers.values())).metadata if len(headers) == 1 else {}
 
 
-def _folder_files(path: Path) -> dict[str, tuple[Path, str]]:
-    """Relative name to file and the prefix of its keys."""
-    found: dict[str, tuple[Path, str]] = {}
-    for part in sorted({part for family in families() for part in family.components}):
-        for file in weight_files(path / part) if (path / part).is_dir() else []:
-            found[f"{part}/{file.name}"] = (file, f"{part}/")
-    if not found:
-        raise MissingObject(f"{path} is no diffusers folder: no folder in it holds weights of a known network.")
-    if (path / PASSIVE_FILE).is_file():
-        found[PASSIVE_FILE] = (path / PASSIVE_FILE, "")
-    return found
-
-
 def _stored(name: str, source: Source, keys: Mapping[str, tuple[int, Entry]], alias: str) -> Stored:
     parts = [keys[key] for key in source.keys]
     dtypes = {entry.dtype for _, entry in parts}
@@ -143,11 +132,6 @@ def _stored(name: str, source: Source, keys: Mapping[str, tuple[int, Entry]], al
     return Stored(parts[0][1].dtype, shape, ranges, source.form == "transposed")
 
 
-def input_digest(names: Sequence[str], digests: Sequence[str]) -> str:
-    """One file's own sha256; for a folder, the sha256 over its files' names and digests."""
-    return digests[0] if len(digests) == 1 else identity.digest(dict(zip(names, digests, strict=True)))
-
-
 def default_cache() -> Path:
     """Where digests are remembered between runs: the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -155,12 +139,18 @@ def default_cache() -> Path:
 
 
 def parent_recipe(metadata: Mapping[str, str]) -> tuple[Any, dict[str, Any]]:
-    """`sd_merge_recipe` and `sd_merge_models` of an input that is itself a merge, as A1111 nests them."""
+    """`sd_merge_recipe` and `sd_merge_models` of an input that is itself a merge, as A1111 nests them.
+
+    What is no JSON that a header could hold again, or larger than MOST_NESTED, counts as nothing.
+    """
+    recipe, models = (_nested(metadata.get(key, "null")) for key in ("sd_merge_recipe", "sd_merge_models"))
+    return recipe, models if isinstance(models, dict) else {}
+
+
+def _nested(text: str) -> Any:
     try:
-        recipe = json.loads(metadata.get("sd_merge_recipe", "null"))
-        models = json.loads(metadata.get("sd_merge_models", "{}"))
-    except ValueError:
-        return None, {}
-    if not isinstance(models, dict) or len(metadata.get("sd_merge_models", "")) > 1 << 18:
-        models = {}
-    return recipe, models
+        value = json.loads(text) if len(text) <= MOST_NESTED else None
+        canonical_json(value).encode()  # refuses NaN, infinities and halves of characters
+    except (ValueError, RecursionError):
+        return None
+    return value

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ambergrade.errors import UnknownName
+from ambergrade.errors import BadInput, UnknownName
+from ambergrade.family.digests import ModelDigests, model_weights
 from ambergrade.family.files import torch_dtypes
 from ambergrade.merge.formula import Formula
 from ambergrade.merge.header import header_bytes, read_exactly
-from ambergrade.merge.inputs import Input, Stored, open_input, parent_recipe
+from ambergrade.merge.inputs import Digests, Input, Stored, open_input, parent_recipe
 from ambergrade.merge.lora import targets
 from ambergrade.merge.parts import Parts, canonical_parts
 from ambergrade.merge.plan import Plan, Task, check_policies, make_plan, operands
-from ambergrade.merge.recipe import Recipe, metadata
+from ambergrade.merge.recipe import Recipe, ancestors, metadata
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +28,15 @@ BATCH = 2 << 20
 """Bytes of each input in a batch, unless one tensor that must be whole is larger."""
 UNKNOWN = "unknown"
 """ModelSpec's architecture for tensors of no known family."""
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A merge that was made before."""
+
+    recipe: Recipe
+    bytes: int
+    """Of the whole file; 0 where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,10 @@ class Job:
     """Alias to the first alias of the same file, which is read for both."""
     plan: Plan
     lora_targets: Mapping[str, Mapping[str, tuple[str, ...]]]
+    by_weights: bool = True
+    """False: the header names inputs by their files alone, as earlier versions wrote it."""
+    repeats: Repeated | None = None
+    """A merge that is made again, from inputs that were saved anew: the header says what its header said."""
 
     @cached_property
     def parts(self) -> Parts:
@@ -60,8 +75,16 @@ class Job:
 
     @cached_property
     def _reserved(self) -> tuple[bytes, dict[str, int]]:
-        stand_ins = {alias: f"{number:064x}" for number, alias in enumerate(self.owner)}
-        return header_bytes(self.described, self.metadata(self.recipe(stand_ins)))
+        stand_ins = {alias: ModelDigests(*[f"{number:064x}"] * 2) for number, alias in enumerate(self.owner)}
+        recipe = self.repeats.recipe if self.repeats else self._recipe(stand_ins)
+        text, offsets = header_bytes(self.described, self.metadata(recipe))
+        missing = self.repeats.bytes - len(text) - self._bytes_of_tensors if self.repeats else 0
+        text += b" " * max(missing, 0)  # two inputs of one sha256 share an entry, which is known too late
+        return text, {name: offset + max(missing, 0) for name, offset in offsets.items()}
+
+    @cached_property
+    def _bytes_of_tensors(self) -> int:
+        return sum(task.size for task in self.plan.tasks.values())
 
     @property
     def header_length(self) -> int:
@@ -73,24 +96,50 @@ class Job:
 
     @property
     def bytes_out(self) -> int:
-        return self.header_length + sum(task.size for task in self.plan.tasks.values())
+        return self.header_length + self._bytes_of_tensors
 
     @property
     def bytes_in(self) -> int:
         """Of all distinct input files."""
         return sum(sum(self.inputs[owner].sizes) for owner in dict.fromkeys(self.owner.values()))
 
-    def recipe(self, digests: Mapping[str, str]) -> Recipe:
-        return Recipe(self.formula, self.coefficients, digests, self.dtype, self.policies)
+    def recipe(self, files: Mapping[str, str], known: Digests) -> Recipe:
+        """The recipe of what was merged, by the sha256 of the inputs' files, by alias; `known` remembers the weights'.
+
+        Raises BadInput where a merge is made again and an input is not the one that it was made of.
+        """
+        paths = {owner: self.inputs[owner].path for owner in dict.fromkeys(self.owner.values())}
+        with ThreadPoolExecutor(len(paths)) as pool:
+            reading = {owner: pool.submit(model_weights, path, files[owner], known) for owner, path in paths.items()}
+        found = {alias: ModelDigests(files[alias], reading[owner].result()) for alias, owner in self.owner.items()}
+        if self.repeats is None:
+            return self._recipe(found)
+        for alias, digests in found.items():
+            if self.repeats.recipe.inputs[alias] not in (digests.weights, digests.file):
+                raise BadInput(f"{self.inputs[alias].path} changed while it was read. Fetch or write it again.")
+        return self.repeats.recipe
+
+    def _recipe(self, found: Mapping[str, ModelDigests]) -> Recipe:
+        files = {alias: digests.file for alias, digests in found.items()}
+        weights = {alias: digests.weights for alias, digests in found.items()} if self.by_weights else files
+        recipe = Recipe(
+            self.formula,
+            self.coefficients,
+            weights,
+            self.dtype,
+            self.policies,
+            files if self.by_weights else {},
+            by_weights=self.by_weights,
+        )
+        return replace(recipe, ancestors=ancestors(recipe, {a: parent_recipe(self.inputs[a].metadata) for a in files}))
 
     def metadata(self, recipe: Recipe) -> dict[str, str]:
+        """What the header of the merged file says beside its tensors."""
         base = self.inputs[self.plan.base]
-        parents = {alias: parent_recipe(self.inputs[alias].metadata) for alias in recipe.named}
         return metadata(
             recipe,
             architecture=base.layout.family.architecture if base.layout else UNKNOWN,
             prediction_type="v" if "v_pred" in base.tensors else "epsilon",
-            parents=parents,
         )
 
     def lora_tensors(self, alias: str, name: str) -> Mapping[str, Tensor]:
@@ -142,8 +191,12 @@ def open_job(
     coefficients: Mapping[str, float] | None = None,
     dtype: str | None = None,
     policies: Mapping[str, str] | None = None,
+    by_weights: bool = True,
+    repeats: Repeated | None = None,
 ) -> Job:
     """Plan a merge from headers alone. `paths` maps aliases, of models and LoRAs, to files or diffusers folders.
+
+    by_weights, repeats: see `Job`.
 
     Raises AmbergradeError for whatever would go wrong later, as far as headers tell.
     """
@@ -180,4 +233,4 @@ def open_job(
     )
     if inputs[formula.models[0]].layout is None:
         plan.audit.append("no known family: tensors of equal names are merged as plain tensors")
-    return Job(formula, numbers, dtype, chosen, inputs, owner, plan, lora_targets)
+    return Job(formula, numbers, dtype, chosen, inputs, owner, plan, lora_targets, by_weights, repeats)

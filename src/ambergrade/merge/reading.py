@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ambergrade.family.digests import files_digest
 from ambergrade.merge.batches import PAGE, Batch, Slot, up
 from ambergrade.merge.header import read_exactly
-from ambergrade.merge.inputs import Digests, Range, input_digest
+from ambergrade.merge.inputs import Digests, Range
 from ambergrade.merge.job import Job
 
 DIRECT_LEAST = 1 << 18
@@ -67,8 +68,7 @@ class Readers:
         made: dict[str, str] = {}
         for alias, owner in self.job.owner.items():
             opened = self.job.inputs[owner]
-            names = [os.path.relpath(file, opened.path) for file in opened.files]
-            made[alias] = input_digest(names, [found[owner, number] for number in range(len(names))])
+            made[alias] = files_digest(opened.path, {file: found[owner, k] for k, file in enumerate(opened.files)})
         return made
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,18 +14,31 @@ from ambergrade.identity import canonical_json
 from ambergrade.merge.formula import Formula
 from ambergrade.merge.plan import DTYPES, POLICIES, check_policies
 
+RECIPE = "ambergrade.recipe"
+"""Key of a merged file's metadata under which its recipe stands."""
+FIRST_POLICIES = frozenset({"vae", "cosmetic", "missing", "nonfinite", "ema"})
+"""Always told. Later ones are told where they are no default, so that they change no earlier digest and header."""
+MOST_NUMBER = 1e300
+"""Of a coefficient."""
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """Formula, coefficients, input digests, dtype and policies of one merge."""
+    """Formula, coefficients, inputs by digest, dtype and policies of one merge."""
 
     formula: Formula
     coefficients: Mapping[str, float]
     inputs: Mapping[str, str]
-    """Alias to digest: a file's sha256, a folder's `input_digest`, or the weights digest of a model in memory."""
+    """Alias to the sha256 of its weights (`ModelDigests.weights`)."""
     dtype: str | None = None
     """fp32, fp16 or bf16; None keeps the base's."""
     policies: Mapping[str, str] = field(default_factory=lambda: dict(POLICIES))
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Alias to the sha256 of its file (`ModelDigests.file`), where it came from one."""
+    ancestors: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """Entries of `sd_merge_models` for inputs that are merges, and for what those were made of; by sha256 of file."""
+    by_weights: bool = True
+    """False for the header of an earlier version, whose `inputs` are digests of files."""
 
     def __post_init__(self) -> None:
         self.formula.check_coefficients(self.coefficients)
@@ -43,67 +56,143 @@ class Recipe:
 
     @cached_property
     def document(self) -> dict[str, Any]:
-        """The recipe as plain values: canonical formula, only the inputs it names, every policy."""
+        """What the identity is over: canonical formula, the inputs that it names by their weights, every policy."""
         return {
             "formula": self.formula.text,
             "coefficients": {name: float(value) for name, value in self.coefficients.items()},
             "inputs": {alias: self.inputs[alias] for alias in self.named},
             "dtype": self.dtype,
-            "policies": {**POLICIES, **self.policies},
+            "policies": {
+                name: value
+                for name, value in {**POLICIES, **self.policies}.items()
+                if name in FIRST_POLICIES or value != POLICIES[name]
+            },
         }
 
     @cached_property
     def digest(self) -> str:
+        """The recipe's identity: the same for re-saved inputs of equal weights."""
         return identity.digest(self.document)
 
+    def model(self, alias: str) -> dict[str, str]:
+        """Both digests of an input, each under its name; a header of an earlier version knows only the file's."""
+        if not self.by_weights:
+            return {"file": self.inputs[alias]}
+        return {"weights": self.inputs[alias], **({"file": self.files[alias]} if alias in self.files else {})}
+
+    @cached_property
+    def full(self) -> dict[str, Any]:
+        """`document`, with both digests of every input."""
+        if not self.by_weights:
+            return self.document
+        return {**self.document, "inputs": {alias: self.model(alias) for alias in self.named}}
+
     def to_json(self) -> str:
-        return canonical_json(self.document)
+        """The text that a header holds under RECIPE."""
+        return canonical_json(self.full)
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
-        """Read what `to_json` wrote. Raises BadInput where keys are missing or unknown."""
+        """Read what `to_json` wrote, or an earlier version of it, whose inputs are digests of files alone.
+
+        Raises BadInput where keys are missing or unknown.
+        """
         try:
             document = json.loads(text)
+            canonical_json(document).encode()  # refuses infinities, NaN and halves of characters
         except (ValueError, RecursionError):
             document = None
         expected = {"formula", "coefficients", "inputs", "dtype", "policies"}
-        if not isinstance(document, dict) or document.keys() != expected or not _plain(document):
-            raise BadInput(f"A merge recipe has the keys {sorted(expected)}; found {text[:200]}")
-        return cls(**{**document, "formula": Formula.parse(document["formula"], document["inputs"])})
+        if not isinstance(document, dict) or document.keys() != expected or not _is_plain(document):
+            raise BadInput(f"A merge recipe has the keys {sorted(expected)}; found {text[:200]!r}")
+        inputs = document["inputs"]
+        digests = {alias: value for alias, value in inputs.items() if isinstance(value, dict)}
+        if digests:
+            inputs = {alias: value["weights"] for alias, value in digests.items()}
+        files = {alias: value["file"] for alias, value in digests.items() if "file" in value}
+        formula = Formula.parse(document["formula"], inputs)
+        given = {**document, "formula": formula, "inputs": inputs, "files": files}
+        return cls(**given, by_weights=bool(digests) or not inputs)
 
 
-def _plain(document: Mapping[str, Any]) -> bool:
-    """Whether a recipe's values are of the kinds that `Recipe.document` has."""
-    texts = all(
-        isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
-        for value in (document["inputs"], document["policies"])
-    )
+def _is_plain(document: Mapping[str, Any]) -> bool:
+    """Whether a recipe's values are of the kinds that `Recipe.full` has."""
+    inputs, policies, numbers = document["inputs"], document["policies"], document["coefficients"]
+    if not all(isinstance(value, dict) for value in (inputs, policies, numbers)):
+        return False
+    by_file = all(isinstance(value, str) for value in inputs.values())
     dtype = document["dtype"]
-    known = isinstance(document["formula"], str) and (dtype is None or isinstance(dtype, str))
-    return texts and known and isinstance(document["coefficients"], dict)
+    return (
+        (by_file or all(are_digests(value) and "weights" in value for value in inputs.values()))
+        and all(isinstance(value, str) for value in policies.values())
+        and all(is_number(value) for value in numbers.values())
+        and isinstance(document["formula"], str)
+        and (dtype is None or isinstance(dtype, str))
+    )
 
 
-def metadata(
-    recipe: Recipe,
-    *,
-    architecture: str,
-    prediction_type: str = "epsilon",
-    parents: Mapping[str, tuple[Any, Mapping[str, Any]]] | None = None,
-) -> dict[str, str]:
+def are_digests(value: Any) -> bool:
+    """Whether a value is a mapping of `weights`, `file`, or both, to sha256."""
+    return (
+        isinstance(value, Mapping)
+        and 0 < len(value) <= 2
+        and value.keys() <= {"weights", "file"}
+        and all(isinstance(text, str) and len(text) == 64 for text in value.values())
+    )
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value can be a coefficient: finite, and within MOST_NUMBER."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST_NUMBER
+
+
+def ancestors(recipe: Recipe, parents: Mapping[str, tuple[Any, Mapping[str, Any]]]) -> dict[str, Any]:
+    """`Recipe.ancestors`, from the `sd_merge_recipe` and `sd_merge_models` of inputs that are merges, by alias."""
+    models: dict[str, Any] = {}
+    for alias in recipe.named:
+        own, older = parents.get(alias, (None, {}))
+        models |= {**older, **_entry(recipe, alias, own)}
+    return _without_plain(recipe, models)
+
+
+def header_recipe(metadata: Mapping[str, str]) -> Recipe:
+    """The recipe in a merged file's header. Raises as `Recipe.from_json`."""
+    recipe = Recipe.from_json(metadata[RECIPE])
+    try:
+        models = json.loads(metadata.get("sd_merge_models", "{}"))
+        canonical_json(models).encode()
+    except (ValueError, RecursionError):
+        models = {}
+    return replace(recipe, ancestors=_without_plain(recipe, models if isinstance(models, dict) else {}))
+
+
+def _without_plain(recipe: Recipe, models: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a file's `sd_merge_models`, what does not follow from its recipe."""
+    plain = _plain_models(recipe)
+    return {sha256: entry for sha256, entry in models.items() if entry != plain.get(sha256)}
+
+
+def _plain_models(recipe: Recipe) -> dict[str, Any]:
+    models: dict[str, Any] = {}
+    for alias in recipe.named:
+        models |= _entry(recipe, alias, None)
+    return models
+
+
+def _entry(recipe: Recipe, alias: str, own: Any) -> dict[str, Any]:
+    """What A1111 keeps of an input, by the sha256 of its file; of a model in memory, by that of its weights."""
+    sha256 = recipe.files.get(alias, recipe.inputs[alias])
+    return {sha256: {"name": alias, "legacy_hash": None, "sd_merge_recipe": own}}
+
+
+def metadata(recipe: Recipe, *, architecture: str, prediction_type: str = "epsilon") -> dict[str, str]:
     """The header of the merged single file: no time and no path, so equal recipes give equal bytes.
 
     `modelspec.*` is Stability's ModelSpec 1.0.0; `sd_merge_recipe` and `sd_merge_models` are what A1111's checkpoint
     merger writes, with the inputs' own recipes nested; `ambergrade.recipe` rebuilds the merge. `architecture` is
-    ModelSpec's word for the family, such as `stable-diffusion-xl-v1-base`; `parents` gives for an alias its own
-    `sd_merge_recipe` and `sd_merge_models`.
+    ModelSpec's word for the family, such as `stable-diffusion-xl-v1-base`.
     """
     numbers = ", ".join(f"{name} = {value!r}" for name, value in recipe.document["coefficients"].items())
-    merge = {"type": "ambergrade", "custom_name": recipe.formula.name, **recipe.document}
-    models: dict[str, Any] = {}
-    for alias in recipe.named:
-        own, ancestors = (parents or {}).get(alias, (None, {}))
-        models |= ancestors
-        models[recipe.inputs[alias]] = {"name": alias, "legacy_hash": None, "sd_merge_recipe": own}
     return {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": architecture,
@@ -112,8 +201,30 @@ def metadata(
         "modelspec.description": recipe.formula.text + (f" with {numbers}" if numbers else ""),
         "modelspec.merged_from": ", ".join(recipe.named),
         "modelspec.prediction_type": prediction_type,
-        "sd_merge_recipe": canonical_json(merge),
-        "sd_merge_models": canonical_json(models),
-        "ambergrade.recipe": recipe.to_json(),
+        "sd_merge_recipe": canonical_json({"type": "ambergrade", "custom_name": recipe.formula.name, **recipe.full}),
+        "sd_merge_models": canonical_json({**_plain_models(recipe), **recipe.ancestors}),
+        RECIPE: recipe.to_json(),
         "ambergrade.recipe_digest": recipe.digest,
     }
+
+
+def release_document(
+    recipe: Recipe,
+    *,
+    formula: str = "",
+    names: Mapping[str, str] | None = None,
+    result: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """What a release's recipe.yaml holds: `merge.files.from_values` reads it, and finds the inputs by their digests.
+
+    formula: as written, in place of its canonical text. names: alias to a file name, which is looked at first.
+    result: `name`, and `file` and `weights` digests, of the merged file, against which the next merge is checked.
+    """
+    named = names or {}
+    models = {
+        alias: {**({"name": named[alias]} if alias in named else {}), **recipe.model(alias)} for alias in recipe.named
+    }
+    more = {"ancestors": dict(recipe.ancestors)} if recipe.ancestors else {}
+    more |= {"result": dict(result)} if result else {}
+    document = {key: value for key, value in recipe.document.items() if key != "inputs"}
+    return {**document, "formula": formula or recipe.formula.text, "models": models, **more}

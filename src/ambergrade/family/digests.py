@@ -1,0 +1,148 @@
+"""Digests of model files: of the file's bytes, of its weights alone, and the short ones by which sites list a file.
+
+The weights' digest is `family.files.weights_digest` without torch: two files have it in common where they hold the same
+tensors under the same names, whatever their metadata and the order of their bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ambergrade import identity
+from ambergrade.errors import BadInput, MissingObject
+from ambergrade.family.detect import detect, families
+from ambergrade.family.files import PASSIVE_FILE, Entry, entries, weight_files
+from ambergrade.family.layouts import Source
+from ambergrade.store import Digests
+
+CHUNK = 4 << 20
+"""Bytes read at once."""
+
+
+@dataclass(frozen=True)
+class ModelDigests:
+    """What a model is known by."""
+
+    file: str
+    """sha256 of a single file's bytes; of a folder, `files_digest`."""
+    weights: str
+    """sha256 over names, dtypes, shapes and bytes of the tensors in name order; of a folder, under the names that a
+    single file would give them."""
+
+
+def model_digests(path: Path, known: Digests) -> ModelDigests:
+    """Both digests of a single file or a diffusers folder; what `known` remembers is not read again.
+
+    Raises MissingObject for what is not there, BadInput for what is damaged or no safetensors.
+    """
+    file = files_digest(path, {part: known.of_file(part) for part in model_files(path)})
+    return ModelDigests(file, model_weights(path, file, known))
+
+
+def model_weights(path: Path, file: str, known: Digests) -> str:
+    """The weights' digest of what has `ModelDigests.file`. Raises as `model_digests`."""
+    weights = known.derived("weights", file)
+    if weights is None:
+        weights = weights_sha256(path)
+        now = {part: sha256 for part in model_files(path) if (sha256 := known.known(part)) is not None}
+        if files_digest(path, now) == file:  # it did not change between the two readings
+            known.tell_derived("weights", file, weights)
+    return weights
+
+
+def model_files(path: Path) -> list[Path]:
+    """The safetensors files that a model is read from: the file itself, or those of a diffusers folder."""
+    return [path] if not path.is_dir() else [file for file, _ in folder_files(path).values()]
+
+
+def folder_files(path: Path) -> dict[str, tuple[Path, str]]:
+    """Of a diffusers folder: each file that is read, by its relative name, and what its keys are prefixed with."""
+    found: dict[str, tuple[Path, str]] = {}
+    for part in sorted({part for family in families() for part in family.components}):
+        for file in weight_files(path / part) if (path / part).is_dir() else []:
+            found[f"{part}/{file.name}"] = (file, f"{part}/")
+    if not found:
+        raise MissingObject(f"{path} is no diffusers folder: no folder in it holds weights of a known network.")
+    if (path / PASSIVE_FILE).is_file():
+        found[PASSIVE_FILE] = (path / PASSIVE_FILE, "")
+    return found
+
+
+def files_digest(path: Path, digests: Mapping[Path, str]) -> str:
+    """One file's own sha256; for a folder, the sha256 over its files' relative names and digests."""
+    if len(digests) == 1:
+        return next(iter(digests.values()))
+    return identity.digest({os.path.relpath(file, path): sha256 for file, sha256 in digests.items()})
+
+
+def weights_sha256(path: Path) -> str:
+    """The weights' digest of a single file or a diffusers folder, read in pieces of a few megabytes."""
+    parts = entries(path, [part for family in families() for part in family.components])
+    sources = {key: Source((key,)) for key in parts}
+    if path.is_dir():
+        sources = dict(detect({key: entry.shape for key, entry in parts.items()}).sources)
+    hasher = hashlib.sha256()
+    for name in sorted(sources):
+        source = sources[name]
+        shape = source.shape({key: parts[key].shape for key in source.keys})
+        hasher.update(f"{name}\0{parts[source.keys[0]].dtype}\0{list(shape)}\0".encode())
+        for piece in _pieces([parts[key] for key in source.keys], source):
+            hasher.update(piece)
+    return hasher.hexdigest()
+
+
+def _pieces(parts: Sequence[Entry], source: Source) -> Iterator[bytes | memoryview]:
+    """The bytes of one tensor in the single file's layout."""
+    if source.form == "transposed":
+        (entry,) = parts
+        values = np.frombuffer(
+            b"".join(_read(entry)), np.dtype(f"V{entry.size // max(entry.shape[0] * entry.shape[1], 1)}")
+        )
+        yield np.ascontiguousarray(values.reshape(entry.shape).T).data
+        return
+    assert source.form != "third", source  # a single file's tensor is never a part of a folder's
+    for entry in parts:
+        yield from _read(entry)
+
+
+def _read(entry: Entry) -> Iterator[bytes]:
+    with entry.file.open("rb") as file:
+        file.seek(entry.start)
+        left = entry.size
+        while left:
+            data = file.read(min(left, CHUNK))
+            if not data:
+                raise BadInput(f"{entry.file} became shorter while it was read. Fetch or write it again.")
+            left -= len(data)
+            yield data
+
+
+def listed_digests(file: Path) -> dict[str, str]:
+    """The digests by which A1111 and Civitai list a safetensors file, by their names there, in lower case.
+
+    AutoV1 is 8 digits of the sha256 of 64 KiB at 1 MiB (left out where the file ends before), AutoV2 10 digits of the
+    file's sha256, AutoV3 12 of the sha256 of all bytes after the header (kohya's `sshs_model_hash`). The first two are
+    stable-diffusion-webui's (`modules/hashes.py`), the third is `addnet_hash_safetensors` of sd-scripts
+    (`library/train_util.py`, kohya-ss/sd-scripts#102), which Civitai took over (mcmonkeyprojects/SwarmUI#26).
+    """
+    whole, data = hashlib.sha256(), hashlib.sha256()
+    with file.open("rb") as opened:
+        head = opened.read(8)
+        header = 8 + struct.unpack("<Q", head)[0]
+        opened.seek(0)
+        place = 0
+        while chunk := opened.read(CHUNK):
+            whole.update(chunk)
+            data.update(memoryview(chunk)[max(0, min(header - place, len(chunk))) :])
+            place += len(chunk)
+        opened.seek(1 << 20)
+        sample = opened.read(1 << 16)
+    first = {"AutoV1": hashlib.sha256(sample).hexdigest()[:8]} if sample else {}
+    return {**first, "AutoV2": whole.hexdigest()[:10], "AutoV3": data.hexdigest()[:12]}
