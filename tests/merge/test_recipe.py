@@ -26,10 +26,9 @@ from ambergrade import command
 from ambergrade.errors import AmbergradeError, BadInput, BadSetting, MissingObject, UnknownName
 from ambergrade.family import sdxl
 from ambergrade.identity import canonical_json, digest
-from ambergrade.merge.files import from_values, read_recipe, verify
+from ambergrade.merge.files import from_values, read_recipe, recipe_document, verify
 from ambergrade.merge.formula import Formula
-from ambergrade.merge.header import read_header
-from ambergrade.merge.recipe import Recipe, header_recipe, metadata, release_document
+from ambergrade.merge.recipe import Recipe, metadata
 from ambergrade.merge.resident import ResidentMerge
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -223,12 +222,8 @@ def released(parents: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     out = folder / "mine-v1.safetensors"
     command.run_written(from_values(values, folder), out=out)
     result = {"name": out.name, "bytes": out.stat().st_size, "file": hashlib.sha256(out.read_bytes()).hexdigest()}
-    document = release_document(
-        header_recipe(read_header(out).metadata),
-        formula=FORMULA,
-        names={alias: path.name for alias, path in parents.items()},
-        result=result,
-    )
+    document = recipe_document(out, formula=FORMULA, names={alias: path.name for alias, path in parents.items()})
+    document["result"] = result
     (folder / "recipe.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
     return folder
 

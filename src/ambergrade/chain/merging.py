@@ -7,11 +7,11 @@ from pathlib import Path
 
 from ambergrade.chain.settings import MergePipelineSettings, VerifySettings
 from ambergrade.errors import BadSetting
-from ambergrade.merge.files import Written, from_values, read_recipe
+from ambergrade.merge.files import RecipeFile, from_values, read_recipe
 from ambergrade.store import find_file
 
 
-def written_recipe(settings: MergePipelineSettings) -> Written:
+def written_recipe(settings: MergePipelineSettings) -> RecipeFile:
     """The recipe file, or the formula of conf/merge over the models of conf/models. Raises BadSetting for one that
     the formula names and nobody gave."""
     if settings.recipe:

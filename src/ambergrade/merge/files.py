@@ -30,7 +30,7 @@ from ambergrade.merge.job import Job, Repeated, open_job
 from ambergrade.merge.recipe import RECIPE, Recipe, are_digests, header_recipe, is_number
 from ambergrade.store import find_file
 
-__all__ = ["RECIPE", "RecipeFile", "Verdict", "from_values", "read_recipe", "verify"]
+__all__ = ["RECIPE", "RecipeFile", "Verdict", "from_values", "read_recipe", "recipe_document", "recipe_of", "verify"]
 
 KEYS = ("formula", "models", "coefficients", "dtype", "policies", "out", "overwrite", "result", "ancestors")
 MOST_BYTES = 1 << 20
@@ -245,12 +245,7 @@ def verify(model: Path, models: Path, *, threads: int | None = None, cache: Path
     anew, what the header says of the inputs' own origin cannot be compared, and all else is. Raises BadInput where the
     file holds no recipe, MissingObject with the digests of inputs that are not there.
     """
-    header = read_header(model)
-    if RECIPE not in header.metadata:
-        raise BadInput(
-            f"{model.name} holds no recipe ({RECIPE}): it was not merged by Ambergrade, or its header is lost."
-        )
-    recipe = header_recipe(header.metadata)
+    header, recipe = read_header(model), recipe_of(model)
     digests = Digests(cache if cache is not None else default_cache())
     wanted = {alias: recipe.model(alias) for alias in recipe.named}
     found = find_inputs(wanted, models, digests, skip=[model])
@@ -270,6 +265,29 @@ def verify(model: Path, models: Path, *, threads: int | None = None, cache: Path
     difference = sink.first if sink.first is not None else (min(header.size, sink.end) if extra else None)
     told = "" if difference is None else _told(difference, header)
     return Verdict(difference is None, recipe, found.paths, sink.compared, told, found.resaved)
+
+
+def recipe_of(model: Path) -> Recipe:
+    """The recipe in a merged file's header. Raises BadInput where it holds none."""
+    header = read_header(model)
+    if RECIPE not in header.metadata:
+        raise BadInput(
+            f"{model.name} holds no recipe ({RECIPE}): it was not merged by Ambergrade, or its header is lost."
+        )
+    return header_recipe(header.metadata)
+
+
+def recipe_document(model: Path, *, formula: str = "", names: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """A merged file's recipe as plain values that `from_values` reads, every input by its digests; for a release.
+
+    formula: as written, in place of its canonical text. names: alias to a file name, which is looked at first.
+    """
+    recipe, named = recipe_of(model), names or {}
+    document = {key: value for key, value in recipe.document.items() if key != "inputs"}
+    models = {alias: {"name": named[alias]} if alias in named else {} for alias in recipe.named}
+    document |= {"formula": formula or recipe.formula.text}
+    document |= {"models": {alias: {**models[alias], **recipe.model(alias)} for alias in recipe.named}}
+    return {**document, "ancestors": dict(recipe.ancestors)} if recipe.ancestors else document
 
 
 class _Comparing:

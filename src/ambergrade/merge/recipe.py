@@ -206,25 +206,3 @@ def metadata(recipe: Recipe, *, architecture: str, prediction_type: str = "epsil
         RECIPE: recipe.to_json(),
         "ambergrade.recipe_digest": recipe.digest,
     }
-
-
-def release_document(
-    recipe: Recipe,
-    *,
-    formula: str = "",
-    names: Mapping[str, str] | None = None,
-    result: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
-    """What a release's recipe.yaml holds: `merge.files.from_values` reads it, and finds the inputs by their digests.
-
-    formula: as written, in place of its canonical text. names: alias to a file name, which is looked at first.
-    result: `name`, and `file` and `weights` digests, of the merged file, against which the next merge is checked.
-    """
-    named = names or {}
-    models = {
-        alias: {**({"name": named[alias]} if alias in named else {}), **recipe.model(alias)} for alias in recipe.named
-    }
-    more = {"ancestors": dict(recipe.ancestors)} if recipe.ancestors else {}
-    more |= {"result": dict(result)} if result else {}
-    document = {key: value for key, value in recipe.document.items() if key != "inputs"}
-    return {**document, "formula": formula or recipe.formula.text, "models": models, **more}

@@ -1,9 +1,9 @@
 """Builds a release folder: the same facts give the same bytes, wherever and whenever it is built.
 
 <folder>/
-  <name>-<version>.safetensors   the weights
+  <name>-<version>.safetensors   the weights, a copy
   README.md                      the model card
-  recipe.yaml                    formula, coefficients, inputs by digest
+  recipe.yaml                    formula, coefficients, inputs by digest: `ambergrade merge recipe.yaml --models DIR`
   evaluation.json                scores with intervals, scorers, winner set
   contact_sheet.png  heat_map.png
   lineage.json                   what was made from what, by digest
@@ -13,113 +13,96 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
-import stat
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
 
 from ambergrade.errors import BadInput
+from ambergrade.family.digests import weights_sha256
 from ambergrade.identity import file_digest
-from ambergrade.nouns import Release
+from ambergrade.nouns import Release, SamplerSettings
 from ambergrade.release.card import card
-from ambergrade.store import link_or_copy
+from ambergrade.release.contents import Evaluation, Prompts, ReleaseContents, Scorer
+from ambergrade.store import copy_file
 
 MANIFEST = "MANIFEST.json"
 SUMS = "SHA256SUMS"
 
 
-def build(
-    folder: Path,
-    *,
-    name: str,
-    version: str,
-    license: str,
-    config: str,
-    checkpoint: Path,
-    recipe: Mapping[str, Any],
-    evaluation: Mapping[str, Any],
-    training: Mapping[str, Any] | None = None,
-    captions: Mapping[str, Any] | None = None,
-    contact_sheet: Path,
-    heat_map: Path | None = None,
-    lineage: Mapping[str, Any] | None = None,
-    summary: str = "",
-) -> Release:
-    """Build the release in `folder`, aside first and then put in place as a whole.
+def build_release(folder: Path, contents: ReleaseContents) -> Release:
+    """Build the release in `folder`: aside first, as `.<folder>.partial`, then put in place as a whole.
 
-    An equal release that is already there is left alone; a different one is replaced in one step.
+    An equal release that is already there is left alone; another release is replaced, and nothing else ever is.
 
-    checkpoint: one safetensors file; linked where the filesystem allows, else copied.
-    config: what diffusers' `from_single_file(config=…)` needs: a hub id or `builtin://<family>`.
-    recipe: `formula` (`name = expression`), `coefficients` {name: number}, `models` {name: {`sha256`, …}}, `family`,
-        `dtype`; more keys are kept.
-    evaluation: `prompts` {`name`, `count`}, `sampler` {`name`, `steps`, `guidance`, `width`, `height`}, `objective`,
-        `scores` {metric: {model: Measurement}}, `winner_set` [point], `scorers` {name: {`fingerprint`, `tiny`}};
-        optionally `differences` {metric: {model: Measurement}}, paired. Measurements may be nouns or their mappings.
-    training, captions: facts for the card, shown in the order given.
-    lineage: anything that names inputs by digest.
-
-    Raises BadInput for missing keys, for a checkpoint that is not a safetensors file, and for an absolute path among
-    the facts: it would differ from machine to machine.
+    Raises BadInput for a checkpoint that is damaged or no safetensors file, for a folder that holds anything but a
+    release, and for an absolute path among the facts: it would differ from machine to machine.
     """
-    if checkpoint.suffix != ".safetensors":
-        raise BadInput(f"A release holds safetensors only, found {checkpoint.name}.\nWrite the weights as safetensors.")
-    if folder.exists() and not (folder / MANIFEST).is_file() and any(folder.iterdir()):
-        raise BadInput(f"{folder} holds other things than a release.\nName a new folder; a build replaces it.")
-    facts = _plain(
-        {"recipe": recipe, "evaluation": evaluation, "lineage": lineage, "training": training, "captions": captions}
-    )
+    about = {"recipe": {**contents.recipe, "ancestors": None}, "evaluation": contents.evaluation}
+    facts = _plain({**about, **{key: getattr(contents, key) for key in ("lineage", "training", "captions")}})
     _refuse_paths(facts)
-    readme = card(
-        name=name,
-        version=version,
-        license=license,
-        config=config,
-        recipe=facts["recipe"],
-        evaluation=facts["evaluation"],
-        training=facts["training"],
-        captions=facts["captions"],
-        summary=summary,
-    )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _sweep_up(folder)
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        link_or_copy(checkpoint, aside / f"{name}-{version}.safetensors")
+    _refuse_foreign(folder)
+    readme = card(contents)
+    with _partial(folder) as aside:
+        checkpoint = aside / contents.file
+        copy_file(contents.checkpoint, checkpoint)
+        sha256 = file_digest(checkpoint)
+        if contents.checkpoint_sha256 not in (None, sha256):
+            raise BadInput(f"{contents.checkpoint} is damaged: its sha256 is not {contents.checkpoint_sha256}.")
+        result = {"name": contents.file, "bytes": checkpoint.stat().st_size, "file": sha256}
+        recipe = _plain({**contents.recipe, "result": {**result, "weights": weights_sha256(checkpoint)}})
         (aside / "README.md").write_text(readme, "utf-8")
-        (aside / "recipe.yaml").write_text(recipe_yaml(facts["recipe"]), "utf-8")
+        (aside / "recipe.yaml").write_text(recipe_yaml(recipe), "utf-8")
         (aside / "evaluation.json").write_text(_json(facts["evaluation"]), "utf-8")
-        shutil.copyfile(contact_sheet, aside / "contact_sheet.png")
-        if heat_map is not None:
-            shutil.copyfile(heat_map, aside / "heat_map.png")
-        if lineage is not None:
+        copy_file(contents.contact_sheet, aside / "contact_sheet.png")
+        if contents.heat_map is not None:
+            copy_file(contents.heat_map, aside / "heat_map.png")
+        if contents.lineage is not None:
             (aside / "lineage.json").write_text(_json(facts["lineage"]), "utf-8")
-        release = _seal(aside, folder, {"name": name, "version": version})
-        if not _equal(aside, folder):
+        digests = _seal(aside, {"name": contents.name, "version": contents.version})
+        if not _equal(digests, folder):
             _put_in_place(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return release
+    return Release(folder, digests[MANIFEST], dict(sorted(digests.items())))
+
+
+def build(folder: Path, *, recipe: Mapping[str, Any], evaluation: Mapping[str, Any], **about: Any) -> Release:
+    """Build a release from mappings, as earlier versions did; `build_release` takes its place."""
+    models = {alias: {"weights": row["sha256"]} for alias, row in recipe["models"].items()}
+    document = {key: recipe[key] for key in ("formula", "coefficients")} | {"models": models}
+    document |= {"policies": recipe.get("policies", {})}
+    document["dtype"] = recipe["dtype"] if recipe["dtype"] in ("fp32", "fp16", "bf16") else None
+    given = Evaluation(
+        **{
+            **evaluation,
+            "prompts": Prompts(**evaluation["prompts"]),
+            "sampler": SamplerSettings(**evaluation["sampler"]),
+            "scorers": {name: Scorer(**row) for name, row in evaluation["scorers"].items()},
+        }
+    )
+    contents = ReleaseContents(recipe=document, evaluation=given, family=recipe["family"], **about)
+    return build_release(folder, contents)
 
 
 def recipe_yaml(recipe: Mapping[str, Any]) -> str:
     """The recipe as YAML: the formula verbatim on top, then the other keys sorted."""
-    head = "formula: |\n  " + str(recipe["formula"]).strip().replace("\n", "\n  ") + "\n"
+    formula = str(recipe["formula"]).strip()
+    if all(line.isprintable() for line in formula.split("\n")):
+        head = "formula: |\n  " + formula.replace("\n", "\n  ") + "\n"
+    else:  # odd line breaks, which a block of text does not keep
+        head = str(yaml.safe_dump({"formula": formula}, allow_unicode=True, width=120))
     rest = {key: value for key, value in recipe.items() if key != "formula"}
     return head + str(yaml.safe_dump(rest, sort_keys=True, allow_unicode=True, width=120))
 
 
-def _seal(aside: Path, folder: Path, head: Mapping[str, str]) -> Release:
-    """Write MANIFEST.json and SHA256SUMS over everything in `aside`, and make it durable."""
+def _seal(aside: Path, head: Mapping[str, str]) -> dict[str, str]:
+    """Write MANIFEST.json and SHA256SUMS over everything in `aside`, make it durable, and return every sha256."""
     files = {path.name: path for path in sorted(aside.iterdir())}
     digests = {name: file_digest(path) for name, path in files.items()}
     listed = {name: {"sha256": digests[name], "bytes": path.stat().st_size} for name, path in files.items()}
@@ -127,64 +110,86 @@ def _seal(aside: Path, folder: Path, head: Mapping[str, str]) -> Release:
     digests[MANIFEST] = file_digest(aside / MANIFEST)
     (aside / SUMS).write_text("".join(f"{digests[name]}  {name}\n" for name in sorted(digests)), "utf-8")
     for path in aside.iterdir():
-        if path.stat().st_nlink == 1:  # a linked checkpoint keeps the store's own mode
-            path.chmod(0o644)
+        path.chmod(0o644)
         with path.open("rb") as file:
             os.fsync(file.fileno())
     aside.chmod(0o755)
-    return Release(folder, digests[MANIFEST], dict(sorted(digests.items())))
+    _sync(aside)
+    return digests
 
 
-def _equal(aside: Path, folder: Path) -> bool:
-    if not folder.is_dir() or {p.name for p in aside.iterdir()} != {p.name for p in folder.iterdir()}:
+def _sync(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _equal(digests: Mapping[str, str], folder: Path) -> bool:
+    """Whether a folder holds exactly these files."""
+    if not folder.is_dir() or {path.name for path in folder.iterdir()} != {*digests, SUMS}:
         return False
-    return all(
-        (folder / path.name).is_file()
-        and (os.path.samefile(path, folder / path.name) or file_digest(path) == file_digest(folder / path.name))
-        for path in aside.iterdir()
+    sums = "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
+    return (folder / SUMS).read_bytes() == sums.encode() and all(
+        file_digest(folder / name) == sha256 for name, sha256 in digests.items()
     )
 
 
+def _refuse_foreign(folder: Path) -> None:
+    """Raise BadInput where a folder holds anything that a build would not have put there."""
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        raise BadInput(f"{folder} is no folder of its own.\nName a new folder; a build replaces it.")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+        ours = {*manifest["files"], MANIFEST, SUMS}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        ours = set()
+    foreign = sorted(path.name for path in folder.iterdir() if path.name not in ours or not path.is_file())
+    if foreign:
+        raise BadInput(
+            f"{folder} holds other things than a release: {', '.join(foreign[:5])}.\n"
+            "Name a new folder, or move them away; a build replaces the whole folder."
+        )
+
+
+@contextmanager
+def _partial(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `folder`, for one process at a time; what a killed build left there is cleared."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside, old = _beside(folder, "partial"), _beside(folder, "old")
+    lock = os.open(folder.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed, by whatever ends the process
+        _clear(folder, aside, old)
+        aside.mkdir()
+        yield aside
+    finally:
+        _clear(folder, aside, old)
+        os.close(lock)
+
+
+def _beside(folder: Path, what: str) -> Path:
+    return folder.with_name(f".{folder.name}.{what}")
+
+
+def _clear(folder: Path, aside: Path, old: Path) -> None:
+    """Remove what is half built, and the release before this one once this one is there."""
+    shutil.rmtree(aside, ignore_errors=True)
+    if not folder.exists() and old.is_dir():  # ended between the two renames
+        old.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def _put_in_place(aside: Path, folder: Path) -> None:
-    """Rename `aside` to `folder`; what was there is at `aside` afterwards, for the caller to remove."""
-    if not folder.exists():
-        aside.rename(folder)
-    elif not _exchange(aside, folder):  # no exchange on this filesystem: two renames, a moment without a release
-        old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
-        folder.rename(old)
-        aside.rename(folder)
-        old.rename(aside)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step by Linux' renameat2(RENAME_EXCHANGE); False where that cannot be."""
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except AttributeError:
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
-
-
-def _sweep_up(folder: Path) -> None:
-    """Remove what builds that were killed left beside `folder`."""
-    for left in folder.parent.glob(f".{folder.name}.*"):
-        pid = left.name.rsplit(".", 1)[-1]
-        if pid.isdigit() and not _alive(int(pid)) and stat.S_ISDIR(left.lstat().st_mode):
-            if ".old." in left.name and not folder.exists():
-                left.rename(folder)
-            else:
-                shutil.rmtree(left, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    """Rename what is there away and `aside` to its place; between the two there is a moment without a release."""
+    if folder.exists():
+        folder.rename(_beside(folder, "old"))
+    aside.rename(folder)
+    _sync(folder.parent)
 
 
 def _refuse_paths(facts: Any) -> None:
