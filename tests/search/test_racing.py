@@ -182,6 +182,29 @@ def test_rank_correlation_is_scipys_and_its_interval_the_plain_bootstrap(ties):
     assert rank_correlation(one, other)[0] == pytest.approx(kept)
 
 
+def test_points_that_differ_by_rounding_share_their_rank():
+    rng = np.random.default_rng(3)
+    one, other = rng.normal(0, 1, (6, 30)), rng.normal(0, 1, (6, 30))
+    one[1:4] = one[0] * (1 + 1e-15 * np.array([[2], [-3], [1]]))
+    expected = stats.spearmanr([*one[[0, 0, 0, 0, 4, 5]].mean(1)], other.mean(1)).statistic
+    assert rank_correlation(one, other)[0] == pytest.approx(expected)
+    assert np.isnan(rank_correlation(one[:4], other[:4])[0])
+
+
+def test_rows_that_differ_by_rounding_or_on_one_prompt_stay_in_the_race_and_an_infinite_score_is_refused():
+    base = np.random.default_rng(5).integers(0, 2, 24) / 3
+    scores = {"a": base, "b": base * (1 + 1e-14), "c": base + np.eye(24)[3] / 100, "d": base - 1}
+    race = Race(list(scores), [12, 24], judge)
+    while rung := race.ask():
+        for point in rung.points:
+            race.tell(point, scores[point][rung.start : rung.stop])
+    assert race.alive == ("a", "b", "c")
+    race = Race(["a", "b"], [12, 24], judge)
+    race.ask()
+    with pytest.raises(BadSetting, match="a: an infinite score"):
+        race.tell("a", [float("inf")] * 12)
+
+
 def screened(cheap, whole, **settings):
     screening = Screening(map(str, range(len(cheap))), judge, **settings)
     for point, scores in enumerate(cheap):

@@ -10,19 +10,22 @@ the union bound no more than 5 % of races leave a point behind for one that is n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import spearmanr
 
 from ambergrade.errors import BadSetting
 from ambergrade.identity import random_seed
 
 Floats = npt.NDArray[np.float64]
+TINY = 1e-300
 Judge = Callable[[Floats, Sequence[int], float], Sequence[int]]
 """Scores (K points, P prompts), paired by column and NaN where a point was not drawn; the rows still in the race; and
-the error that this look may make. It gives those of the rows that cannot be told from the best."""
+the error that this look may make. It gives those of the rows that are not significantly different from the best."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ class Race:
         wanted = self.rungs[self._next - 1] - len(self._rows[point])
         if point not in self.alive or len(scores) != wanted:
             raise BadSetting(f"{point}: {len(scores)} scores were told, the rung asked for {max(wanted, 0)}.")
+        if any(math.isinf(score) for score in scores):
+            raise BadSetting(f"{point}: an infinite score was told; give a number, or NaN for what was not scored.")
         self._rows[point] += map(float, scores)
 
     def fail(self, point: str) -> None:
@@ -243,24 +248,18 @@ def rank_correlation(one: Floats, other: Floats, *, seed: int = 0, draws: int = 
         return float("nan"), float("nan"), float("nan")
     rng = np.random.Generator(np.random.Philox(key=random_seed(seed, "rank correlation", n)))
     weights = rng.multinomial(n, np.full(n, 1 / n), draws)
-    found = np.array([_spearman(one @ row, other @ row) for row in (np.ones(n), *weights)])
+    found = np.array([_spearman(one @ row / n, other @ row / n) for row in (np.ones(n), *weights)])
     known = found[1:][~np.isnan(found[1:])]
     low, high = np.percentile(known, [2.5, 97.5]) if known.size else (np.nan, np.nan)
     return float(found[0]), float(low), float(high)
 
 
 def _spearman(one: Floats, other: Floats) -> float:
-    """Pearson's correlation of ranks, ties sharing theirs; NaN where either is constant."""
-    a, b = (_ranks(values) - (len(values) - 1) / 2 for values in (one, other))
-    spread = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / spread if spread > 0 else float("nan")
-
-
-def _ranks(values: Floats) -> Floats:
-    """Ranks from 0, the mean of their places for equal values."""
-    smaller = (values[:, None] > values).sum(1)
-    equal = (values[:, None] == values).sum(1)
-    return np.asarray(smaller + (equal - 1) / 2, dtype=np.float64)
+    """scipy's Spearman ρ; NaN where either is constant. Means that differ by rounding alone share their rank."""
+    ranked = [np.round(values / max(float(np.abs(values).max()), TINY), 9) for values in (one, other)]
+    if any(np.ptp(values) == 0 for values in ranked):
+        return float("nan")
+    return float(spearmanr(*ranked).statistic)
 
 
 def look_errors(looks: int, error: float = 0.05) -> tuple[float, ...]:
