@@ -90,7 +90,9 @@ class Toy:
         cfg, root = request.config, Path(request.config.root)
         key = request.key(lambda made: {"y": made.y, "of": made.of})
         folder = request.folder(key)
-        pool = Pool(evaluate, lambda job: (OmegaConf.to_container(request.compose(job)), folder.place(job)), cfg.workers)
+        pool = Pool(
+            evaluate, lambda job: (OmegaConf.to_container(request.compose(job)), folder.place(job)), cfg.workers
+        )
 
         def recall(job):
             outcome = folder.outcome(job)

@@ -72,7 +72,7 @@ def read_axes(overrides: Sequence[Override], values: Mapping[str, Spec], space: 
             fixed[key] = override.get_value_element_as_str()
         elif override.is_discrete_sweep():
             listed = listed_values(override)
-            texts[key] = {value: text for value, text in reversed(listed)}  # of equal values the first spelling holds
+            texts[key] = dict(reversed(listed))  # of equal values the first spelling holds
             specs[key] = list(dict.fromkeys(value for value, _ in listed))
         else:
             specs[key], is_whole = _interval(key, override, listed_only)

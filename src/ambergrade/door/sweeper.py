@@ -163,7 +163,7 @@ class SweeperBody(Sweeper):
             end_workers_with_us(self.launcher, owner)
 
     def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
-        """Evaluate every point. Returns what a launcher returned, and nothing for a keyed sweep, which has its folder."""
+        """Evaluate every point; returns what the launcher returned, nothing for a keyed sweep."""
         request = self._request(arguments)
         if not self.keyed:
             return self._launched_plainly(request)

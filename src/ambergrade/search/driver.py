@@ -1,4 +1,4 @@
-"""Drives a search: asks it for points, has them evaluated, and tells it their scores. Sweeps and races, resumed at will.
+"""Drives a search: asks it for points, has them evaluated, tells it their scores. Sweeps and races, resumed at will.
 
     swept = Driver(search, evaluate, label=label_of).sweep()
 
@@ -185,6 +185,7 @@ class Driver:
     """Called when a job has ended, or was found finished."""
     say: Callable[[str], None] = print
     trials: list[Trial] = field(default_factory=list, init=False)
+    _drawn: dict[tuple[str, tuple[int, int] | None, bool], Trial] = field(default_factory=dict, init=False)
 
     def sweep(self) -> Swept:
         """Evaluate every point that the search proposes, whole."""
@@ -253,13 +254,15 @@ class Driver:
 
     def _evaluated(self, jobs: Sequence[Job]) -> list[Trial]:
         """The trials of these jobs, in their order; what an earlier command finished is not evaluated again."""
-        found = {job.label: self.recall(job) for job in jobs}
-        trials = {label: Trial(job, old, True) for job in jobs if (old := found[label := job.label]) is not None}
-        for trial in trials.values():
-            self.hear(trial)
-        new = [job for job in jobs if found[job.label] is None]
-        for job, outcome in self.evaluate(self._begun(new)):
-            trials[job.label] = Trial(job, outcome)
+        trials = {}
+        for job in jobs:
+            drawn = self._drawn.get((job.label, job.block, job.cheap))  # a screening's controls, on the first rung
+            if drawn is None and (old := self.recall(job)) is not None:
+                self.hear(drawn := Trial(job, old, before=True))
+            if drawn is not None:
+                trials[job.label] = drawn
+        for job, outcome in self.evaluate(self._begun(job for job in jobs if job.label not in trials)):
+            trials[job.label] = self._drawn[job.label, job.block, job.cheap] = Trial(job, outcome)
             self.hear(trials[job.label])
         return [trials[job.label] for job in jobs]
 

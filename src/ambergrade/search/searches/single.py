@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ambergrade.search.points import Point
 from ambergrade.search.searches.grid import Grid
 
 
