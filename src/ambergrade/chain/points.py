@@ -4,25 +4,66 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from ambergrade.chain.context import Context, Task, torch_device, use_threads
-from ambergrade.chain.point import POINT, RUNG, LiveMerge, LiveNetworks, Scoring, point_task, read_prompts, score_point
+from ambergrade.chain.dataset import draw_world
+from ambergrade.chain.point import (
+    POINT,
+    RUNG,
+    LiveMerge,
+    LiveNetworks,
+    Scoring,
+    label_of,
+    point_task,
+    read_prompts,
+    score_point,
+)
 from ambergrade.chain.point import open_checkpoint as open_anew
 from ambergrade.chain.settings import SweepSettings
-from ambergrade.errors import UnknownName
+from ambergrade.errors import MissingObject, UnknownName
 from ambergrade.identity import digest
 from ambergrade.merge.formula import Formula
 from ambergrade.nouns import Checkpoint, PromptSet
 from ambergrade.score.sheet import ScoreSheet
 from ambergrade.score.statistics import prompt_means
-from ambergrade.search.driver import Job
-from ambergrade.store import Finished, find_file
-from ambergrade.track.journal import Journal, JournalRef, RunRef
+from ambergrade.search.driver import Job, Outcome
+from ambergrade.search.points import Point
+from ambergrade.store import Finished, Ledger, find_file
+from ambergrade.track.journal import Journal, JournalRef, Run, RunRef
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A scored point: what a search needs of it, and where its record is. Between processes it is a plain mapping."""
+
+    score: float
+    rows: list[float]
+    """The objective prompt by prompt."""
+    pictures: int
+    """Drawn for it now: none where its record was there."""
+    seconds: float
+    """What drawing and scoring took when it was done."""
+    kind: str
+    """Of the stage: `point`, or `rung` of a race."""
+    identity: str
+
+    @classmethod
+    def of(cls, outcome: Outcome) -> Scored:
+        """What a job's outcome holds."""
+        assert isinstance(outcome.value, Mapping), outcome
+        return cls(**outcome.value)
+
+    def find(self, ledger: Ledger) -> Finished:
+        """The record. Raises MissingObject where it is gone."""
+        done = ledger.find(self.kind, self.identity)
+        if done is None:
+            raise MissingObject(f"{self.kind} {self.identity[:12]}… is not in the record.\nRun the same command again.")
+        return done
 
 
 class PointScorer:
@@ -94,18 +135,13 @@ class PointScorer:
 
 
 def value_of(settings: SweepSettings, done: Finished) -> dict[str, object]:
-    """What a search and a review need of a scored point: `score`, `rows` (one a prompt), and where the record is."""
+    """A scored point (`Scored`) as a plain mapping."""
     sheet = ScoreSheet.read(done.files["scores"])
     _check_objective(settings, sheet.columns)
     rows = prompt_means(sheet.columns[settings.search.objective], sheet.prompt_ids)
-    return {
-        "score": math.nan if np.isnan(rows).all() else float(np.nanmean(rows)),
-        "rows": [float(row) for row in rows],
-        "pictures": sheet.n if done.fresh else 0,
-        "seconds": done.seconds,
-        "kind": done.stage,
-        "identity": done.identity,
-    }
+    score = math.nan if np.isnan(rows).all() else float(np.nanmean(rows))
+    pictures = sheet.n if done.fresh else 0
+    return asdict(Scored(score, [float(row) for row in rows], pictures, done.seconds, done.stage, done.identity))
 
 
 def _check_objective(settings: SweepSettings, columns: Mapping[str, object]) -> None:
@@ -131,7 +167,7 @@ def _suite_key(settings: SweepSettings) -> str:
     return digest([settings.suite, settings.compute.device])
 
 
-# --- in a worker process --------------------------------------------------------------------------------------
+# --- in whatever process ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -145,12 +181,32 @@ class PointWork:
 
 
 def evaluate(work: PointWork) -> dict[str, object]:
-    """Score a point here and journal it; what was loaded is kept for the next."""
-    use_threads(work.settings.compute)
-    journal = _journal(work.above.journal)
+    """Score a point in a worker of ours and journal it; what was loaded is kept for the next."""
+    journal = _attached(work.above.journal)
     above = journal.attached(work.above.id, work.above.name, work.above.key)
-    context = Context(work.settings.root, journal, above, work.settings.compute)
-    return _scorer().score(context, work.settings, work.job)
+    return _score(work.settings, work.job, journal, above)
+
+
+def score_below(settings: SweepSettings, job: Job, above: Mapping[str, str]) -> dict[str, object]:
+    """Score a point in a launcher's job and journal it below a run, whose id, name and key are given."""
+    journal = _opened(settings.root, settings.name)
+    return _score(settings, job, journal, journal.attached(**above))
+
+
+def score_alone(settings: SweepSettings) -> dict[str, object]:
+    """Score one point that belongs to no sweep."""
+    draw_world(settings.data, settings.compute)
+    point: Point = dict(settings.merge.coefficients)
+    journal = _opened(settings.root, settings.name)
+    nobody = Run(journal, "", "", "", done=False, resumed=False)
+    found = _score(settings, Job(label_of(point), point), journal, nobody)
+    print(f"{settings.search.objective} {found['score']:.4f}")
+    return found
+
+
+def _score(settings: SweepSettings, job: Job, journal: Journal, above: Run) -> dict[str, object]:
+    use_threads(settings.compute)
+    return _scorer().score(Context(settings.root, journal, above, settings.compute), settings, job)
 
 
 @lru_cache(maxsize=1)
@@ -160,6 +216,12 @@ def _scorer() -> PointScorer:
 
 
 @lru_cache(maxsize=1)
-def _journal(ref: JournalRef) -> Journal:
+def _attached(ref: JournalRef) -> Journal:
     """Of this process."""
     return Journal.attach(ref)
+
+
+@lru_cache(maxsize=1)
+def _opened(root: Path, name: str) -> Journal:
+    """Of this process."""
+    return Journal.open(root, name)

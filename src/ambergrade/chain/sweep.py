@@ -6,18 +6,16 @@ the sweep, its preview and its explanation of a new point all ask that one quest
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from ambergrade.chain.context import Context
 from ambergrade.chain.point import LiveMerge, Scoring, label_of
-from ambergrade.chain.points import PointScorer, PointWork, evaluate, value_of
+from ambergrade.chain.points import PointScorer, PointWork, Scored, evaluate, value_of
 from ambergrade.chain.settings import SweepSettings, Values
 from ambergrade.errors import BadSetting
 from ambergrade.identity import digest
@@ -29,7 +27,7 @@ from ambergrade.search.folder import SweepFolder
 from ambergrade.search.load import Search, search
 from ambergrade.search.points import Point
 from ambergrade.search.pool import Pool
-from ambergrade.search.racing import Floats
+from ambergrade.search.racing import Floats, Race
 
 LONGEST = 30
 """Characters of a point's name before its numbers are rounded."""
@@ -133,7 +131,10 @@ def drive(context: Context, plan: SweepPlan, scorer: PointScorer, where: Evaluat
         return Outcome(True, value_of(settings, done), seconds=done.seconds)
 
     def hear(trial: Trial) -> None:
-        if not trial.before or plan.folder.outcome(trial.job) is None:
+        known = plan.folder.outcome(trial.job)
+        if not (
+            trial.before and known and known.done and Scored.of(known).identity == Scored.of(trial.outcome).identity
+        ):
             plan.folder.keep(trial.job, trial.outcome)
         if not trial.before:
             _tell(context, trial)
@@ -157,6 +158,10 @@ def drive(context: Context, plan: SweepPlan, scorer: PointScorer, where: Evaluat
     return swept
 
 
+def _same(one: Outcome | None, other: Outcome) -> bool:
+    return one is not None and one.done and Scored.of(one).identity == Scored.of(other).identity
+
+
 def _judge(scores: Floats, alive: Sequence[int], error: float, higher_is_better: bool) -> tuple[int, ...]:
     """The points of a rung that are not significantly different from the best (search/racing.py: Judge)."""
     return winner_set(np.asarray(scores), higher_is_better=higher_is_better, error=error, alive=alive).members
@@ -166,14 +171,88 @@ def _tell(context: Context, trial: Trial) -> None:
     if not trial.outcome.done:
         print(f"  {trial.job.label}: {trial.outcome.first_line}", flush=True)
         return
-    value = record_of(trial.outcome)
-    block = f" {trial.job.block[0]}–{trial.job.block[1]}" if trial.job.block else ""
-    context.tell(f"{trial.job.label}{block}", value["seconds"] if value["pictures"] else None, value["identity"])
-
-
-def record_of(outcome: Outcome) -> Mapping[str, str]:
-    ...
+    scored = Scored.of(trial.outcome)
+    block = f", prompts {trial.job.block[0]}–{trial.job.block[1]}" if trial.job.block else ""
+    context.tell(f"{trial.job.label}{block}", scored.seconds if scored.pictures else None, scored.identity)
 
 
 def result_of(context: Context, plan: SweepPlan, swept: Swept) -> SweepResult:
-    ...
+    """The points with their sheets and pictures, by names that can be read."""
+    trials = _named(swept.done)
+    first = {label: _rungs(plan, swept, trial)[0].find(context.ledger) for label, trial in trials.items()}
+    return SweepResult(
+        points={label: _values(trial.job.point) for label, trial in trials.items()},
+        sheets={label: _sheet(context, plan, swept, trial) for label, trial in trials.items()},
+        strips={label: done.files["pictures"] for label, done in first.items()},
+        failures={trial.job.label: f"{trial.outcome.reason}\n{trial.outcome.trace}".strip() for trial in swept.failed},
+        left=_left(swept.race) if swept.race is not None else {},
+        jobs={label: trial.job for label, trial in trials.items()},
+        race=swept.race.text if swept.race is not None else "",
+    )
+
+
+def _rungs(plan: SweepPlan, swept: Swept, trial: Trial) -> list[Scored]:
+    """What was scored of a point, rung by rung."""
+    if swept.race is None:
+        return [Scored.of(trial.outcome)]
+    blocks = zip((0, *swept.race.rungs), swept.race.rungs, strict=False)
+    outcomes = [plan.folder.outcome(replace(trial.job, block=block)) for block in blocks]
+    return [Scored.of(outcome) for outcome in outcomes if outcome is not None and outcome.done]
+
+
+def _sheet(context: Context, plan: SweepPlan, swept: Swept, trial: Trial) -> ScoreSheet:
+    """A point's sheet; of a race the rungs' sheets joined.
+
+    Without the sampler: what is not swept is equal by construction, and a sweep over samplers compares unlike ones.
+    """
+    found = [scored.find(context.ledger).files["scores"] for scored in _rungs(plan, swept, trial)]
+    return replace(joined([ScoreSheet.read(file) for file in found]), sampler={})
+
+
+def joined(sheets: Sequence[ScoreSheet]) -> ScoreSheet:
+    """Sheets of different prompts by the same scorers as one."""
+    first = sheets[0]
+    if len(sheets) == 1:
+        return first
+    return replace(
+        first,
+        prompt_ids=tuple(one for sheet in sheets for one in sheet.prompt_ids),
+        seeds=tuple(one for sheet in sheets for one in sheet.seeds),
+        columns={name: np.concatenate([sheet.columns[name] for sheet in sheets]) for name in first.columns},
+        features={name: np.concatenate([sheet.features[name] for sheet in sheets]) for name in first.features},
+        prompts_digest=digest([sheet.prompts_digest for sheet in sheets]),
+        faults={key: reason for sheet in sheets for key, reason in sheet.faults.items()},
+        blank=tuple(key for sheet in sheets for key in sheet.blank),
+    )
+
+
+def _left(race: Race) -> dict[str, str]:
+    """When each point fell behind, and its mean until then."""
+    told = {}
+    for label, rung in race.out.items():
+        mean = float(np.nanmean(race.rows(label)))
+        told[label] = f"after {race.rungs[rung]} prompts, with a mean of {mean:.3f} on them"
+    return told | dict.fromkeys(race.screened, "by cheap pictures, before the race")
+
+
+def _named(trials: Sequence[Trial]) -> dict[str, Trial]:
+    """Trials by their names; sampled numbers rounded to be read, unless that makes two alike."""
+    whole = {trial.job.label: trial for trial in trials}
+    if all(len(label) <= LONGEST for label in whole):
+        return whole
+    rounded = {
+        ", ".join(f"{name} {_short(value)}" for name, value in _values(trial.job.point).items()): trial
+        for trial in trials
+    }
+    return rounded if len(rounded) == len(whole) else whole
+
+
+def _short(value: Value) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"
+
+
+def _values(point: Point) -> dict[str, Value]:
+    """A point by the last part of each key, the whole where two end alike; numbers as numbers."""
+    short = [key.rpartition(".")[2] for key in point]
+    named = {name if short.count(name) == 1 else key: point[key] for key, name in zip(point, short, strict=True)}
+    return {name: value if isinstance(value, float) else str(value) for name, value in named.items()}

@@ -150,7 +150,7 @@ class SweeperBody(Sweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config, self.hydra_context = config, hydra_context
-        self.task = inspect.unwrap(task_function)
+        self.task = inspect.unwrap(task_function, stop=lambda task: isinstance(task, SweepTask))
         # A queue's jobs outlive the command on purpose; what they finish, the next command takes as it is.
         queued = "slurm" in str(OmegaConf.select(config, "hydra.runtime.choices.hydra/launcher", default=""))
         owner = None if queued else process.owner()

@@ -18,6 +18,8 @@ from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 from typing import Generic, TypeVar
 
+from tqdm import tqdm
+
 from ambergrade.search.driver import Ended, Job, Outcome, attempt, ending
 
 T = TypeVar("T")
@@ -139,6 +141,7 @@ def _evaluated(evaluate: Callable[[T], object], work: T) -> Outcome:
 
 
 def _follow_the_parent() -> None:
+    tqdm.set_lock(threading.RLock())  # its own is shared by processes, and is reported as leaked when this one is ended
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
 
