@@ -230,8 +230,8 @@ def test_points_drawn_while_mlflow_was_down_are_journaled_by_the_same_command_la
         (["merge=gamma_rev1", "coefficients.a=0.3,0.6"], "models.base7=PATH"),
         (["merge=plain", "coefficients.a=0.3,0.6", "search.objective=tag_prb"], "tag_prob"),
         (["merge=plain", "coefficients.a=0.3,inf"], "coefficients.a: a finite number is needed"),
-        (["merge=plain", "sampler=glob(eulr*)"], "euler"),
-        (["merge=plain,plane", "coefficients.a=0.3"], "plain"),
+        (["merge=plain", "sampler=glob(eulr*)"], "matches nothing"),
+        (["merge=plain,plane", "coefficients.a=0.3"], "'plane' is not known"),
     ],
 )
 def test_what_would_fail_every_point_is_told_once_and_before_the_first(

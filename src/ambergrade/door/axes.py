@@ -26,6 +26,8 @@ class Axes:
     """Override key to its values."""
     order: Sequence[str]
     """Keys of both, as written."""
+    added: Mapping[str, str] = field(default_factory=dict)
+    """Keys as they are written, where that is `+key` or `++key`."""
     whole: frozenset[str] = frozenset()
     """Ranges of whole numbers."""
     texts: Mapping[str, Mapping[Value, str]] = field(default_factory=dict)
@@ -33,7 +35,8 @@ class Axes:
 
     def overrides(self, point: Mapping[str, Value]) -> list[str]:
         """A point as the overrides of its job."""
-        return [f"{key}={self.fixed[key] if key in self.fixed else self._text(key, point[key])}" for key in self.order]
+        texts = {**self.fixed, **{key: self._text(key, point[key]) for key in self.specs}}
+        return [f"{self.added.get(key, key)}={texts[key]}" for key in self.order]
 
     def label(self, point: Mapping[str, Value]) -> str:
         """`a 0.8, b 0.5`: the last part of each key and its value."""
@@ -63,8 +66,10 @@ def read_axes(overrides: Sequence[Override], values: Mapping[str, Spec], space: 
     specs: dict[str, Spec] = {}
     texts: dict[str, dict[Value, str]] = {}
     whole: set[str] = set()
+    added: dict[str, str] = {}
     for override in overrides:
-        key = override.get_key_element()
+        key = override.get_key_element().lstrip("+")
+        added[key] = override.get_key_element()
         for earlier in (fixed, specs, texts):  # the last one holds, as in Hydra
             earlier.pop(key, None)
         whole.discard(key)
@@ -77,12 +82,12 @@ def read_axes(overrides: Sequence[Override], values: Mapping[str, Spec], space: 
         else:
             specs[key], is_whole = _interval(key, override, listed_only)
             whole |= {key} if is_whole else set()
-    order = [override.get_key_element() for override in overrides]
+    order = list(added)
     if not specs:
         specs = {f"{space}.{name}" if space else name: spec for name, spec in values.items()}
         order = [key for key in order if key not in specs] + list(specs)
         fixed = {key: value for key, value in fixed.items() if key not in specs}
-    return Axes(fixed, specs, list(dict.fromkeys(order)), frozenset(whole), texts)
+    return Axes(fixed, specs, list(dict.fromkeys(order)), added, frozenset(whole), texts)
 
 
 def listed_values(override: Override) -> list[tuple[Value, str]]:
@@ -96,6 +101,9 @@ def listed_values(override: Override) -> list[tuple[Value, str]]:
         raw = list(range(*ints)) if len(ints) == 3 else list(decimal_range(*ends))
     else:  # a glob
         raw = list(override.sweep_iterator())
+        if not raw and override.config_loader is not None:
+            known = ", ".join(override.config_loader.get_group_options(override.key_or_group))
+            raise BadSetting(f"{override.input_line} matches nothing.\nOptions of {override.key_or_group}: {known}.")
     if isinstance(sweep, ChoiceSweep | RangeSweep) and sweep.shuffle:
         raw.sort(key=lambda value: random_seed(0, "shuffle", Transformer.str(value)))
     return [(_number(value, text), text) for value, text in zip(raw, map(Transformer.str, raw), strict=True)]
