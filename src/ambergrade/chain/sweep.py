@@ -20,6 +20,7 @@ from ambergrade.chain.settings import SweepSettings, Values
 from ambergrade.errors import BadSetting
 from ambergrade.identity import digest
 from ambergrade.score.figures import Value
+from ambergrade.score.review import Review
 from ambergrade.score.sheet import ScoreSheet
 from ambergrade.score.statistics import winner_set
 from ambergrade.search.driver import Driver, Evaluator, Job, Outcome, Swept, Trial, in_process
@@ -189,6 +190,15 @@ def result_of(context: Context, plan: SweepPlan, swept: Swept) -> SweepResult:
         jobs={label: trial.job for label, trial in trials.items()},
         race=swept.race.text if swept.race is not None else "",
     )
+
+
+def reviewed(result: SweepResult, *, title: str, objective: str, columns: Sequence[str]) -> Review:
+    """The winner set and the leaderboard. Raises BadInput for points that cannot be paired."""
+    review = Review.of(result.sheets, result.points, title=title, objective=objective, columns=columns)
+    if not result.race:
+        return review
+    # A race's looks held all points at once; a verdict among its finalists alone would leave out fewer.
+    return replace(review, found=replace(review.found, members=tuple(result.points)))
 
 
 def _rungs(plan: SweepPlan, swept: Swept, trial: Trial) -> list[Scored]:

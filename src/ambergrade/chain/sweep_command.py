@@ -16,9 +16,8 @@ from ambergrade.chain.point import label_of, read_prompts, write_merge
 from ambergrade.chain.points import PointScorer
 from ambergrade.chain.review import Shown, draw, links_of, tell_unlike
 from ambergrade.chain.settings import Invocation, SweepSettings
-from ambergrade.chain.sweep import SweepPlan, SweepResult, drive, pool, result_of
+from ambergrade.chain.sweep import SweepPlan, SweepResult, drive, pool, result_of, reviewed
 from ambergrade.errors import AmbergradeError, BadInput, BadSetting
-from ambergrade.score.review import Review
 from ambergrade.search.driver import Evaluator, Job, Swept
 from ambergrade.search.explain import why_new
 from ambergrade.store import Ledger, find_file, write_json
@@ -106,14 +105,10 @@ def _show(
     """Print the leaderboard, draw the review, write the winner's file, and enter it all on the sweep's run."""
     run, objective, folder = context.parent, settings.search.objective, plan.folder.root
     try:
-        review = Review.of(
-            result.sheets, result.points, title=run.name, objective=objective, columns=settings.leaderboard
-        )
+        review = reviewed(result, title=run.name, objective=objective, columns=settings.leaderboard)
     except BadInput as error:
         tell_unlike(context, run, folder, result.sheets, objective, settings.leaderboard, error)
         return
-    if result.race:  # its looks held all points at once; the finalists among themselves would be fewer
-        review = replace(review, found=replace(review.found, members=tuple(result.points)))
     print(f"\n{review.table}", flush=True)
     prompts = read_prompts(settings.prompts, "sweep").first(settings.sheet).prompts
     shown = draw(review, folder, result.strips, prompts, settings.sampler)
