@@ -53,10 +53,23 @@ def test_second_run_finds_every_stage_finished(first: tuple[Path, str]) -> None:
     again = gamma(root)
     lines = [line.rstrip() for line in told.splitlines() if line.startswith("  ")]
     stages = [line for line in lines if line.endswith(tuple("0123456789abcdef")) and " s " in line]
-    assert len(stages) >= 8
-    assert again.count("finished before") == len(stages)
+    points = [line for line in stages if line.startswith("  a ")]
+    assert (len(stages) >= 8, len(points)) == (True, 4)
+    assert "4 of 4 points finished before" in again
+    assert again.count("finished before") == len(stages) - len(points) + 1
     assert manifest(root) == before
     assert cpu_seconds() - start < 40
+
+
+def test_points_that_fail_are_told_and_left_out_and_a_race_may_decide(first: tuple[Path, str]) -> None:
+    more = ["search.values.a=[0.4,0.8,1e9]", "search.values.b=[0.25,0.5]", "race=[2,4]", "release.version=raced"]
+    told = gamma(first[0], *more)
+    assert "2 of 6 points failed:" in told
+    assert "rung 1, 2 prompts: 6 points drawn" in told
+    (page,) = {line.split()[1] for line in told.splitlines() if line.startswith("review ")}
+    assert "<h2>2 failed</h2>" in Path(page).read_text()
+    (failures,) = (first[0] / "mlruns" / "sweeps").glob("*/failures.txt")
+    assert failures.read_text().count("a 1e+09, b ") == 2
 
 
 def test_mlflow_holds_the_chain(first: tuple[Path, str]) -> None:

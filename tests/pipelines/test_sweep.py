@@ -5,22 +5,31 @@ Most of it runs in this process, as Hydra's own tests do, so that torch is impor
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from mlflow import MlflowClient
 from safetensors.torch import save_file
 
-from ambergrade import config
+from ambergrade.chain import point as chain_point
+from ambergrade.chain import sweep_command
+from ambergrade.chain.context import Context
+from ambergrade.chain.points import PointScorer
+from ambergrade.chain.sweep import SweepPlan
 from ambergrade.family import sdxl
 from ambergrade.identity import random_seed
 from ambergrade.nouns import PromptSet
+from ambergrade.places import CONF
+from ambergrade.search.driver import Evaluator, in_process
 from ambergrade.store import find_file
 from ambergrade.world import grammar
 from ambergrade.world.booru import prompt as world_prompt
@@ -35,6 +44,7 @@ FORMULAS = {
         {"inner": 0.0, "outer": 0.0},
     ),
     "lora": ('beta7 + a * lora("{folder}/style.safetensors")', {"a": 0.5}),
+    "another": ("base8 + a * (anxl3 - anxl2)", {"a": 0.5}),
     "method": ("beta7 + a * (ties(beta7, anxl2, anxl3, density=0.3) - beta7)", {"a": 0.5}),
 }
 Sweep = Callable[..., str]
@@ -44,8 +54,7 @@ Sweep = Callable[..., str]
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root, four prompts, and a folder of the user's own merges."""
     folder = tmp_path_factory.mktemp("sweep")
-    prompts = [world_prompt(grammar.sample(5, k, clean=True), f"{k}", random_seed(5, k) % 2**32) for k in range(4)]
-    PromptSet("p", tuple(prompts)).write(folder / "prompts.jsonl")
+    write_prompts(folder / "prompts.jsonl", 5)
     (folder / "mine" / "merge").mkdir(parents=True)
     write_lora(folder / "style.safetensors", 1)
     policies = {"vae": "base", "cosmetic": "refuse", "missing": "refuse", "nonfinite": "refuse", "ema": "drop"}
@@ -58,6 +67,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         (folder / "mine" / "merge" / f"{name}.yaml").write_text(json.dumps(values))
     return folder
+
+
+def write_prompts(file: Path, seed: int) -> None:
+    prompts = [world_prompt(grammar.sample(seed, k, clean=True), f"{k}", random_seed(seed, k)) for k in range(4)]
+    PromptSet("p", tuple(prompts)).write(file)
 
 
 def write_lora(file: Path, seed: int) -> None:
@@ -76,14 +90,30 @@ def arguments(place: Path, root: Path) -> list[str]:
     return ["--multirun", "--config-dir", str(place / "mine"), f"root={root}", *prompts, *small]
 
 
+@pytest.fixture(scope="module")
+def memory() -> PointScorer:
+    """What the commands of this module have loaded."""
+    return PointScorer()
+
+
 @pytest.fixture
-def sweep(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Sweep:
+def sweep(
+    place: Path, memory: PointScorer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Sweep:
     """The command in this process; returns what it printed. `fails`: exit code 1, and what it told."""
     monkeypatch.syspath_prepend(str(REPOSITORY / "pipelines"))
-    import sweep as pipeline
+    pipeline = importlib.import_module("sweep")
 
-    def run(*overrides: str, root: Path = place / "root", fails: bool = False) -> str:
-        monkeypatch.setattr(sys, "argv", ["sweep.py", *arguments(place, root), "hydra.sweeper.apart=false", *overrides])
+    @contextmanager
+    def in_this_process(context: Context, plan: SweepPlan, workers: int) -> Iterator[Evaluator]:
+        yield in_process(lambda job: memory.score(context, plan.settings_of(job), job))
+
+    monkeypatch.setattr(sweep_command, "pool", in_this_process)
+    monkeypatch.setattr(sweep_command, "PointScorer", lambda: memory)
+
+    def run(*overrides: str, root: Path = place / "root", fails: bool = False, draw: bool = False) -> str:
+        given = [one for one in arguments(place, root) if not (draw and one.startswith(("data.draw", "prompts.sweep")))]
+        monkeypatch.setattr(sys, "argv", ["sweep.py", *given, *overrides])
         code = 0
         try:
             pipeline.main()
@@ -123,19 +153,108 @@ def table(told: str) -> dict[str, list[float]]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """How often checkpoints were read and texts encoded."""
+    """How often a formula's models were read, and prompts encoded."""
     counted = {"read": 0, "encoded": 0}
 
-    def counting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def counting(name: str, cls: Callable[..., Any]) -> Callable[..., Any]:
         def counted_call(*given: Any, **named: Any) -> Any:
             counted[name] += 1
-            return function(*given, **named)
+            return cls(*given, **named)
 
         return counted_call
 
-    monkeypatch.setattr(sdxl, "read_checkpoint", counting("read", sdxl.read_checkpoint))
-    monkeypatch.setattr(sdxl, "encode_tokens", counting("encoded", sdxl.encode_tokens))
+    monkeypatch.setattr(chain_point, "ResidentMerge", counting("read", chain_point.ResidentMerge))
+    monkeypatch.setattr(chain_point, "TextEncoder", counting("encoded", chain_point.TextEncoder))
     return counted
+
+
+def test_two_points_are_drawn_kept_and_drawn_anew_when_the_prompts_are_edited(sweep: Sweep, tmp_path: Path) -> None:
+    """A finished point counts only while its identity, computed now, is its record's: for sweep and preview alike."""
+    root, prompts = tmp_path / "root", tmp_path / "prompts.jsonl"
+    write_prompts(prompts, 5)
+    two = ["merge=unet_only", "coefficients.a=0.3,0.6", f"prompts.sweep={prompts}", "prompts.sweep_count=2"]
+    first = sweep(*two, root=root)
+    assert [row["value"]["pictures"] for row in outcomes(first).values()] == [2, 2]
+    assert set(table(first)) == {"a 0.3", "a 0.6"}
+    assert (folder_of(first) / "review.html").exists()
+    again = sweep(*two, root=root)
+    assert "2 of 2 points finished before" in again
+    assert outcomes(again) == outcomes(first)
+    assert len(re.findall(r"hit$", sweep(*two, "dry=true", root=root), re.MULTILINE)) == 2
+
+    write_prompts(prompts, 6)
+    assert len(re.findall(r"miss +2 pictures$", sweep(*two, "dry=true", root=root), re.MULTILINE)) == 2
+    edited = sweep(*two, root=root)
+    assert "finished before" not in edited
+    assert [row["value"]["pictures"] for row in outcomes(edited).values()] == [2, 2]
+    assert table(edited) != table(first)
+    assert [row["value"]["pictures"] for row in outcomes(sweep(*two, root=root)).values()] == [2, 2]
+
+
+def test_a_record_that_is_gone_is_drawn_anew_and_the_preview_agrees(sweep: Sweep, tmp_path: Path) -> None:
+    one = ["merge=unet_only", "coefficients.a=0.3", "prompts.sweep_count=2"]
+    first = sweep(*one, root=tmp_path)
+    (record,) = (tmp_path / "mlruns" / "records" / "point").glob("*.json")
+    record.unlink()
+    assert re.search(r"miss +2 pictures$", sweep(*one, "dry=true", root=tmp_path), re.MULTILINE)
+    again = sweep(*one, root=tmp_path)
+    assert "finished before" not in again
+    assert outcomes(again)["the point"]["value"] | {"seconds": 0} == outcomes(first)["the point"]["value"] | {
+        "seconds": 0
+    }
+
+
+def test_points_drawn_while_mlflow_was_down_are_journaled_by_the_same_command_later(
+    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = ["merge=unet_only", "coefficients.a=0.3,0.6", "prompts.sweep_count=2"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    assert "not journaled" in sweep(*two, root=tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert "2 of 2 points finished before" in sweep(*two, root=tmp_path)
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlruns' / 'mlflow.db'}")
+    (experiment,) = (one.experiment_id for one in client.search_experiments() if one.name == "sweep")
+    runs = {run.data.tags["ag.kind"]: run for run in client.search_runs([experiment])}
+    points = client.search_runs([experiment], "tags.\"ag.kind\" = 'point'")
+    assert len(points) == 2
+    assert {run.data.tags["mlflow.parentRunId"] for run in points} == {runs["sweep"].info.run_id}
+    assert {run.info.status for run in points} == {"FINISHED"}
+    assert all("tag_prob" in run.data.metrics for run in points)
+    assert runs["sweep"].data.metrics["points"] == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["merge=gamma_rev1", "coefficients.a=0.3,0.6"], "models.base7=PATH"),
+        (["merge=plain", "coefficients.a=0.3,0.6", "search.objective=tag_prb"], "tag_prob"),
+        (["merge=plain", "coefficients.a=0.3,inf"], "coefficients.a: a finite number is needed"),
+        (["merge=plain", "sampler=glob(eulr*)"], "matches nothing"),
+        (["merge=plain,plane", "coefficients.a=0.3"], "'plane' is not known"),
+    ],
+)
+def test_what_would_fail_every_point_is_told_once_and_before_the_first(
+    sweep: Sweep, tmp_path: Path, overrides: list[str], told: str
+) -> None:
+    found = sweep(*overrides, root=tmp_path, fails=True)
+    assert found.count(told) == 1, found
+    assert "points failed" not in found
+    assert not (tmp_path / "mlruns" / "records").exists()
+
+
+def test_models_of_ones_own_can_be_named(sweep: Sweep, place: Path, tmp_path: Path) -> None:
+    another = ["merge=another", "models.base8=builtin://anxl3.safetensors", "coefficients.a=0.3,0.6", "dry=true"]
+    assert sweep(*another, root=tmp_path).count("miss") == 2
+
+
+def test_a_world_drawn_otherwise_lies_beside_the_first(sweep: Sweep, place: Path, tmp_path: Path) -> None:
+    """Two sweeps with different `data.draw` on one root, and the first again: its points are still its own."""
+    world = ["data.draw.count=4", "data.draw.references=2", "merge=unet_only", "coefficients.a=0.3,0.6"]
+    for prompts in (2, 3, 2):
+        told = sweep(*world, f"data.draw.prompts={prompts}", root=tmp_path, draw=True)
+        assert "No winner set" not in told
+    assert "2 of 2 points finished before" in told
 
 
 @pytest.mark.slow
@@ -143,30 +262,28 @@ def test_models_are_read_once_and_no_checkpoint_is_written(sweep: Sweep, calls: 
     told = sweep("merge=plain", "coefficients.a=range(0,3)")
     assert {row["status"] for row in outcomes(told).values()} == {"done"}
     assert set(outcomes(told)) == {"a 0", "a 1", "a 2"}
-    read = calls["read"]
+    assert calls["read"] == 1
     assert sweep("merge=plain", "coefficients.a=choice(0.25,0.75)").count("a 0.25") >= 1
-    assert calls["read"] == read  # the process had them in memory
+    assert calls["read"] == 1  # the process had them in memory
     assert not list((place / "root").rglob("*.safetensors"))
 
 
 @pytest.mark.slow
 def test_prompts_are_encoded_again_only_where_the_text_encoders_changed(
-    sweep: Sweep, calls: dict[str, int], place: Path
+    sweep: Sweep, calls: dict[str, int], place: Path, memory: PointScorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep("merge=unet_only", "coefficients.a=0.0")
-    once = calls["encoded"]
-    assert once > 0
+    assert calls["encoded"] == 1
     told = sweep("merge=unet_only", "coefficients.a=0.3,0.6,0.9")
-    assert calls["encoded"] == once
+    assert calls["encoded"] == 1
     sweep("merge=plain", "coefficients.a=0.31")  # another formula
-    before = calls["encoded"]
+    assert calls["encoded"] == 2
     sweep("merge=plain", "coefficients.a=0.32,0.33")
-    assert calls["encoded"] == before + 2 * once
-    import sweeping
-
-    sweeping._live.clear()  # the same scores to the bit as of a process that remembers nothing
+    assert calls["encoded"] == 4
+    alone = PointScorer()  # the same scores to the bit as of a process that remembers nothing
+    monkeypatch.setattr(memory, "score", alone.score)
     (only,) = outcomes(sweep("merge=unet_only", "coefficients.a=0.6", root=place / "alone")).values()
-    assert only["value"]["sheet"] == outcomes(told)["a 0.6"]["value"]["sheet"]
+    assert only["value"]["rows"] == outcomes(told)["a 0.6"]["value"]["rows"]
 
 
 @pytest.mark.slow
@@ -190,9 +307,9 @@ def test_what_a_method_makes_without_coefficients_is_made_once(sweep: Sweep, mon
 def test_blocks_samplers_and_merges_are_swept_like_coefficients(sweep: Sweep) -> None:
     told = sweep("merge=blocks", "coefficients.inner=0,1", "coefficients.outer=0,1")
     assert set(outcomes(told)) == {f"inner {i}, outer {o}" for i in (0, 1) for o in (0, 1)}
-    assert len({row["value"]["sheet"] for row in outcomes(told).values()}) == 4
+    assert len({tuple(row["value"]["rows"]) for row in outcomes(told).values()}) == 4
     told = sweep("merge=unet_only", "sampler=glob(euler*)", "coefficients.a=0.3")
-    assert set(outcomes(told)) == {f"sampler {path.stem}" for path in (config.CONF / "sampler").glob("euler*.yaml")}
+    assert set(outcomes(told)) == {f"sampler {path.stem}" for path in (CONF / "sampler").glob("euler*.yaml")}
     told = sweep("merge=plain,unet_only", "coefficients.a=0.3")
     assert set(outcomes(told)) == {"merge plain", "merge unet_only"}
 
@@ -205,8 +322,8 @@ def test_a_swept_merge_whose_file_was_edited_is_drawn_anew(sweep: Sweep, place: 
     second = sweep(*merges)
     assert folder_of(first) != folder_of(second)
     before, after = outcomes(first), outcomes(second)
-    assert before["merge lora"]["value"]["sheet"] != after["merge lora"]["value"]["sheet"]
-    assert before["merge unet_only"]["value"]["sheet"] == after["merge unet_only"]["value"]["sheet"]
+    assert before["merge lora"]["value"]["identity"] != after["merge lora"]["value"]["identity"]
+    assert before["merge unet_only"]["value"]["identity"] == after["merge unet_only"]["value"]["identity"]
     assert [after[label]["value"]["pictures"] for label in ("merge lora", "merge unet_only")] == [4, 0]
 
 
@@ -228,16 +345,16 @@ def test_a_race_draws_the_rungs_and_continues(sweep: Sweep) -> None:
     pictures = re.search(r"(\d+) pictures drawn, a full evaluation takes 12", told)
     assert pictures
     assert 6 <= int(pictures[1]) <= 12
-    blocks = [json.loads(file.read_text()) for file in folder_of(told).glob("*/outcome-*.json")]
+    blocks = [json.loads(file.read_text()) for file in folder_of(told).glob("*/prompts-*/outcome.json")]
     assert sum(len(row["value"]["rows"]) for row in blocks) == int(pictures[1])
     # Rungs are joined to what a full evaluation gives; in other batches only last bits differ.
     whole = table(sweep("merge=unet_only", "coefficients.a=0.0,0.8,1.6", "sampler.batch=2"))
     assert table(told)
     assert all(row == pytest.approx(whole[label], abs=2e-3) for label, row in table(told).items())
-    before = {file: file.stat().st_mtime_ns for file in folder_of(told).glob("*/outcome-*.json")}
+    before = {file: file.stat().st_mtime_ns for file in folder_of(told).glob("*/prompts-*/outcome.json")}
     assert "pictures drawn" in sweep(*race)
     assert f"at most {12 - int(pictures[1])} pictures" in sweep(*race, "dry=true")
-    assert {file: file.stat().st_mtime_ns for file in folder_of(told).glob("*/outcome-*.json")} == before
+    assert {file: file.stat().st_mtime_ns for file in folder_of(told).glob("*/prompts-*/outcome.json")} == before
 
 
 @pytest.mark.slow
@@ -256,8 +373,6 @@ def test_dry_tells_hits_and_cost_and_why_what_made_a_point_new(sweep: Sweep) -> 
 
 @pytest.mark.slow
 def test_points_of_unlike_prompts_get_a_leaderboard_and_no_winner(sweep: Sweep, place: Path) -> None:
-    from mlflow import MlflowClient
-
     told = sweep("merge=unet_only", "coefficients.a=0.3", "prompts.sweep_count=3,4")
     assert "No winner set" in told
     assert "viewStateShareKey=" in told
@@ -279,7 +394,10 @@ def test_a_point_that_cannot_be_merged_is_told_and_the_others_are_drawn(sweep: S
     assert [label for label, row in found.items() if row["status"] == "done"] == ["a 0.3"]
     assert len(found) == 2
     assert "1 of 2 points failed" in told
-    assert "leaves the range" in told or "BadInput" in told
+    reason = found["a 1000000000.0"]["reason"]
+    assert "BadInput" in reason
+    assert reason.splitlines()[0] in told
+    assert reason in (folder_of(told) / "failures.txt").read_text()
 
 
 @pytest.mark.slow
@@ -300,8 +418,6 @@ def test_from_a_shell_with_points_in_a_process_of_their_own(place: Path, tmp_pat
 
 @pytest.mark.slow
 def test_a_sweep_ends_in_a_review_on_disk_and_in_mlflow_and_its_winner_is_a_model(sweep: Sweep, place: Path) -> None:
-    from mlflow import MlflowClient
-
     told = sweep("merge=plain", "coefficients.a=0.2,0.6,1e9", "write_winner=true", fails=True)
     folder = folder_of(told)
     page = (folder / "review.html").read_text()
@@ -332,8 +448,6 @@ def test_a_sweep_ends_in_a_review_on_disk_and_in_mlflow_and_its_winner_is_a_mode
 
 @pytest.mark.slow
 def test_a_finished_sweep_that_grows_shows_its_new_review(sweep: Sweep, place: Path) -> None:
-    from mlflow import MlflowClient
-
     search = ["merge=blocks", "search=qmc", "coefficients.inner=interval(0,1)", "coefficients.outer=interval(0,1)"]
     for trials in (3, 5):
         told = sweep(*search, f"search.trials={trials}")

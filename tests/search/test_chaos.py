@@ -19,7 +19,7 @@ import pytest
 APP = Path(__file__).with_name("toy_sweep.py")
 MARK = "AMBERGRADE_CHAOS"
 ROLES = {
-    "basic": {"point": r"_apart"},
+    "basic": {"point": r"multiprocessing\.spawn"},
     "joblib": {"point": r"popen_loky"},
     "submitit_local": {"point": r"submitit\.core\._submit", "worker": r"submitit\.local\._local"},
     "ray": {"point": r"ray::_run_job", "worker": r"raylet/raylet"},

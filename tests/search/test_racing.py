@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Sequence
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,11 +9,7 @@ from scipy import stats
 
 from ambergrade.errors import BadSetting
 from ambergrade.score.statistics import winner_set
-from ambergrade.search.load import search
 from ambergrade.search.racing import Race, Screened, Screening, look_errors, rank_correlation
-from hydra_plugins.ambergrade_sweeper._outcomes import Outcome
-from hydra_plugins.ambergrade_sweeper._plan import Plan
-from hydra_plugins.ambergrade_sweeper._sweeper import AmbergradeSweeper, Sweep
 
 GRID = list(itertools.product(range(5), range(5)))
 PROMPTS = 400
@@ -264,67 +259,3 @@ def test_points_that_a_screening_left_out_never_race():
             race.tell(point, [1.0] * 2)
     assert (race.alive, race.screened, race.out) == (("b", "d"), ("a", "c"), {})
     assert race.text.startswith("2 of 4 points left, 2 screened out; 8 pictures drawn, a full evaluation takes 16")
-
-
-def sweeper_of(tmp_path, whole, cheap, failing=()):
-    """Our sweeper at a grid of `whole`'s points, whose jobs answer from the two tables; the sweep; what was drawn."""
-    made = AmbergradeSweeper({"name": "grid"}, rungs=[12, 24], screen=["steps=2"], keyed=True)
-    made.hooks = SimpleNamespace(judge=lambda scores, alive, error, higher: judge(scores, alive, error))
-    values = [str(k) for k in range(len(whole))]
-    plan = Plan({}, {"a": values}, ["a"])
-    drawn = {}
-
-    def key(trial):
-        return trial.label, trial.block, "steps=2" in trial.lines
-
-    def draw(trials, most=None):
-        for trial in trials:
-            rows = (cheap if key(trial)[2] else whole)[int(trial.point["a"])][slice(*trial.block)]
-            broken = key(trial)[2] and trial.label in failing
-            assert key(trial) not in drawn
-            drawn[key(trial)] = Outcome("failed", error="no") if broken else Outcome("done", {"rows": list(rows)})
-            trial.outcome = drawn[key(trial)]
-
-    def recalled(trial):
-        trial.outcome = drawn.get(key(trial))
-        return trial.outcome is not None
-
-    made._draw, made._recalled = draw, recalled
-    found = search("grid", values={"a": values}, objective="x")
-    return made, Sweep("key", tmp_path, found, plan), drawn
-
-
-def test_the_sweeper_screens_before_it_races(tmp_path, capsys):
-    rng = np.random.default_rng(0)
-    whole = -np.arange(12)[:, None] + rng.normal(0, 1, 24) + rng.normal(0, 0.1, (12, 24))
-    made, sweep, drawn = sweeper_of(tmp_path, whole, whole / 2 + rng.normal(0, 0.05, whole.shape), failing=["a 3"])
-    made._race(sweep)
-    assert sum(cheaply for *_, cheaply in drawn) == 12
-    told = capsys.readouterr().out
-    assert "screening by steps=2, 12 prompts: rank correlation with whole pictures 1.00" in told
-    assert set(sweep.race.alive) <= {"a 0", "a 1"}
-    assert "a 11" in sweep.race.screened
-    assert "a 3" in sweep.race.failed
-    assert [trial.label for trial in sweep.trials if trial.outcome.status == "failed"] == ["a 3"]
-    keys = {trial.folder for trial in map(sweep_trial(made, sweep), [[], ["steps=2"]])}
-    assert len(keys) == 2  # cheap pictures never pass for whole ones
-
-
-def sweep_trial(made, sweep):
-    return lambda cheaper: made._trial(sweep, {"a": "0"}, (0, 4), cheaper)
-
-
-def test_the_sweeper_races_them_all_where_cheap_pictures_order_points_otherwise(tmp_path, capsys):
-    rng = np.random.default_rng(1)
-    whole = -np.arange(12)[:, None] + rng.normal(0, 0.1, (12, 24))
-    made, sweep, drawn = sweeper_of(tmp_path, whole, whole[::-1])
-    made._race(sweep)
-    assert "too poor, all points race" in capsys.readouterr().out
-    first = {label for label, block, cheaply in drawn if block == (0, 12) and not cheaply}
-    assert len(first) == 12
-    assert "a 0" in sweep.race.alive
-
-
-def test_a_screening_without_a_race_is_refused():
-    with pytest.raises(BadSetting, match="before a race"):
-        AmbergradeSweeper({"name": "grid"}, screen=["steps=2"])

@@ -1,4 +1,4 @@
-"""The sweeper through a toy task: continued, recalled, faulty points, searches, and what a plan makes of overrides."""
+"""The sweeper through a toy task: continued, recalled, faulty points, searches, and what it makes of overrides."""
 
 import json
 import os
@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from ambergrade.door.axes import read_axes
 from ambergrade.errors import BadSetting
-from hydra_plugins.ambergrade_sweeper._outcomes import Outcome, Trial, failure_table, read, write
-from hydra_plugins.ambergrade_sweeper._plan import point_key, read_plan
+from ambergrade.search.points import decimal_range
+from hydra_plugins.ambergrade_sweeper.sweeper import AmbergradeSweeper
 
 APP = Path(__file__).with_name("toy_sweep.py")
 
@@ -29,67 +30,75 @@ def result(root: Path) -> dict:
     return json.loads((root / "result.json").read_text())
 
 
-def plan(*lines: str, listed_only: bool = True, values=None):
+def axes(*lines: str, listed_only: bool = True, values=None):
     parsed = OverridesParser.create().parse_overrides(list(lines))
-    return read_plan(parsed, values or {}, "merge.coefficients", listed_only=listed_only)
+    return read_axes(parsed, values or {}, "merge.coefficients", listed_only=listed_only)
 
 
 @pytest.mark.parametrize(
-    ("line", "values"),
+    ("line", "values", "texts"),
     [
-        ("a=1,2", ["1", "2"]),
-        ("a=range(0,3)", ["0", "1", "2"]),
-        ("a=choice(0.5,1.0,0.5)", ["0.5", "1.0"]),
-        ("a=x,y", ["x", "y"]),
+        ("a=1,2", [1.0, 2.0], ["1", "2"]),
+        ("a=range(0,3)", [0.0, 1.0, 2.0], ["0", "1", "2"]),
+        ("a=range(0,1,0.1)", [k / 10 for k in range(10)], ["0.0", *(f"0.{k}" for k in range(1, 10))]),
+        ("a=range(0,0.9,0.3)", [0.0, 0.3, 0.6], ["0.0", "0.3", "0.6"]),  # in binary, 3 * 0.3 is below 0.9
+        ("a=range(1,0,-0.25)", [1.0, 0.75, 0.5, 0.25], ["1.0", "0.75", "0.5", "0.25"]),
+        ("a=choice(0.5,1.0,0.50)", [0.5, 1.0], ["0.5", "1.0"]),
+        ("a=x,y", ["x", "y"], ["x", "y"]),
+        ("a=007,7,true", ["007", 7.0, "True"], ["007", "7", "True"]),
+        ("a=9007199254740993,1", ["9007199254740993", 1.0], ["9007199254740993", "1"]),
     ],
 )
-def test_lists_ranges_and_choices_become_values_as_they_were_spelled(line, values):
-    found = plan(line, "c=7")
-    assert found.axes == {"a": values}
-    assert found.overrides({"a": values[1]}) == [f"a={values[1]}", "c=7"]
-    assert found.label({"a": values[0]}) == f"a {values[0]}"
-    assert found.swept({"a": values[0]}) == [f"a={values[0]}"]
+def test_lists_ranges_and_choices_become_values_and_are_written_as_they_were_spelled(line, values, texts):
+    found = axes(line, "c=7")
+    assert found.specs == {"a": values}
+    for value, text in zip(values, texts, strict=True):
+        assert found.overrides({"a": value}) == [f"a={text}", "c=7"]
+        assert found.label({"a": value}) == f"a {text}"
+
+
+def test_a_shuffled_list_is_shuffled_alike_each_time():
+    line = "a=shuffle(range(0,20))"
+    assert axes(line).specs == axes(line).specs != axes("a=range(0,20)").specs
+
+
+def test_a_range_that_never_ends_is_refused():
+    with pytest.raises(BadSetting, match="the step is 0"):
+        decimal_range(0, 1, 0)
+
+
+def test_the_corners_hold_every_listed_value():
+    assert axes("a=1,2", "m=x,y,z").corners() == [
+        {"a": 1.0, "m": "x"},
+        {"a": 2.0, "m": "x"},
+        {"a": 1.0, "m": "y"},
+        {"a": 1.0, "m": "z"},
+    ]
+    assert axes("a=interval(0,1)", listed_only=False).corners() == [{"a": 0.0}]
 
 
 def test_of_two_overrides_of_a_key_the_last_holds():
-    swept = plan("a=4", "b=2", "a=3,4")
-    assert (swept.axes, dict(swept.fixed)) == ({"a": ["3", "4"]}, {"b": "2"})
-    assert swept.overrides({"a": "3"}) == ["a=3", "b=2"]
-    fixed = plan("a=3,4", "b=1,2", "a=4")
-    assert (fixed.axes, dict(fixed.fixed)) == ({"b": ["1", "2"]}, {"a": "4"})
-    assert fixed.overrides({"b": "1"}) == ["a=4", "b=1"]
+    swept = axes("a=4", "b=2", "a=3,4")
+    assert (swept.specs, dict(swept.fixed)) == ({"a": [3.0, 4.0]}, {"b": "2"})
+    assert swept.overrides({"a": 3.0}) == ["a=3", "b=2"]
+    fixed = axes("a=3,4", "b=1,2", "a=4")
+    assert (fixed.specs, dict(fixed.fixed)) == ({"b": [1.0, 2.0]}, {"a": "4"})
+    assert fixed.overrides({"b": 1.0}) == ["a=4", "b=1"]
 
 
 def test_an_interval_needs_a_search_that_samples():
     with pytest.raises(BadSetting, match="search=tpe"):
-        plan("a=interval(0,1)")
-    assert plan("a=interval(0,1)", listed_only=False).spec("a") == {"low": 0.0, "high": 1.0}
-    whole = plan("a=int(interval(1,4))", listed_only=False)
+        axes("a=interval(0,1)")
+    assert axes("a=interval(0,1)", listed_only=False).specs["a"] == {"low": 0.0, "high": 1.0}
+    whole = axes("a=int(interval(1,4))", listed_only=False)
     assert whole.overrides({"a": 3.0}) == ["a=3"]
-    assert plan("a=tag(log,interval(0.1,1))", listed_only=False).spec("a")["log"]
+    assert axes("a=tag(log,interval(0.1,1))", listed_only=False).specs["a"]["log"]
 
 
 def test_the_searchs_own_values_serve_where_nothing_is_swept():
-    found = plan("b=2", values={"a": [0.0, 0.8]})
-    assert found.axes == {"merge.coefficients.a": [0.0, 0.8]}
+    found = axes("b=2", values={"a": [0.0, 0.8]})
+    assert found.specs == {"merge.coefficients.a": [0.0, 0.8]}
     assert found.overrides({"merge.coefficients.a": 0.8}) == ["b=2", "merge.coefficients.a=0.8"]
-
-
-def test_a_points_folder_is_named_by_its_overrides_in_any_order():
-    assert point_key(["a=1", "b=2"]) == point_key(["b=2", "a=1"]) != point_key(["a=1", "b=3"])
-
-
-def test_an_outcome_is_read_as_it_was_written_and_a_failure_keeps_its_trace(tmp_path):
-    trial = Trial("a 1", {"a": 1.0}, ["a=1"], tmp_path)
-    assert not trial.recall()
-    write(trial.file, Outcome("done", {"score": 0.5, "rows": [0.5]}, "", 2.0))
-    assert trial.recall()
-    assert trial.outcome.score == 0.5
-    trial.fail(ValueError("odd\nnumbers"))
-    assert not trial.recall()
-    assert "ValueError: odd" in failure_table([trial])
-    assert "numbers" in json.loads(trial.file.read_text())["trace"]
-    assert read(tmp_path / "none.json") is None
 
 
 @pytest.mark.parametrize("how", ["raise", "exit", "kill", "memory"])
@@ -103,6 +112,10 @@ def test_a_faulty_point_is_told_the_others_go_on_and_the_same_command_finishes(t
     ]
     assert "1 of 3 points failed" in first.stdout
     assert told in first.stdout
+    (failures,) = (tmp_path / "sweeps").glob("*/failures.txt")
+    assert told in failures.read_text()
+    assert ("at length" in failures.read_text()) == (how == "raise")  # the table has the first line only
+    assert "at length" not in first.stdout
     assert result(tmp_path)["scores"] == {"x 1": 1.0, "x 3": 3.0}
     (tmp_path / "faulty").unlink()
     second = toy(tmp_path, *command)
@@ -123,34 +136,53 @@ def test_a_search_counts_its_trials_in_all_and_never_repeats_a_point(tmp_path):
     assert result(tmp_path)["best"][1] == max(scores)
 
 
-@pytest.mark.parametrize(("slots", "prepared"), [("null", "1 2 3 4 5"), ("2", "2 2 4 4 5")])
-def test_a_search_that_learns_hands_out_as_many_points_as_there_are_slots(tmp_path, slots, prepared):
+def test_a_search_hands_out_as_many_points_as_there_are_workers(tmp_path):
     search = ["hydra.sweeper.search.name=optuna", "+hydra.sweeper.search.sampler=qmc", "+hydra.sweeper.search.trials=5"]
-    assert toy(tmp_path, "x=interval(0,1)", *search, f"hydra.sweeper.max_batch_size={slots}").returncode == 0
+    for workers in (1, 2):
+        root = tmp_path / str(workers)
+        root.mkdir()
+        assert toy(root, "x=interval(0,1)", *search, f"workers={workers}", "seconds=0.3").returncode == 0
+        prepared = [int(count) for count in (root / "prepared").read_text().split()]
+        assert max(count - drawn for drawn, count in enumerate(sorted(prepared))) == workers
+        assert len(set((root / "processes").read_text().split())) == workers  # what it loads is loaded once
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("slots", "prepared"), [("null", "1 2 3 4"), ("2", "2 2 4 4")])
+def test_a_launcher_gets_as_many_points_as_it_has_slots(tmp_path, slots, prepared):
+    search = ["hydra.sweeper.search.name=optuna", "+hydra.sweeper.search.sampler=qmc", "+hydra.sweeper.search.trials=4"]
+    batch = f"hydra.sweeper.max_batch_size={slots}"
+    done = toy(tmp_path, "x=interval(0,1)", *search, batch, "hydra.launcher.n_jobs=1", launcher="joblib")
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "prepared").read_text().split() == prepared.split()
-    assert len(set((tmp_path / "processes").read_text().split())) == 1  # what it loads is loaded once
 
 
-def test_a_hook_can_be_called_in_the_process_that_drew_the_points(tmp_path):
-    assert toy(tmp_path, "x=1,2", "after=return").returncode == 0
-    assert {(tmp_path / "after").read_text()} == set((tmp_path / "processes").read_text().split())
-    again = toy(tmp_path, "x=1,2", "after=return")  # nothing is left to draw, and the process is there all the same
-    assert again.returncode == 0, again.stderr
-    assert calls(tmp_path) == ["1", "2"]
+def test_what_the_points_are_made_of_names_the_sweep(tmp_path):
+    for of in ("one", "two", "one"):
+        assert toy(tmp_path, "x=1,2", f"of={of}").returncode == 0
+    assert calls(tmp_path) == ["1", "2", "1", "2"]
 
 
-@pytest.mark.parametrize(("how", "told"), [("raise", "BadSetting: so it is"), ("kill", "ended by SIGKILL")])
-def test_what_such_a_hook_fails_of_is_told_and_the_points_are_kept(tmp_path, how, told):
-    first = toy(tmp_path, "x=1,2", f"after={how}")
-    assert first.returncode == 1
-    assert told in first.stderr
-    assert toy(tmp_path, "x=1,2", "after=return").returncode == 0
-    assert calls(tmp_path) == ["1", "2"]
+def test_a_later_value_is_the_same_point_however_it_is_spelled(tmp_path):
+    assert toy(tmp_path, "x=range(0.6,0.8,0.1)").returncode == 0
+    assert toy(tmp_path, "x=0.60,0.70").returncode == 0
+    assert calls(tmp_path) == ["0.6", "0.7"]
 
 
-def test_points_that_do_not_compose_are_told(tmp_path):
+def test_points_that_do_not_compose_are_told_once_and_before_the_first(tmp_path):
     done = toy(tmp_path, "x=1", "z=1,2")
     assert done.returncode == 1
-    assert "2 of 2 points failed" in done.stdout
-    assert done.stdout.count("Could not override 'z'") == 2
-    assert "exit code" not in done.stdout
+    assert done.stderr.count("Could not override 'z'") == 1
+    assert not (tmp_path / "calls").exists()
+
+
+def test_a_screening_without_a_race_is_refused():
+    with pytest.raises(BadSetting, match="before a race"):
+        AmbergradeSweeper({"name": "grid"}, screen=["steps=2"])
+
+
+def test_a_keyed_sweep_sweeps_over_nothing_too(tmp_path):
+    for _ in range(2):
+        assert toy(tmp_path, "x=4").returncode == 0
+    assert calls(tmp_path) == ["4"]
+    assert result(tmp_path)["scores"] == {"the point": 4.0}

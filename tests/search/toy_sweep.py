@@ -6,49 +6,57 @@ import resource
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
-from ambergrade.errors import BadSetting
+from ambergrade.errors import AmbergradeError
+from ambergrade.search.driver import Driver
+from ambergrade.search.pool import Pool
+from ambergrade.store import write_json
 
 
-def point(cfg):
-    root, place = Path(cfg.root), Path(HydraConfig.get().runtime.output_dir)
+class SweepFailed(AmbergradeError):
+    pass
+
+
+def evaluate(work):
+    """One point: the configuration as a mapping, and the folder of its job."""
+    cfg, place = work
+    root, place = Path(cfg["root"]), Path(place)
     with (root / "calls").open("a") as calls:
-        calls.write(f"{cfg.x}\n")
+        calls.write(f"{cfg['x']}\n")
     with (root / "processes").open("a") as processes:
         processes.write(f"{os.getpid()}\n")
     with (root / "prepared").open("a") as prepared:  # so many points were handed out by now
         prepared.write(f"{len(list(place.parent.glob('*/point.json')))}\n")
-    if not cfg.journal:
-        return work(cfg, root)
+    if not cfg["journal"]:
+        return score(cfg, root)
     from ambergrade.track.journal import Journal
-    from ambergrade.track.relay import Relayed
-    from hydra_plugins.ambergrade_sweeper import _reports
 
-    journal = Relayed(_reports.send, root) if _reports.send else Journal.open(root, "toy")
+    journal = Journal.open(root, "toy")
     sweep = journal.attached(**json.loads((place.parent / "sweep.json").read_text()))
-    with journal.run(f"x {cfg.x}", key=place.name, kind="point", parent=sweep, params={"x": cfg.x}) as run:
-        score = work(cfg, root)
-        run.metrics({"score": score})
-    return score
+    with journal.run(f"x {cfg['x']}", key=place.name, kind="point", parent=sweep, params={"x": cfg["x"]}) as run:
+        found = score(cfg, root)
+        run.metrics({"score": found})
+    return found
 
 
-def work(cfg, root):
-    x, _, how = str(cfg.fault).partition(" ")
-    if x == str(cfg.x) and (root / "faulty").exists():
+def score(cfg, root):
+    x, _, how = cfg["fault"].partition(" ")
+    if x == str(cfg["x"]) and (root / "faulty").exists():
         if how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "exit":
             sys.exit(3)
         if how == "memory":
             exhaust()
-        raise ValueError("this point fails")
-    time.sleep(cfg.seconds)
-    return float(cfg.x) - float(cfg.y)
+        raise ValueError("this point fails\nand says why at length")
+    time.sleep(cfg["seconds"])
+    return float(cfg["x"]) - float(cfg["y"])
 
 
 def exhaust():
@@ -60,67 +68,52 @@ def exhaust():
         resource.setrlimit(resource.RLIMIT_AS, (resource.getrlimit(resource.RLIMIT_AS)[1],) * 2)
 
 
-class Hooks:
-    """In the parent."""
+@contextmanager
+def journaled(root, key, folder):
+    from ambergrade.track.journal import Journal
 
-    @staticmethod
-    def inputs(cfg):
-        return {}
+    journal = Journal.open(root, "toy")
+    try:
+        with journal.run("toy", key=key, kind="sweep") as run:
+            write_json(folder.root / "sweep.json", {"id": run.id, "name": run.name, "key": run.key})
+            yield
+    except BaseException:
+        Journal.open(root, "toy")  # closes the runs of workers that were killed with us
+        raise
 
-    @staticmethod
-    def holds(cfg, value):
-        return True
 
-    @staticmethod
-    def previews(cfg):
-        return False
+class Toy:
+    def __call__(self, cfg):
+        return evaluate((OmegaConf.to_container(cfg), HydraConfig.get().runtime.output_dir))
 
-    @staticmethod
-    @contextmanager
-    def opens(cfg, sweep):
-        if not cfg.journal:
-            yield None
-            return
-        from ambergrade.store import write_json
-        from ambergrade.track.journal import Journal
-        from ambergrade.track.relay import Scribe
+    def sweep(self, request):
+        cfg, root = request.config, Path(request.config.root)
+        key = request.key(lambda made: {"y": made.y, "of": made.of})
+        folder = request.folder(key)
+        pool = Pool(
+            evaluate, lambda job: (OmegaConf.to_container(request.compose(job)), folder.place(job)), cfg.workers
+        )
 
-        root = Path(cfg.root)
-        journal = Journal.open(root, "toy")
-        try:
-            with journal.run("toy", key=sweep.key, kind="sweep") as run:
-                write_json(sweep.folder / "sweep.json", {"id": run.id, "name": run.name, "key": run.key})
-                yield Scribe(journal)
-        except BaseException:
-            Journal.open(root, "toy")  # closes the runs of workers that were killed with us
-            raise
+        def recall(job):
+            outcome = folder.outcome(job)
+            return outcome if outcome and outcome.done else None
 
-    @staticmethod
-    def hears(sweep, message):
-        if sweep.around is None:
-            assert message is None
-        elif message is None:
-            sweep.around.lose()
-        else:
-            sweep.around.hear(message)
-
-    @staticmethod
-    def after(how):
-        """In the process that drew the points."""
-        if how == "raise":
-            raise BadSetting("so it is")
-        if how == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return os.getpid()
-
-    @staticmethod
-    def closes(cfg, sweep):
-        if cfg.after:
-            sweep.worker.call("after", cfg.after)
-            (Path(cfg.root) / "after").write_text(str(sweep.worker.answer()))
-        best = sweep.search.best
-        scores = {trial.label: trial.outcome.score for trial in sweep.trials if trial.outcome.status == "done"}
-        (Path(cfg.root) / "result.json").write_text(json.dumps({"best": best, "scores": scores}))
+        with folder.alone(), journaled(root, key, folder) if cfg.journal else nullcontext(), pool:
+            swept = Driver(
+                request.search(),
+                request.launched(folder) or pool,
+                request.axes.label,
+                recall=recall,
+                past=folder.past(),
+                begin=folder.begin,
+                hear=lambda trial: trial.before or folder.keep(trial.job, trial.outcome),
+            ).sweep()
+        folder.keep_failures(swept)
+        scores = {trial.job.label: trial.outcome.score for trial in swept.done}
+        (root / "result.json").write_text(json.dumps({"best": swept.best, "scores": scores}))
+        if swept.failed:
+            print(swept.failure_table, flush=True)
+            raise SweepFailed("some points failed")
 
 
 if any("submitit" in argument for argument in sys.argv):
@@ -128,8 +121,7 @@ if any("submitit" in argument for argument in sys.argv):
 
     Job._results_timeout_s = 1  # not 15: so long it looks for the result of a job that was killed
 
-point.sweep = lambda: Hooks
-main = hydra.main(version_base="1.3", config_path=".", config_name="toy_sweep")(point)
+main = hydra.main(version_base="1.3", config_path=".", config_name="toy_sweep")(Toy())
 
 if __name__ == "__main__":
     main()

@@ -14,14 +14,13 @@ from ambergrade.chain.point import LiveMerge, LiveNetworks, Point, Scoring, labe
 from ambergrade.chain.release import Training, Winner, publish
 from ambergrade.chain.review import Shown, draw, links_of
 from ambergrade.chain.settings import GammaSettings, Invocation, MergeFormula, SweepSettings
-from ambergrade.chain.sweep import SweepResult, run_sweep
+from ambergrade.chain.sweep import SweepResult, reviewed, run_sweep
 from ambergrade.chain.training import Subject, flat, train
 from ambergrade.identity import digest
 from ambergrade.nouns import Checkpoint, Release
 from ambergrade.release.gate import insist, load_gates
 from ambergrade.score.comparison import aggregates
 from ambergrade.score.html import picture
-from ambergrade.score.review import Review
 from ambergrade.store import find_file
 from ambergrade.track import ui
 
@@ -134,12 +133,8 @@ def _sweep_settings(settings: GammaSettings, models: dict[str, Checkpoint]) -> S
 
 def _review(settings: GammaSettings, result: SweepResult, folder: Path) -> Shown:
     """The winner set, the leaderboard and the pictures of the sweep."""
-    review = Review.of(
-        result.sheets,
-        result.points,
-        title=settings.merge.formula,
-        objective=settings.search.objective,
-        columns=settings.leaderboard,
+    review = reviewed(
+        result, title=settings.merge.formula, objective=settings.search.objective, columns=settings.leaderboard
     )
     card = tuple(
         settings.merge.coefficients[name] for name in settings.search.values if name in settings.merge.coefficients
@@ -204,7 +199,7 @@ def _close(
     parent.picture("held-out contact sheet", final.contact_sheet)
     parent.tags({"release.model_sha256": _model_sha256(made)})
     parent.note(f"```\n{review.table}\n\n{final.text}\n```")
-    view = shown.view(parent, "point", list(settings.search.values))
+    view = shown.view(parent, "rung" if result.race else "point", list(settings.search.values))
     page = shown.page(
         facts={
             "release": f"{about.name} {about.version}, model file sha256 {_model_sha256(made)}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,6 +62,14 @@ class Scoring:
         """The suite's scorers, loaded when first needed and then kept."""
         chosen = self.suite.metrics.values()
         return [load_metric(one.name, **one.parameters, device=self.device) for one in chosen]
+
+    def at(self, sampler: SamplerSettings) -> Scoring:
+        """The same scorers, loaded once, for pictures of another sampler."""
+        if sampler == self.sampler:
+            return self
+        other = replace(self, sampler=sampler)
+        vars(other)["metrics"] = self.metrics
+        return other
 
     @cached_property
     def fingerprint(self) -> str:
@@ -179,11 +187,11 @@ def score_point(
     kept: int = 8,
     line: str = "",
     journaled_as: str = "",
-    pictured: bool = True,
+    params: Mapping[str, object] | None = None,
 ) -> Finished:
     """Draw and score one point. Its files: `scores` (parquet), `pictures` (the first `kept`, side by side).
 
-    `pictured=False`: the caller's run shows the pictures.
+    `params`: of its run, beside the point's own numbers.
     """
 
     def work(scratch: Path, run: Run) -> Outputs:
@@ -207,11 +215,11 @@ def score_point(
 
     def journal(run: Run, done: Finished) -> None:
         run.metrics(aggregates(ScoreSheet.read(done.files["scores"])))
-        if pictured:
-            show_pictures(run, done, prompts, scoring.sampler.width)
+        show_pictures(run, done, prompts, scoring.sampler.width)
 
     task = point_task(merge, scoring, point, prompts, stage, among)
-    return context.run(task, title, work, journal=journal, params=dict(point), line=line, journaled_as=journaled_as)
+    shown = {**point, **(params or {})}
+    return context.run(task, title, work, journal=journal, params=shown, line=line, journaled_as=journaled_as)
 
 
 def write_merge(context: Context, merge: LiveMerge, point: Point, file: Path) -> tuple[Checkpoint, Finished]:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 import hydra
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -190,6 +190,16 @@ def check_overrides(config_name: str, conf: Path, overrides: list[str], cls: typ
     return [added.get(line, line) for line in overrides]
 
 
+def open_added(overrides: Sequence[str], cls: type[Any]) -> list[str]:
+    """Let overrides of mappings whose keys the settings `cls` leave open add a key, where nothing else is checked."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    plain_ones = [not (one.is_add() or one.is_force_add() or one.is_delete()) for one in parsed]
+    return [
+        f"++{line}" if plainly and open_keys(cls, one.key_or_group) else line
+        for line, one, plainly in zip(overrides, parsed, plain_ones, strict=True)
+    ]
+
+
 def options(group: str, conf: Path) -> list[str]:
     """The members of a group: those that ship, and those of the user's project."""
     return sorted({path.stem for folder in _folders(conf) for path in (folder / group).glob("*.yaml")})
@@ -223,7 +233,7 @@ def _values(override: Override) -> list[Any]:
     """The value, or the values of a sweep (none where they are not known beforehand)."""
     if not override.is_sweep_override():
         return [override.value()]
-    if not (override.is_choice_sweep() or override.is_range_sweep()):
+    if not (override.is_choice_sweep() or override.is_range_sweep()) or isinstance(override.value(), Glob):
         return []
     parser = OverridesParser.create()
     return [parser.parse_override(f"value={text}").value() for text in override.sweep_string_iterator()]

@@ -43,6 +43,7 @@ from ambergrade.door.compose import (
     as_written,
     check_overrides,
     explained,
+    open_added,
     read,
     search_path,
     secret_keys,
@@ -87,11 +88,13 @@ def pipeline(config_name: str, *, conf: Path = CONF) -> Callable[[Task], Callabl
                     return
                 name = flags.config_name or config_name
                 elsewhere = flags.config_dir or flags.config_path or any("hydra.searchpath" in o for o in arguments)
-                if not elsewhere:
-                    checked = check_overrides(name, conf, flags.overrides, cls)
-                    added = dict(zip(flags.overrides, checked, strict=True))
-                    arguments = [*search_path(conf), *(added.get(argument, argument) for argument in arguments)]
-                    flags.overrides = [*search_path(conf), *checked]
+                own = [] if elsewhere else search_path(conf)
+                checked = (
+                    open_added(flags.overrides, cls) if elsewhere else check_overrides(name, conf, flags.overrides, cls)
+                )
+                added = dict(zip(flags.overrides, checked, strict=True))
+                arguments = [*own, *(added.get(argument, argument) for argument in arguments)]
+                flags.overrides = [*own, *checked]
                 _hand_to_hydra(task, cls, name, conf, arguments, flags.overrides)
             except BrokenPipeError:  # the reader of our lines is gone, as `head` is
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

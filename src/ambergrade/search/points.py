@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 
+from ambergrade.errors import BadSetting
 from ambergrade.identity import canonical_json
 
 Value = float | str | bool
@@ -32,3 +34,19 @@ def best_of(scored: Iterable[tuple[Point, float]], *, higher_is_better: bool) ->
         if score == score and better:
             best = (dict(point), score)
     return best
+
+
+def decimal_range(start: float, stop: float, step: float) -> list[float]:
+    """The numbers from `start` to before `stop`, each the one that its decimal digits spell.
+
+    Raises BadSetting for a step of 0.
+
+    >>> decimal_range(0.5, 0.9, 0.1)
+    [0.5, 0.6, 0.7, 0.8]
+    """
+    first, last, by = (Decimal(repr(number)) for number in (start, stop, step))
+    if not by:
+        raise BadSetting(f"range({start},{stop},{step}) never ends: the step is 0.")
+    count = max(0, int((last - first) / by) + 1)
+    values = (first + by * number for number in range(count))
+    return [float(value) for value in values if (value < last if by > 0 else value > last)]

@@ -42,7 +42,10 @@ class Grid:
         rows = [tuple(map(plain, row)) for row in itertools.product(*values.values())]
         if start is not None:
             rows.insert(0, tuple(plain(start[name]) for name in values))
-        self.points: tuple[Point, ...] = tuple(dict(zip(values, row, strict=True)) for row in dict.fromkeys(rows))
+        self._keep(tuple(dict(zip(values, row, strict=True)) for row in dict.fromkeys(rows)))
+
+    def _keep(self, points: tuple[Point, ...]) -> None:
+        self.points = points
         self._waiting = {key_of(point): point for point in self.points}
         self._known = dict(self._waiting)
         self._scores: dict[str, float] = {}
