@@ -131,6 +131,11 @@ def round_trip(vae: AutoencoderKL, pictures: Pixels) -> Pixels:
     return np.concatenate(drawn)
 
 
+def edges_kept(drawn: Pixels, pictures: Pixels) -> float:
+    """Mean |difference of neighbouring pixels| of `drawn`, as a share of that of `pictures`: 1 is as sharp."""
+    return _edge_strength(drawn) / _edge_strength(pictures)
+
+
 def as_tensor(pixels: Pixels) -> Tensor:
     """N × H × W × 3 uint8 to N × 3 × H × W in -1 … 1."""
     return torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -140,3 +145,8 @@ def _edge_error(error: Tensor) -> Tensor:
     down = (error[:, :, 1:] - error[:, :, :-1]).abs().mean()
     across = (error[:, :, :, 1:] - error[:, :, :, :-1]).abs().mean()
     return down + across
+
+
+def _edge_strength(pixels: Pixels) -> float:
+    values = pixels.astype(np.int16)
+    return float(sum(np.abs(np.diff(values, axis=axis)).mean() for axis in (1, 2)))
