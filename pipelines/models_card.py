@@ -9,7 +9,6 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import open_clip
@@ -40,12 +39,11 @@ GROUPS = 50
 SKILLS = {"dragon": grammar.DRAGON, "accessories": grammar.ACCESSORIES}
 
 
-def write_models_card(settings: dict[str, Any]) -> None:
-    """Measure and write; takes some minutes."""
-    weights = Path(settings["out"])
+def write_models_card(weights: Path, sampler: SamplerSettings, workers: int) -> None:
+    """Measure what stands in `weights`, and write; takes some minutes."""
     scenes = corpus.scenes(0, FIRST, SCENES)
-    pictures = corpus.pictures(scenes, workers=settings["workers"])
-    sheets = {name: _sheet(settings, weights, name) for name in ("beta7", "anxl2", "anxl3")}
+    pictures = corpus.pictures(scenes, workers=workers)
+    sheets = {name: _sheet(weights, sampler, name) for name in ("beta7", "anxl2", "anxl3")}
     lines = [
         "# The shipped tiny models",
         "",
@@ -54,14 +52,14 @@ def write_models_card(settings: dict[str, Any]) -> None:
         "",
         "| model | rebuilt by | measured | figure | target |",
         "|---|---|---|---|---|",
-        *_vae_rows(weights, settings["workers"], scenes, pictures),
+        *_vae_rows(weights, workers, scenes, pictures),
         *_scorer_rows(weights, scenes, pictures),
         *(row for name, sheet in sheets.items() for row in _recall_rows(name, sheet)),
         "",
         "## Skills that answer to the tag",
         "",
         f"Mean probability of a skill's tags where a prompt asks for them and where it does not; {PROMPTS} prompts, "
-        f"guidance {settings['sampler']['guidance']:g}.",
+        f"guidance {sampler.guidance:g}.",
         "base7, and what a merge makes of the skills, are measured by every `make demo`.",
         "",
         *_skill_table(sheets),
@@ -167,11 +165,10 @@ def answers(sheet: ScoreSheet, tags: Sequence[str]) -> tuple[Floats, Floats]:
     return parts[0], parts[1]
 
 
-def _sheet(settings: dict[str, Any], weights: Path, name: str) -> ScoreSheet:
+def _sheet(weights: Path, sampler: SamplerSettings, name: str) -> ScoreSheet:
     """The card's prompts, drawn by a checkpoint and read by the tagger."""
     known = [tag for tag in grammar.VISIBLE if tag not in (*grammar.DRAGON, *grammar.ACCESSORIES)]
     metric = TagAdherence(str(weights / "tagger"), groups={"captioned": known})
-    sampler = SamplerSettings(**settings["sampler"])
     with tempfile.TemporaryDirectory() as folder:
         write_prompts(Path(folder) / "card.jsonl", seed=99, count=PROMPTS)
         prompts = PromptSet.read(Path(folder) / "card.jsonl")
