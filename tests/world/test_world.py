@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from ambergrade.captions.booru import read_posts
@@ -16,7 +17,7 @@ from ambergrade.captions.buckets import aspect_buckets
 from ambergrade.captions.manifest import DUPLICATE, UNREADABLE, build
 from ambergrade.captions.recipe import CaptionRecipe, caption
 from ambergrade.nouns import PromptSet
-from ambergrade.world import grammar, tokenizer
+from ambergrade.world import corpus, grammar, scorers, tokenizer
 from ambergrade.world.booru import AWKWARD, write_booru
 from ambergrade.world.draw import draw
 from ambergrade.world.family import UNET
@@ -169,3 +170,24 @@ def test_the_tiny_unet_has_sdxl_s_keys() -> None:
     with torch.device("meta"):
         unet = UNet2DConditionModel(**{key: value for key, value in UNET.items() if not key.startswith("_")})
     assert len(unet.state_dict()) == 1680
+
+
+def test_the_share_of_undamaged_pictures_is_as_asked() -> None:
+    for share in (0.25, 0.6):
+        quality = np.array([grammar.sample(6, index, undamaged=share).quality for index in range(1000)])
+        assert abs((quality > 0.75).mean() - share) < 0.05  # three standard errors
+        assert 0 <= quality.min() < 0.01
+        assert 0.99 < quality.max() <= 1
+
+
+def test_the_features_mean_square_is_set_to_one_and_what_they_say_stays() -> None:
+    torch.manual_seed(0)
+    model = scorers.backbone((4, 4, 4, 4), 3).eval()
+    pictures = corpus.pictures(corpus.scenes(3, 0, 8))
+    before = scorers.outputs(model, pictures)
+    scorers.scale_features(model, pictures)
+    assert scorers.outputs(model, pictures) == pytest.approx(before, abs=1e-5)
+    with torch.inference_mode():
+        shown = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+        features = model.forward_head(model.forward_features(shown), pre_logits=True)
+    assert features.square().mean().item() == pytest.approx(1, abs=1e-4)

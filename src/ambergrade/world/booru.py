@@ -88,19 +88,21 @@ def write_booru(
     references: int = 200,
     tag_noise: Mapping[str, float] | None = None,
     awkward: bool = True,
+    undamaged: float = 0.25,
     workers: int = 1,
 ) -> None:
     """Draw a mini-booru of `count` posts into `folder`, replacing what was there.
 
     `tag_noise` maps a tag to the share of posts whose uploader guessed: there the tag is set by a coin of the
-    tag's own frequency, so a model trained on it knows the tag weakly. Two calls with the same arguments write the
-    same bytes. `prompts` are written twice: a set to sweep with, and a held-out one.
+    tag's own frequency, so a model trained on it knows the tag weakly. `undamaged` is the share of pictures without
+    blur, noise and mosaic. Two calls with the same arguments write the same bytes. `prompts` are written twice: a set
+    to sweep with, and a held-out one.
     """
     aside = folder.with_name(folder.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
     (aside / "pictures").mkdir(parents=True)
     (aside / "reference").mkdir()
-    uploads = _uploads(seed, count, awkward)
+    uploads = _uploads(seed, count, awkward, undamaged)
     with multiprocessing.get_context("fork").Pool(workers) as pool:
         jobs = pool.imap(partial(_save, folder=aside / "pictures"), uploads, 16)
         for _ in tqdm(jobs, "drawing posts", len(uploads), unit="picture", disable=None):
@@ -148,9 +150,9 @@ def prompt(scene: Scene, name: str, seed: int) -> Prompt:
     )
 
 
-def _uploads(seed: int, count: int, awkward: bool) -> list[_Upload]:
+def _uploads(seed: int, count: int, awkward: bool, undamaged: float) -> list[_Upload]:
     """Posts in order of upload, so that ids rise with time."""
-    scenes = [grammar.sample(seed, index) for index in range(count)]
+    scenes = [grammar.sample(seed, index, undamaged=undamaged) for index in range(count)]
     order = sorted(range(count), key=lambda index: (scenes[index].year, index))
     uploads = []
     for place, index in enumerate(order):

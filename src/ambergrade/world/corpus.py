@@ -16,9 +16,9 @@ from ambergrade.world.grammar import Scene, sample
 Pixels = npt.NDArray[np.uint8]
 
 
-def scenes(seed: int, start: int, count: int, *, clean: bool = False) -> list[Scene]:
-    """Scenes start … start + count - 1 of world `seed`."""
-    return [sample(seed, index, clean=clean) for index in range(start, start + count)]
+def scenes(seed: int, start: int, count: int, *, clean: bool = False, undamaged: float = 0.25) -> list[Scene]:
+    """Scenes start … start + count - 1 of world `seed`; grammar.sample explains `clean` and `undamaged`."""
+    return [sample(seed, index, clean=clean, undamaged=undamaged) for index in range(start, start + count)]
 
 
 def pictures(shown: Sequence[Scene], *, size: int = 128, workers: int = 1) -> Pixels:

@@ -93,8 +93,12 @@ def zipf(count: int, exponent: float = 0.6) -> np.ndarray:
     return np.asarray(weights / weights.sum())
 
 
-def sample(seed: int, index: int, *, clean: bool = False) -> Scene:
-    """Scene number `index` of the world `seed`; `clean` pins the best quality, no artist and the newest year."""
+def sample(seed: int, index: int, *, clean: bool = False, undamaged: float = 0.25) -> Scene:
+    """Scene number `index` of the world `seed`.
+
+    `clean` pins the best quality, no artist and the newest year; `undamaged` is the share of pictures whose quality is
+    above 0.75, where no damage is drawn.
+    """
     random = np.random.default_rng(random_seed(seed, "scene", index))
     choice = {name: str(random.choice(tags, p=zipf(len(tags)))) for name, tags in GROUPS.items()}
     choice["count"] = "2girls" if random.random() < 0.1 else "1girl"
@@ -108,7 +112,8 @@ def sample(seed: int, index: int, *, clean: bool = False) -> Scene:
     artist = str(random.choice(ARTISTS, p=zipf(len(ARTISTS)))) if random.random() < 0.6 else None
     rating = str(random.choice(RATING_NAMES, p=RATING_WEIGHTS))
     year = int(random.choice(np.arange(2005, 2025), p=np.linspace(1, 4, 20) / np.linspace(1, 4, 20).sum()))
-    quality = float(random.random())
+    luck = float(random.random())  # quality is uniform below 0.75, and uniform above it
+    quality = float(np.interp(luck, (0, 1 - undamaged, 1), (0, 0.75, 1)))
     scene = Scene(choice, frozenset(extras), character, artist, rating, year, quality, random_seed(seed, "pose", index))
     return replace(scene, artist=None, year=2023, quality=1.0) if clean else scene
 

@@ -155,6 +155,31 @@ def augmented(
     return chosen, torch.cat([softened, pixels[half:]])
 
 
+def scale_features(model: nn.Module, pictures: Pixels) -> None:
+    """Scale the last block's output, in place, so that a pooled feature's mean square is 1: KID's kernel expects it.
+
+    The last operation before the pooling is a ReLU of a sum, so both addends (the block's last normalisation and its
+    shortcut's) are scaled alike, and the classifier by the inverse.
+    """
+    with torch.inference_mode():
+        batches = [
+            model.forward_head(model.forward_features(_normalised(pictures[start : start + 100])), pre_logits=True)
+            for start in range(0, len(pictures), 100)
+        ]
+        factor = 1 / torch.cat(batches).square().mean().sqrt()
+    last = model.layer4[-1]
+    with torch.no_grad():
+        for norm in (last.bn2, last.downsample[-1]):
+            norm.weight.mul_(factor)
+            norm.bias.mul_(factor)
+        model.fc.weight.div_(factor)
+
+
+def _normalised(pictures: Pixels) -> Tensor:
+    """N × H × W × 3 uint8 to N × 3 × H × W in -1 … 1."""
+    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
 def outputs(model: nn.Module, pictures: Pixels, bgr: bool = False) -> npt.NDArray[np.float32]:
     """Sigmoid outputs, N × classes."""
     found = []
