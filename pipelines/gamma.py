@@ -15,6 +15,7 @@ from ambergrade.door.main import pipeline
 
 @pipeline("gamma")
 def main(settings: GammaSettings, invocation: Invocation) -> None:
+    settings.check_files()
     print("loading …", flush=True)
     from ambergrade.chain import gamma
 

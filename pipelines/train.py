@@ -20,6 +20,7 @@ def main(settings: TrainPipelineSettings, invocation: Invocation) -> None:
 
         print_plan(settings)
         return
+    settings.check_files()
     print("loading …", flush=True)
     from ambergrade.chain import fine_tune
 

@@ -166,6 +166,9 @@ def _check_numbers(value: Any, where: str, wrong: list[str]) -> None:
 
 def _converted_union(arguments: tuple[Any, ...], value: Any, where: str, wrong: list[str], hint: Any) -> Any:
     complaints: list[str] = []
+    words = next((one for one in arguments if typing.get_origin(one) is Literal), None)
+    if words is not None and isinstance(value, str):
+        return _converted(words, value, where, wrong)
     # the exact type first, so that an int given for int | float stays one
     for member in sorted(arguments, key=lambda a: type(value) is not a):
         attempt: list[str] = []
@@ -178,9 +181,18 @@ def _converted_union(arguments: tuple[Any, ...], value: Any, where: str, wrong: 
 
 
 def _type_name(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+    names = {
+        Path: "a path",
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+        bool: "true or false",
+        type(None): "null",
+    }
     if hint in names:
         return names[hint]
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
     if typing.get_origin(hint) in (Union, types.UnionType):
         return " or ".join(_type_name(argument) for argument in typing.get_args(hint))
     if typing.get_origin(hint) in (tuple, list, Sequence):

@@ -208,7 +208,9 @@ def test_a_deleted_database_comes_back_as_it_was_and_a_second_time_too(root: Pat
         after = seen(root)
         assert differing(before, after) == []
     assert len(list(lines.folder(root).glob("*.jsonl"))) == 12  # one a run, and the registry's
-    assert on_disk(root / "mlruns" / "artifacts") == pytest.approx(size, rel=0.01)  # files are linked to their new place
+    assert on_disk(root / "mlruns" / "artifacts") == pytest.approx(
+        size, rel=0.01
+    )  # files are linked to their new place
     again = rebuild(root)
     assert (again.runs, again.there) == (0, 11)
     assert seen(root) == after

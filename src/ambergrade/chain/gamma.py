@@ -27,7 +27,7 @@ from ambergrade.track import ui
 
 def run(settings: GammaSettings, invocation: Invocation) -> None:
     """Run the whole chain. Raises Refused at the end where a gate does not pass and `insist` is set."""
-    paths = {alias: find_file(source) for alias, source in settings.models.items() if source}  # before anything slow
+    paths = {alias: find_file(source) for alias, source in settings.models.items() if source}
     load_gates({label: one.as_mapping for label, one in settings.gates.items()})
     use_threads(settings.compute)
     title = f"{settings.release.name} {settings.release.version}"

@@ -42,6 +42,8 @@ def verify(settings: VerifySettings) -> None:
     """Make a merged file again from its own header and compare every byte. Raises BadSetting where they differ."""
     from ambergrade import command
 
+    assert settings.model is not None
+    assert settings.models_path is not None
     model = find_file(settings.model)
     if not command.verify_model(model, settings.models_path.expanduser(), threads=settings.compute.threads):
         raise BadSetting(f"{model.name} is not what its header says.")

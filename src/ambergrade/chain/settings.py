@@ -184,6 +184,12 @@ class GammaSettings(Common):
         check_alias("base", self.base, self.models)
         check_formula_models(self.merge, {**self.models, self.trained: "made by the training stage"})
 
+    def check_files(self) -> None:
+        """Raise MissingObject for a file that will be needed and is not there."""
+        for source in self.models.values():
+            if source:
+                find_file(source)
+
 
 @dataclass(frozen=True)
 class TrainPipelineSettings(Common):
@@ -215,6 +221,10 @@ class TrainPipelineSettings(Common):
         if self.processes < 1:
             raise BadSetting(f"processes is {self.processes}, at least 1 is needed.")
         self.trainer.accumulation(self.processes)
+
+    def check_files(self) -> None:
+        """Raise MissingObject for a file that will be needed and is not there."""
+        find_file(self.models[self.base] or f"models.{self.base} (null)")
 
 
 @dataclass(frozen=True)
@@ -351,9 +361,14 @@ class VerifySettings:
 
     root: Path
     compute: Compute
-    model: str
-    models_path: Path
+    model: str | None = None
+    models_path: Path | None = None
     debug: bool = False
+
+    def __post_init__(self) -> None:
+        if self.model is None or self.models_path is None:
+            missing = "model" if self.model is None else "models"
+            raise BadSetting(f"No value for {missing}.\nWrite: model=FILE.safetensors models=DIR")
 
 
 @dataclass(frozen=True)
