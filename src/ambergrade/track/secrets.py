@@ -84,7 +84,8 @@ class Secrets:
             for name, value in _leaves(settings)
             if value is not None and (is_secret(name, value) or (name in given and not _is_path(str(value))))
         }
-        return cls(given & secret.keys(), frozenset(value for value in secret.values() if len(value) >= SHORTEST))
+        found = frozenset(name for name in given if name in secret)
+        return cls(found, frozenset(value for value in secret.values() if len(value) >= SHORTEST))
 
     def is_secret(self, name: str, value: Any = "") -> bool:
         """Tell whether a setting's value must not be shown."""

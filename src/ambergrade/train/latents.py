@@ -136,10 +136,7 @@ def group_by_bucket(captions: CaptionSet) -> dict[tuple[int, int], list[int]]:
 
 def fit_to_bucket(image: Image.Image, picture: CaptionedPicture) -> Image.Image:
     """Resize a picture once so that it just covers its bucket, and take the caption set's crop."""
-    try:
-        return cut(image, picture.bucket, picture.crop)
-    except BadInput as error:
-        raise BadInput(f"Post {picture.post_id} ({picture.file_name}): {error}") from error
+    return cut(image, picture.bucket, picture.crop, f"Post {picture.post_id} ({picture.file_name})")
 
 
 def _pixels(image: Image.Image) -> Tensor:
