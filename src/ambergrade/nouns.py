@@ -125,7 +125,7 @@ def _captioned_picture(row: Mapping[str, Any]) -> CaptionedPicture:
 
 def _whole(values: Any, kind: type) -> tuple[Any, ...]:
     """A list as a tuple, all of one type; a text is no list of letters."""
-    if not isinstance(values, list | tuple) or any(type(value) is not kind for value in values):
+    if not isinstance(values, list | tuple) or not {*map(type, values)} <= {kind}:
         raise TypeError(f"{kind.__name__}s are needed, found {values!r:.60}")
     return tuple(values)
 
