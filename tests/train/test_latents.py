@@ -10,7 +10,7 @@ from PIL import Image
 
 from ambergrade.errors import BadInput
 from ambergrade.nouns import Caption, CaptionedPicture, CaptionSet
-from ambergrade.train.latents import PictureReader, cache_latents, fit_to_bucket, read_latents
+from ambergrade.train.latents import PictureReader, cache_latents, read_latents
 
 
 def captioned(number, bucket, crop=(0, 0)):
@@ -74,17 +74,6 @@ def test_half_precision_halves_the_file(cached, live_networks, tmp_path):
     half = read_latents(tmp_path / "half")
     assert half.by_bucket[64, 64].dtype == torch.float16
     torch.testing.assert_close(half.rows((64, 64), [1]), read_latents(cached).rows((64, 64), [1]), atol=2e-3, rtol=2e-3)
-
-
-@pytest.mark.parametrize("size", [(64, 64), (640, 480), (65, 1000), (1000, 64), (127, 128)])
-@pytest.mark.parametrize("bucket", [(64, 64), (96, 160), (160, 96)])
-def test_a_picture_just_covers_its_bucket(size, bucket):
-    assert fit_to_bucket(Image.new("RGB", size), captioned(0, bucket)).size == bucket
-
-
-def test_a_crop_outside_the_picture_names_the_post():
-    with pytest.raises(BadInput, match="Post 9"):
-        fit_to_bucket(Image.new("RGB", (64, 64)), captioned(9, (64, 64), (1, 0)))
 
 
 def test_latents_that_are_not_finite_name_the_post(live_networks, tmp_path):

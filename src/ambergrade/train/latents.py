@@ -110,7 +110,8 @@ def encode_pictures(
     """
 
     def pixels_of(picture: CaptionedPicture) -> Tensor:
-        return _pixels(fit_to_bucket(pictures.open(picture), picture))
+        name = f"Post {picture.post_id} ({picture.file_name})"
+        return _pixels(cut(pictures.open(picture), picture.bucket, picture.crop, name))
 
     return _encode(vae, torch.stack(list(mapped(pixels_of, chosen))), chosen).float().cpu()
 
@@ -132,11 +133,6 @@ def group_by_bucket(captions: CaptionSet) -> dict[tuple[int, int], list[int]]:
     for position, picture in enumerate(captions.pictures):
         groups[picture.bucket].append(position)
     return dict(sorted(groups.items()))
-
-
-def fit_to_bucket(image: Image.Image, picture: CaptionedPicture) -> Image.Image:
-    """Resize a picture once so that it just covers its bucket, and take the caption set's crop."""
-    return cut(image, picture.bucket, picture.crop, f"Post {picture.post_id} ({picture.file_name})")
 
 
 def _pixels(image: Image.Image) -> Tensor:
