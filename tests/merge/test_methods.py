@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 from ambergrade.errors import BadSetting
+from ambergrade.merge.formula import Formula
 from ambergrade.merge.method import Context, Method
+from ambergrade.merge.mixture import mixer
+from ambergrade.merge.selection import largest
 
 
 def call(name: str, *tensors: Tensor, **parameters: Any) -> Tensor:
@@ -83,6 +86,41 @@ def test_ties_against_numpy(density: float) -> None:
     ]
     found = (call("ties", base, *models, density=density) - base).numpy().ravel()
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def rounded_difference() -> Tensor:
+    """Of two models in bf16: half of it is a few hundred values that come again and again."""
+    base = random(64, 50, seed=1).bfloat16()
+    return (base.float() * (1 + 0.01 * random(64, 50, seed=2))).bfloat16().float() - base.float()
+
+
+@pytest.mark.parametrize("density", [0.14, 0.2, 0.29, 0.5])
+def test_fractions_are_exact_counts_of_equal_magnitudes_the_earlier_stay(density: float) -> None:
+    """Thresholds kept 0.347 of such weights for 0.2."""
+    x = rounded_difference()
+    found = largest(x, density)
+    order = np.lexsort((np.arange(x.numel()), -np.abs(x.numpy().ravel())))[: round(density * x.numel())]
+    expected = np.zeros(x.numel(), np.float32)
+    expected[order] = x.numpy().ravel()[order]
+    np.testing.assert_array_equal(found.numpy().ravel(), expected)
+    base = torch.zeros_like(x)
+    kept = call("ties", base, x, density=density)
+    assert int((kept != 0).sum()) == int((found != 0).sum()) <= round(density * x.numel())
+    same = torch.ones(100)
+    left = call("breadcrumbs", same, smallest=1 - density - 0.01, largest=0.01)
+    assert float(left.sum()) == round(100 * density)
+    assert left[0] == 0  # the earlier counts as the larger
+    assert left[1] == 1
+
+
+@pytest.mark.parametrize("option", ["rank=2.7", "rank=a"])
+def test_what_is_counted_is_a_whole_number(option: str) -> None:
+    formula = Formula.parse(f"x + low_rank(y - x, {option})", ["x", "y"])
+    with pytest.raises(BadSetting, match=r"low_rank\(rank=2\.7\): rank is a whole number"):
+        mixer(formula, {"a": 2.7} if formula.coefficients else {})("w")
+    seeds = Formula.parse("x + dare(y - x, seed=1.5)", ["x", "y"])
+    with pytest.raises(BadSetting, match="seed is a whole number"):
+        mixer(seeds, {})("w")
 
 
 def test_breadcrumbs_drops_both_ends() -> None:
@@ -222,6 +260,13 @@ def test_tensor_sum_takes_a_band_of_rows(width: float, offset: float, rows: set[
     found = call("tensor_sum", x, y, width=width, offset=offset)
     assert {row for row in range(8) if found[row, 0] == 1} == rows
     assert ((found == 0).all(1) | (found == 1).all(1)).all()
+
+
+def test_tensor_sum_takes_a_tenth_of_ten_rows_wherever_it_begins() -> None:
+    """0.7 + 0.1 is 0.7999999999999999 in floats, and took no row."""
+    for place in range(10):
+        found = call("tensor_sum", torch.zeros(10), torch.ones(10), width=0.1, offset=place / 10)
+        assert found.nonzero().tolist() == [[place]]
 
 
 @pytest.mark.parametrize("ramp", [0.0, 0.4])

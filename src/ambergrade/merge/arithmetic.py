@@ -199,7 +199,11 @@ def _sign_zeros(out: Tensor, base: Tensor) -> None:
     zeros = ~(out != 0)  # torch's == is ten times slower than its !=
     if bool(zeros.any()):
         wide = base.double()
-        out[zeros & (wide == 0) & torch.signbit(wide)] = -0.0
+        negative = zeros & (wide == 0) & torch.signbit(wide)
+        if out.dtype in _EIGHTHS:  # torch fills these with nothing
+            out.view(torch.uint8)[negative] = 0x80
+        else:
+            out[negative] = -0.0
 
 
 def _magnitudes(x: Tensor) -> tuple[float, float]:

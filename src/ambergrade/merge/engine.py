@@ -251,7 +251,7 @@ class _Pipeline:
         else:
             assert evaluator is not None
             sound = self.general(evaluator, segment, operands, out)
-        if not sound:
+        if not sound and not task.schedule:
             found = {alias: finite(operand.stored.dtype, operand.data) for alias, operand in operands.items()}
             refuse_nonfinite(task, found, f"{job.plan.formula.text} at {dict(job.plan.coefficients)}")
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -27,6 +27,8 @@ from ambergrade.merge.formula import Formula
 from ambergrade.merge.header import Header, read_header
 from ambergrade.merge.inputs import Digests, default_cache
 from ambergrade.merge.job import Job, Repeated, open_job
+from ambergrade.merge.parser import ALIAS
+from ambergrade.merge.plan import input_names
 from ambergrade.merge.recipe import RECIPE, Recipe, are_digests, header_recipe, is_number
 from ambergrade.store import find_file
 
@@ -76,7 +78,7 @@ class RecipeFile:
         found = find_inputs(self.digests, models, Digests(default_cache()), names=set(self.names.values()))
         weights = {alias: digests["weights"] for alias, digests in self.digests.items() if "weights" in digests}
         repeats = None
-        if weights.keys() == {*self.formula.models, *self.formula.loras}:
+        if weights.keys() == {*input_names(self.formula, self.policies)}:
             files = {alias: digests["file"] for alias, digests in self.digests.items() if "file" in digests}
             recipe = Recipe(
                 self.formula, self.coefficients, weights, self.dtype, self.policies, files, ancestors=self.ancestors
@@ -147,7 +149,8 @@ def from_values(
     for name, value in numbers.items():
         if not is_number(value):
             raise BadSetting(f"coefficients.{str(name)[:80]} is a number, found {str(value)[:80]!r}.")
-    needed = (*formula.models, *formula.loras)
+    _name_vae(policies, sources, digests)
+    needed = input_names(formula, policies)
     paths = {
         alias: _place(sources.get(alias, formula.lora_paths.get(alias, alias)), folder)
         for alias in needed
@@ -168,6 +171,18 @@ def from_values(
         older,
         source,
     )
+
+
+def _name_vae(policies: dict[str, str], sources: dict[str, str], digests: Mapping[str, Any]) -> None:
+    """Give a VAE's file an alias, as a LoRA's in a formula has one: its name without the ending."""
+    vae = policies.get("vae", "")
+    if vae in sources or vae in digests or not (vae.endswith(".safetensors") or "/" in vae):
+        return
+    alias = PurePosixPath(vae).stem
+    if not ALIAS.fullmatch(alias) or alias in sources or alias in digests:
+        raise BadSetting(f"'{alias[:80]}' is no fit name for the VAE. Give its file another alias under models.")
+    sources[alias] = vae
+    policies["vae"] = alias
 
 
 def _by_digest(sources: dict[Any, Any]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:

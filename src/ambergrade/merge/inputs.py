@@ -16,6 +16,8 @@ from ambergrade.errors import BadInput
 from ambergrade.family.detect import Layout, detect
 from ambergrade.family.digests import folder_files
 from ambergrade.family.layouts import Source
+from ambergrade.family.load import Family
+from ambergrade.family.prediction import lacking_marks, prediction_type, read_scheduler
 from ambergrade.identity import canonical_json
 from ambergrade.merge.header import Entry, Header, read_header
 from ambergrade.store import Digests
@@ -77,14 +79,19 @@ class Input:
     metadata: Mapping[str, str] = field(default_factory=dict)
     layout: Layout | None = None
     """None for a family that is not known, and for a LoRA."""
+    prediction: str | None = None
+    """What its weights predict, as its files say: see `family.prediction`."""
 
     @property
     def shapes(self) -> dict[str, Shape]:
         return {name: stored.shape for name, stored in self.tensors.items()}
 
 
-def open_input(alias: str, path: Path, *, plain: bool = False) -> Input:
-    """Read the headers of a single file or a diffusers folder; `plain` keeps the names of the file.
+def open_input(alias: str, path: Path, *, plain: bool = False, like: Family | None = None) -> Input:
+    """Read the headers of a single file or a diffusers folder; `plain` keeps the names of the file, which is a LoRA.
+
+    `like` is the family of the model beside it: a VAE file alone may be of several. A mark of the prediction type that
+    a single file would have, and this one says in another place, is among the tensors.
 
     Raises MissingObject for what is not there, BadInput for what is damaged.
     """
@@ -92,11 +99,14 @@ def open_input(alias: str, path: Path, *, plain: bool = False) -> Input:
     headers = {name: read_header(file) for name, (file, _) in found.items()}
     keys: dict[str, tuple[int, Entry]] = {}
     for number, (name, (_, prefix)) in enumerate(found.items()):
-        keys |= {prefix + key: (number, entry) for key, entry in headers[name].entries.items()}
+        mine = {prefix + key: (number, entry) for key, entry in headers[name].entries.items()}
+        if twice := sorted(keys.keys() & mine.keys()):
+            raise BadInput(f"{path} holds '{twice[0]}' in {found[name][0].name} and in another file. Keep one of them.")
+        keys |= mine
     layout = None
     if not plain:
         try:
-            layout = detect({key: entry.shape for key, (_, entry) in keys.items()})
+            layout = detect({key: entry.shape for key, (_, entry) in keys.items()}, like)
         except BadInput:
             if path.is_dir():
                 raise
@@ -105,6 +115,9 @@ def open_input(alias: str, path: Path, *, plain: bool = False) -> Input:
         used = {key for source in sources.values() for key in source.keys}
         sources |= {key: Source((key,)) for key in keys if key not in used and not path.is_dir()}
     tensors = {name: _stored(name, source, keys, alias) for name, source in sources.items()}
+    metadata, scheduler = _metadata(headers), read_scheduler(path) if path.is_dir() else {}
+    for mark in () if plain else lacking_marks(tensors, metadata, scheduler):
+        tensors[mark] = Stored("F32", (0,), (Range(0, 8, 0),))
     order = sorted(tensors, key=lambda name: (tensors[name].ranges[0].file, tensors[name].ranges[0].start, name))
     files = tuple(file for file, _ in found.values())
     return Input(
@@ -113,8 +126,9 @@ def open_input(alias: str, path: Path, *, plain: bool = False) -> Input:
         files,
         tuple(header.size for header in headers.values()),
         {name: tensors[name] for name in order},
-        _metadata(headers),
+        metadata,
         layout,
+        None if plain else prediction_type(tensors, metadata, scheduler),
     )
 
 

@@ -18,7 +18,7 @@ from ambergrade.merge.header import header_bytes, read_exactly
 from ambergrade.merge.inputs import Digests, Input, Stored, open_input, parent_recipe
 from ambergrade.merge.lora import targets
 from ambergrade.merge.parts import Parts, canonical_parts
-from ambergrade.merge.plan import Plan, Task, check_policies, make_plan, operands
+from ambergrade.merge.plan import Plan, Task, check_policies, input_names, make_plan, operands
 from ambergrade.merge.recipe import Recipe, ancestors, metadata
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class Job:
         return metadata(
             recipe,
             architecture=base.layout.family.architecture if base.layout else UNKNOWN,
-            prediction_type="v" if "v_pred" in base.tensors else "epsilon",
+            prediction_type=base.prediction or (None if self.by_weights else "epsilon"),  # as earlier versions wrote it
         )
 
     def lora_tensors(self, alias: str, name: str) -> Mapping[str, Tensor]:
@@ -201,28 +201,32 @@ def open_job(
     Raises AmbergradeError for whatever would go wrong later, as far as headers tell.
     """
     numbers = dict(coefficients or {})
-    for alias in (*formula.models, *formula.loras):
+    chosen = check_policies(policies or {}, (*formula.models, *paths))
+    needed = input_names(formula, chosen)
+    for alias in needed:
         if alias not in paths:
             raise UnknownName("model", alias, paths, f"The formula {formula.text} needs it.")
     formula.check_coefficients(numbers)
-    chosen = check_policies(policies or {}, formula.models)
     inputs: dict[str, Input] = {}
     owner: dict[str, str] = {}
     first_of: dict[tuple[str, bool], str] = {}
-    for alias in (*formula.models, *formula.loras):
+    for alias in needed:
         is_lora = alias in formula.loras
         key = (os.path.realpath(paths[alias]), is_lora)
         owner[alias] = first_of.setdefault(key, alias)
         if owner[alias] == alias:
-            inputs[alias] = open_input(alias, paths[alias], plain=is_lora)
+            first = inputs[formula.models[0]].layout if inputs else None
+            inputs[alias] = open_input(alias, paths[alias], plain=is_lora, like=first.family if first else None)
         else:
             inputs[alias] = inputs[owner[alias]]
     shapes = inputs[formula.models[0]].shapes
     lora_targets = {alias: targets(inputs[alias].shapes, shapes, inputs[alias].metadata) for alias in formula.loras}
     described = {
         alias: {name: (stored.dtype, stored.shape) for name, stored in inputs[alias].tensors.items()}
-        for alias in formula.models
+        for alias in needed
+        if alias not in formula.loras
     }
+    base = inputs[formula.models[0]]
     plan = make_plan(
         formula,
         numbers,
@@ -230,7 +234,9 @@ def open_job(
         dtype=dtype,
         policies=chosen,
         loras={alias: tuple(found) for alias, found in lora_targets.items()},
+        predictions={alias: inputs[alias].prediction for alias in described},
+        family=base.layout.family if base.layout else None,
     )
-    if inputs[formula.models[0]].layout is None:
+    if base.layout is None:
         plan.audit.append("no known family: tensors of equal names are merged as plain tensors")
     return Job(formula, numbers, dtype, chosen, inputs, owner, plan, lora_targets, by_weights, repeats)

@@ -12,7 +12,20 @@ from typing import TypeAlias
 from ambergrade.errors import BadSetting
 from ambergrade.merge.blocks import component, mbw_weight
 from ambergrade.merge.formula import Formula, exact
-from ambergrade.merge.nodes import SCOPES, Binary, Call, Coefficient, Local, Model, Negative, Node, Number, nodes
+from ambergrade.merge.method import Method
+from ambergrade.merge.nodes import (
+    SCOPES,
+    Binary,
+    Call,
+    Coefficient,
+    Local,
+    Model,
+    Negative,
+    Node,
+    Number,
+    Option,
+    nodes,
+)
 from ambergrade.merge.weights import Weights
 
 MOST_WEIGHT = Fraction(10) ** 30
@@ -145,11 +158,18 @@ def _call(call: Call, lines: Mapping[str, _Terms], name: str, numbers: Mapping[s
     if call.function == "mbw":
         share = mbw_weight(name, str(call.option("values")), str(call.option("dialect")))
         return _added(_scaled(arguments[0], 1 - share), _scaled(arguments[1], share))
-    options = tuple(
-        (key, option if isinstance(option, str | bool) else float(exact(option, numbers)))
-        for key, option in call.options
-    )
+    options = tuple((key, _value(call.function, key, option, numbers)) for key, option in call.options)
     return {Applied(call.function, tuple(_mixture(terms, {}) for terms in arguments), options): Fraction(1)}
+
+
+def _value(function: str, key: str, option: Option, numbers: Mapping[str, float]) -> float | str | bool:
+    """An option's value. Raises BadSetting for a fraction where the method counts, as ranks and seeds do."""
+    if isinstance(option, str | bool):
+        return option
+    value = exact(option, numbers)
+    if value.denominator > 1 and type(Method.read(function).parameters[key]) is int:
+        raise BadSetting(f"{function}({key}={float(value):g}): {key} is a whole number.")
+    return float(value)
 
 
 def _mixture(terms: _Terms, rank: Mapping[str, int]) -> Mixture:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal
 
-from ambergrade.errors import BadInput, BadSetting, UnknownName
+from ambergrade.errors import BadInput, BadSetting, UnknownName, nearest
+from ambergrade.family.detect import naming_hint
+from ambergrade.family.load import Family, families
+from ambergrade.family.prediction import prediction_type
 from ambergrade.merge.blocks import component
 from ambergrade.merge.formula import Formula
 from ambergrade.merge.header import FLOATS, ITEM
 from ambergrade.merge.mixture import Applied, Mixture, mixer
-from ambergrade.merge.nodes import Call, nodes
+from ambergrade.merge.nodes import SCOPES, Call, nodes
 
 POLICIES: Mapping[str, str] = {
     "vae": "base",
@@ -38,6 +43,11 @@ TEMPERATURE = "logit_scale"
 MARKERS = ("v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std")
 """Keys by which a file says how it predicts; names that ComfyUI and others look for."""
 EMA = "model_ema."
+_QUANTISED = re.compile(
+    r"(?:^|\.)(?:scale_weight|weight_scale(?:_2)?|scale_input|input_scale|scaled_fp8|comfy_quant"  # ComfyUI, NVIDIA
+    r"|weight\.(?:absmax|quant_map|nested_absmax|quant_state\..+)|SCB|qweight|qzeros)$"  # bitsandbytes, GPTQ and AWQ
+)
+"""Tensors without which the numbers of others are not weights."""
 
 Described = Mapping[str, tuple[str, tuple[int, ...]]]
 """Single-file name to dtype (as safetensors spells it) and shape."""
@@ -56,6 +66,8 @@ class Task:
     kind: Literal["copy", "ids", "merge"]
     compared: tuple[str, ...] = ()
     """Models whose tensor is read only to be compared: cosmetic ones must agree."""
+    schedule: bool = False
+    """A noise schedule kept among the weights: copied whatever it holds, infinity too."""
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -96,10 +108,16 @@ def check_policies(policies: Mapping[str, str], models: tuple[str, ...]) -> dict
     for name, value in policies.items():
         if name not in POLICIES:
             raise UnknownName("merge policy", name, POLICIES)
-        known = (*CHOICES[name], *(models if name == "vae" else ()))
+        known = tuple(dict.fromkeys((*CHOICES[name], *(models if name == "vae" else ()))))
         if value not in known:
             raise BadSetting(f"Merge policy {name}={value} is not known. Choose one of: {', '.join(known)}.")
     return {**POLICIES, **policies}
+
+
+def input_names(formula: Formula, policies: Mapping[str, str]) -> tuple[str, ...]:
+    """The inputs that a merge needs: the formula's models, its LoRAs, and the model whose VAE is copied."""
+    vae = policies.get("vae", POLICIES["vae"])
+    return (*formula.models, *formula.loras, *(() if vae in (*CHOICES["vae"], *formula.models) else (vae,)))
 
 
 def make_plan(
@@ -110,28 +128,65 @@ def make_plan(
     dtype: str | None = None,
     policies: Mapping[str, str] | None = None,
     loras: Mapping[str, tuple[str, ...]] | None = None,
+    predictions: Mapping[str, str | None] | None = None,
+    family: Family | None = None,
 ) -> Plan:
     """Decide every tensor.
 
-    `described` holds every model of the formula; `dtype` is one of DTYPES, None for the base's own; `loras` gives for
-    each LoRA alias the weights it changes. Raises BadInput with the list of what is missing, superfluous or misshapen.
+    `described` holds every model of `input_names`; `dtype` is one of DTYPES, None for the base's
+    own; `loras` gives for each LoRA alias the weights it changes; `predictions` what each model predicts, where more
+    than its tensors tell it; `family` is the base's. Raises BadInput with the list of what is missing, superfluous or
+    misshapen, and BadSetting for parts of the formula that have no effect.
     """
     for alias in formula.models:
         if alias not in described:
             raise UnknownName("model", alias, described, f"The formula {formula.text} needs it.")
     if dtype is not None and dtype not in DTYPES:
         raise UnknownName("dtype", dtype, DTYPES)
-    chosen = check_policies(policies or {}, formula.models)
+    chosen = check_policies(policies or {}, (*formula.models, *described))
     _refuse_idle_vae(formula, chosen)
-    maker = _Maker(formula, mixer(formula, coefficients), described, dtype, chosen, loras or {})
+    said = {alias: (predictions or {}).get(alias) or prediction_type(described[alias]) for alias in described}
+    maker = _Maker(formula, mixer(formula, coefficients), described, dtype, chosen, loras or {}, said, family)
     return Plan(formula, dict(coefficients), formula.models[0], maker.tasks(), maker.audit)
 
 
-def _refuse_idle_vae(formula: Formula, policies: Mapping[str, str]) -> None:
+def _calls(formula: Formula) -> list[Call]:
     expressions = [formula.expression, *(node for _, node in formula.lines)]
-    calls = [part.function for node in expressions for part in nodes(node) if isinstance(part, Call)]
-    if "vae" in calls and policies["vae"] != "merge":
+    return [part for node in expressions for part in nodes(node) if isinstance(part, Call)]
+
+
+def _refuse_idle_vae(formula: Formula, policies: Mapping[str, str]) -> None:
+    if any(call.function == "vae" for call in _calls(formula)) and policies["vae"] != "merge":
         raise BadSetting(f"vae() has no effect while policies.vae is '{policies['vae']}': set policies.vae to 'merge'.")
+
+
+def _refuse_idle(call: Call, names: list[str], base: str, family: Family | None) -> None:
+    """Refuse a part of the formula that reaches none of the merged tensors, `names`."""
+    if call.function == "at":
+        glob = str(call.option("glob"))
+        if not any(fnmatch.fnmatchcase(name, glob) for name in names):
+            near = nearest(glob.replace("*", ""), names[:4000], 1) or names[:1] or ["none"]
+            raise BadSetting(
+                f'at("{glob}") matches none of the {len(names)} merged tensors of {base}.\n'
+                f"They have the names of the single file, such as {near[0]}."
+            )
+    if call.function in (*SCOPES, "mbw"):
+        part = "unet" if call.function == "mbw" else call.function
+        if not any(component(name) == part for name in names):
+            of = f"of family {family.name}" if family else "of no known family"
+            raise BadSetting(f"{call.function}() has no effect: {base}, {of}, has no tensor of the {part} to merge.")
+    if call.function == "mbw" and family:
+        count = str(call.option("values")).count(",") + 1
+        if count not in (known := (len(family.block_names) + 1, len(family.block_names) + 2)):
+            raise BadSetting(
+                f"{count} block weights do not fit {base}, of family {family.name}: that takes {known[0]}."
+            )
+
+
+@functools.cache
+def _schedules() -> frozenset[str]:
+    """Names of what no network reads, in any family."""
+    return frozenset(name for family in families() for name in family.passive)
 
 
 @dataclass
@@ -142,6 +197,8 @@ class _Maker:
     dtype: str | None
     policies: Mapping[str, str]
     loras: Mapping[str, tuple[str, ...]]
+    predictions: Mapping[str, str | None]
+    family: Family | None
     audit: list[str] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
     relaxed: Counter[str] = field(default_factory=Counter)
@@ -151,21 +208,72 @@ class _Maker:
         return self.formula.models[0]
 
     def tasks(self) -> dict[str, Task]:
+        for alias in dict.fromkeys((*self.involved, self.vae)):
+            self.refuse_quantised(alias)
         made: dict[str, Task] = {}
         for name in self.described[self.base]:
             task = self.task(name)
             if task is not None:
                 made[name] = task
+        for name, (dtype, shape) in self.described[self.vae].items():
+            if component(name) == "vae" and name not in made and self.policies["vae"] != "merge":
+                made[name] = Task(name, dtype, shape, _copy(self.vae), "copy")
+        if self.vae != self.base and not any(component(name) == "vae" for name in self.described[self.vae]):
+            raise BadSetting(f"policies.vae={self.vae} has no effect: {self.vae} holds no VAE.")
+        merged = [name for name, task in made.items() if task.kind == "merge"]
+        for call in _calls(self.formula):
+            _refuse_idle(call, merged, self.base, self.family)
         self.superfluous()
+        self.refuse_other_predictions()
         if self.complaints:
             shown = "\n  ".join(self.complaints[:12]) + ("\n  …" if len(self.complaints) > 12 else "")
             raise BadInput(
                 f"{self.formula.text}\n"
-                f"The models do not hold the same tensors; {len(self.complaints)} differ:\n  {shown}\n"
-                "Merge models of one family and of one prediction type, or relax policies.missing: base | zero_delta."
+                f"The models do not hold the same tensors; {len(self.complaints)} differ:\n  {shown}\n{self.hint()}"
             )
         self.tell(made)
         return made
+
+    def hint(self) -> str:
+        """What to do where tensors differ."""
+        for alias in self.involved:
+            if told := naming_hint(self.described[alias]):
+                return f"{alias}: {told}"
+        base = {component(name) for name in self.described[self.base]}
+        for alias in self.involved:
+            there = {component(name) for name in self.described[alias]}
+            if "unet" in there and (lacking := sorted(base - there - {"", "vae"})):
+                return (
+                    f"{alias} holds no {' and no '.join(lacking)}: write unet(…) around what it has a part in, or take "
+                    "the base's with policies.missing: base."
+                )
+        return "Merge models of one family and of one prediction type, or relax policies.missing: base | zero_delta."
+
+    @property
+    def vae(self) -> str:
+        """The model whose VAE is copied."""
+        return self.base if self.policies["vae"] in CHOICES["vae"] else self.policies["vae"]
+
+    def refuse_quantised(self, alias: str) -> None:
+        """Refuse numbers that are no weights: scaled fp8, whole numbers with scales beside them."""
+        for name, (dtype, _) in self.described[alias].items():
+            whole = dtype not in FLOATS and dtype != "BOOL" and component(name) and name.endswith(".weight")
+            if _QUANTISED.search(name) or whole:
+                raise BadInput(
+                    f"{alias} is quantised: '{name}' ({dtype}) says that its numbers are not yet the weights.\n"
+                    "Merge the fp16, bf16 or fp32 file that it was made from."
+                )
+
+    def refuse_other_predictions(self) -> None:
+        """Refuse models of which it is known that they predict different things."""
+        known = {alias: said for alias in self.involved if (said := self.predictions[alias])}
+        if self.policies["cosmetic"] != "refuse" or len(set(known.values())) < 2:
+            return
+        told = ", ".join(f"{alias} {said}" for alias, said in known.items())
+        raise BadInput(
+            f"The models predict different things: {told}.\n"
+            "Merge models of one prediction type, or take the base's with policies.cosmetic: base."
+        )
 
     def task(self, name: str) -> Task | None:
         base = self.base
@@ -181,11 +289,12 @@ class _Maker:
             others = tuple(alias for alias in self.involved if alias != base)
             return Task(name, dtype, shape, _copy(base), "copy", tuple(a for a in others if name in self.described[a]))
         if component(name) == "vae" and self.policies["vae"] != "merge":
-            owner = base if self.policies["vae"] == "base" else self.policies["vae"]
-            if name not in self.described[owner]:
-                self.complaints.append(f"'{name}' is missing in {owner}")
+            if name not in self.described[self.vae]:
+                self.complaints.append(f"'{name}' is missing in {self.vae}")
                 return None
-            return Task(name, *self.described[owner][name], _copy(owner), "copy")
+            return Task(name, *self.described[self.vae][name], _copy(self.vae), "copy")
+        if name in _schedules():
+            return Task(name, dtype, shape, _copy(base), "copy", schedule=True)
         if dtype not in FLOATS:
             return Task(name, dtype, shape, _copy(base), "copy")
         mixture = self.without_idle_loras(self.mix(name), name)
@@ -253,7 +362,7 @@ class _Maker:
             extra = [
                 name
                 for name in extra
-                if name not in MARKERS and not name.endswith(TEMPERATURE)
+                if name not in MARKERS and not name.endswith(TEMPERATURE) and name not in _schedules()
                 if not (vae_copied and component(name) == "vae")
             ]
             if self.policies["missing"] == "refuse":

@@ -12,7 +12,7 @@ from ambergrade import identity
 from ambergrade.errors import BadInput, UnknownName
 from ambergrade.identity import canonical_json
 from ambergrade.merge.formula import Formula
-from ambergrade.merge.plan import DTYPES, POLICIES, check_policies
+from ambergrade.merge.plan import DTYPES, POLICIES, check_policies, input_names
 
 RECIPE = "ambergrade.recipe"
 """Key of a merged file's metadata under which its recipe stands."""
@@ -44,15 +44,15 @@ class Recipe:
         self.formula.check_coefficients(self.coefficients)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UnknownName("dtype", self.dtype, DTYPES)
+        check_policies(self.policies, (*self.formula.models, *self.inputs))
         for alias in self.named:
             if alias not in self.inputs:
                 raise UnknownName("model", alias, self.inputs, f"The formula {self.formula.text} needs its digest.")
-        check_policies(self.policies, self.formula.models)
 
     @property
     def named(self) -> tuple[str, ...]:
-        """The inputs that the formula names: models, then LoRAs."""
-        return (*self.formula.models, *self.formula.loras)
+        """The inputs that it needs: the formula's models, its LoRAs, and a model of which only the VAE is copied."""
+        return input_names(self.formula, self.policies)
 
     @cached_property
     def document(self) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def _entry(recipe: Recipe, alias: str, own: Any) -> dict[str, Any]:
     return {sha256: {"name": alias, "legacy_hash": None, "sd_merge_recipe": own}}
 
 
-def metadata(recipe: Recipe, *, architecture: str, prediction_type: str = "epsilon") -> dict[str, str]:
+def metadata(recipe: Recipe, *, architecture: str, prediction_type: str | None = None) -> dict[str, str]:
     """The header of the merged single file: no time and no path, so equal recipes give equal bytes.
 
     `modelspec.*` is Stability's ModelSpec 1.0.0; `sd_merge_recipe` and `sd_merge_models` are what A1111's checkpoint
@@ -200,7 +200,7 @@ def metadata(recipe: Recipe, *, architecture: str, prediction_type: str = "epsil
         "modelspec.title": recipe.formula.name or "merge",
         "modelspec.description": recipe.formula.text + (f" with {numbers}" if numbers else ""),
         "modelspec.merged_from": ", ".join(recipe.named),
-        "modelspec.prediction_type": prediction_type,
+        **({"modelspec.prediction_type": prediction_type} if prediction_type else {}),
         "sd_merge_recipe": canonical_json({"type": "ambergrade", "custom_name": recipe.formula.name, **recipe.full}),
         "sd_merge_models": canonical_json({**_plain_models(recipe), **recipe.ancestors}),
         RECIPE: recipe.to_json(),

@@ -27,7 +27,7 @@ from ambergrade.merge.lora import targets
 from ambergrade.merge.mixture import Applied, Mixture
 from ambergrade.merge.parts import canonical_parts
 from ambergrade.merge.passes import Live, fused_point
-from ambergrade.merge.plan import DTYPES, Plan, Task, check_policies, make_plan, operands
+from ambergrade.merge.plan import DTYPES, Plan, Task, check_policies, input_names, make_plan, operands
 
 
 class ResidentMerge:
@@ -60,13 +60,14 @@ class ResidentMerge:
         """
         if dtype is not None and dtype not in DTYPES:
             raise UnknownName("dtype", dtype, DTYPES)
-        for alias in (*formula.models, *formula.loras):
+        self._policies = check_policies(policies or {}, (*formula.models, *inputs))
+        needed = input_names(formula, self._policies)
+        for alias in needed:
             if alias not in inputs:
                 raise UnknownName("model", alias, inputs, f"The formula {formula.text} needs it.")
         self.formula = formula
         self._dtype = dtype
-        self._policies = check_policies(policies or {}, formula.models)
-        self._inputs = {alias: inputs[alias] for alias in (*formula.models, *formula.loras)}
+        self._inputs = {alias: inputs[alias] for alias in needed}
         self._base = inputs[formula.models[0]]
         devices = {tensor.device for found in self._inputs.values() for tensor in found.values()}
         if len(devices) > 1:
@@ -139,14 +140,17 @@ class ResidentMerge:
         if self._planned is None or self._planned[0] != point:
             about = (self.formula, coefficients, self._described)
             loras = {alias: tuple(found) for alias, found in self._lora_targets.items()}
-            self._planned = (point, make_plan(*about, dtype=self._dtype, policies=self._policies, loras=loras))
+            family = self._layout.family if self._layout else None
+            how = {"dtype": self._dtype, "policies": self._policies, "loras": loras, "family": family}
+            self._planned = (point, make_plan(*about, **how))
         return self._planned[1]
 
     @cached_property
     def _described(self) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
         return {
             alias: {name: (WORDS[tensor.dtype], tuple(tensor.shape)) for name, tensor in self._inputs[alias].items()}
-            for alias in self.formula.models
+            for alias in self._inputs
+            if alias not in self.formula.loras
         }
 
     def _each(self, plan: Plan, work: Callable[[Evaluator, Task], None], done: Collection[str] = ()) -> None:
@@ -217,7 +221,7 @@ class ResidentMerge:
                 values = {alias: tensor.double().cpu().numpy() for alias, tensor in tensors.items()}
                 check_operands(task, values, plan.base, cosmetic=self._policies["cosmetic"])
             for alias, tensor in tensors.items():
-                if tensor.is_floating_point() and not probe.combiner.finite(tensor.reshape(-1)):
+                if tensor.is_floating_point() and not task.schedule and not probe.combiner.finite(tensor.reshape(-1)):
                     raise BadInput(f"'{task.name}' of {alias} holds NaN or infinity. Mend or replace that checkpoint.")
 
     def _live(self, modules: Mapping[str, nn.Module], plan: Plan) -> dict[str, list[Live]]:

@@ -1,7 +1,14 @@
-"""Which elements of a tensor are large: shared by the methods that drop some of a difference."""
+"""Which elements of a tensor are large: shared by the methods that drop some of a difference.
+
+Fractions are counts of elements: weights in 16 bits have many equal magnitudes, so a threshold would keep too many. Of
+equal ones the earlier counts as the larger.
+"""
 
 from __future__ import annotations
 
+from fractions import Fraction
+
+import torch
 from torch import Tensor
 
 from ambergrade.errors import BadSetting
@@ -15,17 +22,37 @@ def require_fraction(method: str, name: str, value: float, *, above_zero: bool =
         )
 
 
-def magnitude_at(x: Tensor, rank: int) -> Tensor:
-    """The `rank`-th smallest magnitude of all elements, counted from 1. A selection: no sums, so the same anywhere."""
-    return x.reshape(-1).abs().kthvalue(rank).values
+def part_of(count: int, *fractions: float) -> Fraction:
+    """The sum of decimal fractions of a count, exactly: 0.1 is one tenth.
+
+    >>> int(part_of(10, 0.7, 0.1)), int(10 * (0.7 + 0.1))
+    (8, 7)
+    """
+    return count * sum((Fraction(repr(float(fraction))) for fraction in fractions), Fraction(0))
+
+
+def are_largest(x: Tensor, count: int) -> Tensor:
+    """Where the `count` elements of largest magnitude are, as booleans in the shape of `x`.
+
+    A selection: no sums, so the same on any processor.
+
+    >>> are_largest(torch.tensor([1.0, -3.0, 3.0, 3.0]), 2)
+    tensor([False,  True,  True, False])
+    """
+    if count <= 0 or count >= x.numel():
+        return torch.full_like(x, count > 0, dtype=torch.bool)
+    size = x.reshape(-1).abs()
+    least = size.kthvalue(len(size) - count + 1).values
+    found = size > least
+    ties = torch.nonzero(size == least).reshape(-1)
+    found[ties[: count - int(found.sum())]] = True
+    return found.reshape(x.shape)
 
 
 def largest(x: Tensor, density: float) -> Tensor:
-    """`x` where its magnitude is among the largest `density` of all (at least one), 0 elsewhere; ties are all kept.
+    """`x` where its magnitude is among the largest `density` of all (at least one element), 0 elsewhere.
 
-    >>> import torch
     >>> largest(torch.tensor([0.1, -3.0, 2.0, -0.2]), 0.5)
     tensor([ 0., -3.,  2.,  0.])
     """
-    count = max(1, round(density * x.numel()))
-    return x.where(x.abs() >= magnitude_at(x, x.numel() - count + 1), x.new_zeros(()))
+    return x.where(are_largest(x, max(1, round(part_of(x.numel(), density)))), x.new_zeros(()))

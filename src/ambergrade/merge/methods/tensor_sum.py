@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ambergrade.errors import BadSetting
 from ambergrade.merge.method import Context
-from ambergrade.merge.selection import require_fraction
+from ambergrade.merge.selection import part_of, require_fraction
 
 
 def tensor_sum(x: Tensor, y: Tensor, *, width: float, offset: float, context: Context) -> Tensor:
@@ -18,7 +18,7 @@ def tensor_sum(x: Tensor, y: Tensor, *, width: float, offset: float, context: Co
     if x.ndim == 0:
         return y.clone() if width == 1 else x.clone()
     rows = len(x)
-    start, end = int(rows * offset), int(rows * (offset + width))
+    start, end = int(part_of(rows, offset)), int(part_of(rows, offset, width))
     merged = x.clone()
     merged[start : min(end, rows)] = y[start : min(end, rows)]
     merged[: max(0, end - rows)] = y[: max(0, end - rows)]
