@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from ambergrade import command
 from ambergrade.errors import AmbergradeError, BadInput, BadSetting, MissingObject, UnknownName
-from ambergrade.family import sdxl
+from ambergrade.family import digests, sdxl
 from ambergrade.merge import batches, reading, writing
 from ambergrade.merge.engine import merge
 from ambergrade.merge.files import read_recipe, verify
@@ -212,7 +212,13 @@ def test_the_header_tells_where_it_came_from_and_of_no_machine(once: Path, plain
     assert all(entry.start % ITEM[entry.dtype] == 0 for entry in header.entries.values())
 
 
-def test_each_input_is_read_once(plain: dict[str, Path], tmp_path: Path) -> None:
+def test_each_input_is_read_once(plain: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the merge and for both of its digests."""
+
+    def read_again(path: Path) -> str:
+        raise AssertionError(f"{path} is read a second time for its weights' digest")
+
+    monkeypatch.setattr(digests, "weights_sha256", read_again)
     job = open_job(Formula.parse(CARD, plain), plain, coefficients={})
     report = merge(job, tmp_path / "out.safetensors")
     data = sum(path.stat().st_size - read_header_length(path) for path in plain.values())
