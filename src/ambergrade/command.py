@@ -8,6 +8,7 @@ ambergrade digest FILE …
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +22,17 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0 for done, 1 for a user's mistake or a check that failed, told in a few lines."""
+    for stream in (sys.stdout, sys.stderr):  # a file's name may be no text
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     given = _parser().parse_args(arguments)
     try:
         return int(given.run(given))
     except AmbergradeError as error:
         print(error, file=sys.stderr)
+        return 1
+    except OSError as error:  # no right to read, too long a name, a full disk
+        print(f"{str(error.filename or '')[:200]}: {error.strerror}", file=sys.stderr)
         return 1
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ambergrade import command
 from ambergrade.errors import BadInput, MissingObject
-from ambergrade.family import sdxl
+from ambergrade.family import digests, sdxl
 from ambergrade.family.convert import to_folder
-from ambergrade.family.digests import files_digest, listed_digests, model_digests, weights_sha256
+from ambergrade.family.digests import FileHasher, files_digest, listed_digests, model_digests, weights_sha256
 from ambergrade.family.files import weights_digest
 from ambergrade.store import BUILTIN, Digests
 
@@ -70,6 +70,28 @@ def test_the_weights_digest_is_torchs_whatever_the_order_and_the_metadata(
     assert (
         weights_sha256(tmp_path / "c.safetensors") == weights_digest(odd) != weights_sha256(tmp_path / "a.safetensors")
     )
+
+
+@pytest.mark.parametrize("piece", [1 << 22, 1000, 7])
+@pytest.mark.parametrize("seed", range(4))
+def test_one_reading_gives_both_digests(
+    odd: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, piece: int
+) -> None:
+    """Whatever the order of the tensors and the pieces; where too much would wait for its turn, the file's alone."""
+    file = tmp_path / "a.safetensors"
+    small = {name: value for name, value in odd.items() if name != "z.large" or piece > 100}
+    save_shuffled({**small, "empty too": torch.empty(3, 0)}, file, seed)
+    data = memoryview(file.read_bytes())
+    hasher = FileHasher(file)
+    for start in range(0, len(data), piece):
+        hasher.update(data[start : start + piece])
+    assert hasher.hexdigest() == hashlib.sha256(data).hexdigest()
+    assert hasher.weights == weights_digest({**small, "empty too": torch.empty(3, 0)})
+    monkeypatch.setattr(digests, "MOST_KEPT", 0)
+    hasher = FileHasher(file)
+    hasher.update(data)
+    assert hasher.hexdigest() == hashlib.sha256(data).hexdigest()
+    assert hasher.weights in (None, weights_digest({**small, "empty too": torch.empty(3, 0)}))
 
 
 def test_a_folders_weights_digest_is_that_of_its_single_file(tiny_config: Path, tmp_path: Path) -> None:

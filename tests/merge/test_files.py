@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from ambergrade import command
 from ambergrade.errors import AmbergradeError, BadInput, BadSetting, MissingObject, UnknownName
-from ambergrade.family import sdxl
+from ambergrade.family import digests, sdxl
 from ambergrade.merge import batches, reading, writing
 from ambergrade.merge.engine import merge
 from ambergrade.merge.files import read_recipe, verify
@@ -212,7 +212,13 @@ def test_the_header_tells_where_it_came_from_and_of_no_machine(once: Path, plain
     assert all(entry.start % ITEM[entry.dtype] == 0 for entry in header.entries.values())
 
 
-def test_each_input_is_read_once(plain: dict[str, Path], tmp_path: Path) -> None:
+def test_each_input_is_read_once(plain: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the merge and for both of its digests."""
+
+    def read_again(path: Path) -> str:
+        raise AssertionError(f"{path} is read a second time for its weights' digest")
+
+    monkeypatch.setattr(digests, "weights_sha256", read_again)
     job = open_job(Formula.parse(CARD, plain), plain, coefficients={})
     report = merge(job, tmp_path / "out.safetensors")
     data = sum(path.stat().st_size - read_header_length(path) for path in plain.values())
@@ -250,8 +256,10 @@ def test_what_is_wrong_with_a_recipe_is_told(tmp_path: Path, changed: dict, erro
     assert list(tmp_path.glob("*.safetensors")) == []
 
 
-def test_the_command_merges_verifies_and_tells_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path / "cache")
+def test_the_command_merges_verifies_and_tells_mistakes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     file = recipe(tmp_path)
     assert command.main(["merge", str(file), "--dry-run"]) == 0
     assert not (tmp_path / "out.safetensors").exists()
@@ -262,6 +270,100 @@ def test_the_command_merges_verifies_and_tells_mistakes(tmp_path: Path, capsys: 
     assert command.main(["merge", str(file), "a=lots"]) == 1
     assert command.main(["merge", str(tmp_path / "none.yaml")]) == 1
     assert "No recipe" in capsys.readouterr().err
+
+
+def test_outputs_replace_only_models_and_only_when_told_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A recipe is a stranger's text: its `out` may not reach for what is ours."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "recipes"
+    (folder / "folder.safetensors").mkdir(parents=True)
+    (folder / "precious.txt").write_text("precious")
+    (folder / "thesis.safetensors").write_text("precious")
+    (folder / "link.safetensors").symlink_to(folder / "precious.txt")
+    (folder / "mine.safetensors").write_bytes((BUILTIN / "beta7.safetensors").read_bytes())
+    os.mkfifo(folder / "pipe.safetensors")
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    mine = {"models": {"beta7": "mine.safetensors", **{a: f"builtin://{a}.safetensors" for a in ("anxl2", "anxl3")}}}
+    odd = ("precious.txt", "thesis.safetensors", "link.safetensors", "folder.safetensors", "pipe.safetensors")
+    for out in (*odd, "mine.safetensors", "recipe.yaml", "../x", "/dev/null", "x" * 300 + ".safetensors"):
+        file = recipe(folder, out=out, overwrite=True, **mine)
+        for line in ([str(file)], [str(file), "--out", str(folder / out)]):
+            assert command.main(["merge", *line]) == 1, out
+            told = capsys.readouterr().err
+            assert 0 < len(told.splitlines()) <= 6, out
+            assert "Traceback" not in told
+    for name, data in before.items():
+        assert (folder / name).read_bytes() == data
+    assert not (tmp_path / "x").exists()
+
+    file = recipe(folder)  # a model that was merged before
+    assert command.main(["merge", str(file)]) == 0
+    first = (folder / "out.safetensors").read_bytes()
+    assert command.main(["merge", str(file), "a=0.25"]) == 1
+    assert (folder / "out.safetensors").read_bytes() == first
+    assert command.main(["merge", str(file), "a=0.25", "--overwrite"]) == 0
+    assert (folder / "out.safetensors").read_bytes() != first
+    assert command.main(["merge", str(recipe(folder, overwrite=True))]) == 0
+    assert (folder / "out.safetensors").read_bytes() == first
+    with pytest.raises(BadSetting, match="overwrite is true or false"):
+        read_recipe(recipe(folder, overwrite="yes"))
+
+
+def test_mistakes_on_the_command_line_are_told_in_a_few_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file, long = str(recipe(tmp_path)), "x" * 300
+    for line in (["--threads", "-3"], ["--threads", "0"], ["--threads", "1.5"], ["--threads", "9" * 400]):
+        with pytest.raises(SystemExit):
+            command.main(["merge", file, *line])
+        assert "is no count" in capsys.readouterr().err
+    for line in (
+        ["merge", long],
+        ["merge", file, "--out", f"{long}/{long}.safetensors"],
+        ["merge", file, f"a={'9' * 400}"],
+        ["merge", file, "a=nan"],
+        ["merge", file, "a=0.1", "a=0.2"],
+        ["merge", file, "\ud800=0.1"],
+        ["verify", long, "--models", str(tmp_path)],
+        ["verify", str(BUILTIN / "beta7.safetensors"), "--models", long],
+        ["digest", long],
+    ):
+        assert command.main(line) == 1, line
+        told = capsys.readouterr().err
+        assert 0 < len(told.splitlines()) <= 6, line
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("where", ["name", "metadata", "value"])
+def test_half_a_character_in_a_header_is_refused(plain: dict[str, Path], tmp_path: Path, where: str) -> None:
+    """JSON can spell it and no file can hold it: `\\ud800` alone."""
+    half = "\ud800"
+    header: dict[str, Any] = {
+        half if where == "name" else "model.w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    }
+    header["__metadata__"] = {half: "x"} if where == "metadata" else {"x": half} if where == "value" else {}
+    text = json.dumps(header).encode()
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 4)
+    with pytest.raises(BadInput, match=r"bad\.safetensors"):
+        read_header(bad)
+    whole = json.dumps({"__metadata__": {"x": "\U0001f600"}}).encode()  # the escapes of a whole one are fine
+    bad.write_bytes(struct.pack("<Q", len(whole)) + whole)
+    assert read_header(bad).metadata == {"x": "\U0001f600"}
+
+
+def test_an_inputs_own_recipe_that_no_header_can_hold_counts_as_none(plain: dict[str, Path], tmp_path: Path) -> None:
+    for number, text in enumerate(("[" * 100_000, "NaN", '{"x": 1e999}', '"\\ud800"', "9" * 5000, "{")):
+        paths = dict(plain)
+        for key in ("sd_merge_recipe", "sd_merge_models"):
+            paths["beta7"] = tmp_path / f"{number}.safetensors"
+            save_file(load_file(plain["beta7"]), paths["beta7"], {key: text})
+            out = merged(paths, tmp_path / f"out-{number}-{key}.safetensors")
+            models = json.loads(read_header(out).metadata["sd_merge_models"])
+            assert {entry["sd_merge_recipe"] for entry in models.values()} == {None}
 
 
 def test_a_place_that_cannot_be_written_is_told_before_the_work(plain: dict[str, Path], tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from ambergrade.store import Digests
 
 CHUNK = 4 << 20
 """Bytes read at once."""
+MOST_KEPT = 64 << 20
+"""Bytes of tensors that wait for their turn."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,66 @@ def files_digest(path: Path, digests: Mapping[Path, str]) -> str:
     return identity.digest({os.path.relpath(file, path): sha256 for file, sha256 in digests.items()})
 
 
+class FileHasher:
+    """Hashes a single file's bytes and its weights while it is read once, from front to back.
+
+    Tensors that lie before their turn in name order are kept until then. Where that would take more than MOST_KEPT,
+    there is no digest of the weights.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._entries = entries(file)
+        self._names = sorted(self._entries, reverse=True)
+        """What is not hashed yet, the next one last."""
+        self._coming = sorted(self._entries.items(), key=lambda item: (-item[1].start, -item[1].size, item[0]))
+        """What is not read to its end, the next one last."""
+        self._kept: dict[str, bytearray] = {}
+        self._file, self._weights = hashlib.sha256(), hashlib.sha256()
+        self._place = self._bytes_kept = 0
+
+    def update(self, data: memoryview) -> None:
+        """Take the file's next bytes."""
+        self._file.update(data)
+        start, self._place = self._place, self._place + len(data)
+        while self._coming and self._bytes_kept <= MOST_KEPT:
+            name, entry = self._coming[-1]
+            if entry.start > self._place or (entry.start == self._place and entry.size):
+                return
+            end = entry.start + entry.size
+            part = data[max(entry.start - start, 0) : end - start]
+            if name == self._names[-1]:
+                if entry.start >= start:
+                    self._weights.update(_described(name, entry.dtype, entry.shape))
+                self._weights.update(part)
+            else:
+                self._kept.setdefault(name, bytearray()).extend(part)
+                self._bytes_kept += len(part)
+            if end > self._place:
+                return
+            self._coming.pop()
+            if name == self._names[-1]:
+                self._names.pop()
+                self._hash_kept()
+
+    def _hash_kept(self) -> None:
+        """Hash the tensors whose turn has come and that were read before."""
+        while self._names and self._names[-1] in self._kept:
+            name = self._names.pop()
+            self._weights.update(_described(name, self._entries[name].dtype, self._entries[name].shape))
+            value = self._kept.pop(name)
+            self._weights.update(value)
+            self._bytes_kept -= len(value)
+
+    def hexdigest(self) -> str:
+        """sha256 of the file's bytes."""
+        return self._file.hexdigest()
+
+    @property
+    def weights(self) -> str | None:
+        """The digest of the weights, once all is read; None where too much would have been kept."""
+        return None if self._names else self._weights.hexdigest()
+
+
 def weights_sha256(path: Path) -> str:
     """The weights' digest of a single file or a diffusers folder, read in pieces of a few megabytes."""
     parts = entries(path, [part for family in families() for part in family.components])
@@ -92,10 +154,15 @@ def weights_sha256(path: Path) -> str:
     for name in sorted(sources):
         source = sources[name]
         shape = source.shape({key: parts[key].shape for key in source.keys})
-        hasher.update(f"{name}\0{parts[source.keys[0]].dtype}\0{list(shape)}\0".encode())
+        hasher.update(_described(name, parts[source.keys[0]].dtype, shape))
         for piece in _pieces([parts[key] for key in source.keys], source):
             hasher.update(piece)
     return hasher.hexdigest()
+
+
+def _described(name: str, dtype: str, shape: Sequence[int]) -> bytes:
+    """What stands before a tensor's bytes, as `family.files.weights_digest` has it."""
+    return f"{name}\0{dtype}\0{list(shape)}\0".encode()
 
 
 def _pieces(parts: Sequence[Entry], source: Source) -> Iterator[bytes | memoryview]:

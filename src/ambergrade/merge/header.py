@@ -95,6 +95,8 @@ def _parsed(text: bytes) -> dict[str, Any]:
         raise _Wrong("its header does not begin with a brace")
     try:
         value = json.loads(text.decode(), object_pairs_hook=unique, parse_float=_refuse, parse_constant=_refuse)
+        if rb"\ud" in text.lower():  # an escape may be half of a character, which no file can hold again
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise _Wrong(f"its header is no JSON ({str(error)[:80]})") from None
     if not isinstance(value, dict):

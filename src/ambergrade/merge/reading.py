@@ -7,7 +7,6 @@ spares copies and the search for free pages, and leaves the cache to others.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ambergrade.family.digests import files_digest
+from ambergrade.family.digests import FileHasher, files_digest
 from ambergrade.merge.batches import PAGE, Batch, Slot, up
 from ambergrade.merge.header import read_exactly
 from ambergrade.merge.inputs import Digests, Range
@@ -65,6 +64,8 @@ class Readers:
         found = {key: future.result() for key, future in waiting.items()}
         for key, reader in self.files.items():
             self.digests.tell(reader.stat, reader.file, found[key])
+            if reader.known is None and reader.hasher.weights is not None:
+                self.digests.tell_derived("weights", found[key], reader.hasher.weights)
         made: dict[str, str] = {}
         for alias, owner in self.job.owner.items():
             opened = self.job.inputs[owner]
@@ -116,7 +117,7 @@ class _FileReader:
         self.pool = ThreadPoolExecutor(1)
         self.in_order = True
         self.bytes_read = self.hashed = 0
-        self.hasher = hashlib.sha256()
+        self.hasher = FileHasher(file)
         self.last = -1, b""
         """The page in which the last stretch ended: its offset in the file, and its bytes."""
 
