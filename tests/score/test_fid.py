@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from scipy import linalg
+from scipy import linalg, stats
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
@@ -81,7 +82,6 @@ def test_value_of_a_sheet_is_the_formula() -> None:
     features, reference = rng.normal(0.5, 1, size=(60, 8)).astype(np.float32), rng.normal(size=(200, 8))
     found = Fid.aggregates(feature_sheet(features, reference, 30), seed=0)["fid"]
     assert found.value == pytest.approx(reference_fid(features.astype(np.float64), reference), rel=1e-6)
-    assert found.low < found.value < found.high
     assert found.n == 60
     assert not found.higher_is_better
 
@@ -89,20 +89,22 @@ def test_value_of_a_sheet_is_the_formula() -> None:
 def test_error_is_the_jackknife_over_prompts_done_by_hand() -> None:
     rng = np.random.default_rng(4)
     features, reference = rng.normal(0.5, 1, size=(60, 4)).astype(np.float32), rng.normal(size=(100, 4))
-    found = Fid.aggregates(feature_sheet(features, reference, 20), seed=0)["fid"]
+    found = Fid.aggregates(feature_sheet(features, reference, 20), seed=0)["fid_corrected"]
     whole = features.astype(np.float64)
     left_out = np.array([reference_fid(whole[np.arange(60) % 20 != g], reference) for g in range(20)])
     error = np.sqrt(19 / 20 * ((left_out - left_out.mean()) ** 2).sum())
-    assert found.high - found.value == pytest.approx(1.959964 * error, rel=1e-4)
+    assert found.high - found.value == pytest.approx(stats.t.isf(0.025, 19) * error, rel=1e-4)
+    assert found.value == pytest.approx(20 * reference_fid(whole, reference) - 19 * left_out.mean(), rel=1e-4)
 
 
 def test_error_is_about_the_spread_over_repetitions() -> None:
     rng = np.random.default_rng(5)
     reference = rng.normal(size=(500, 4))
     found = [
-        Fid.aggregates(feature_sheet(rng.normal(0.5, 1, size=(80, 4)), reference, 40), seed=0)["fid"] for _ in range(60)
+        Fid.aggregates(feature_sheet(rng.normal(0.5, 1, size=(80, 4)), reference, 40), seed=0)["fid_corrected"]
+        for _ in range(60)
     ]
-    errors = [(m.high - m.value) / 1.959964 for m in found]
+    errors = [(m.high - m.value) / stats.t.isf(0.025, 39) for m in found]
     assert np.mean(errors) == pytest.approx(np.std([m.value for m in found], ddof=1), rel=0.3)
 
 
@@ -111,12 +113,43 @@ def test_paired_difference_is_sharper_than_two_intervals_and_zero_for_a_twin() -
     reference, one = rng.normal(size=(300, 6)), rng.normal(0.3, 1, size=(80, 6))
     other = one + 0.1 + rng.normal(0, 0.02, size=one.shape)
     sheet, baseline = feature_sheet(other, reference, 40), feature_sheet(one, reference, 40)
-    alone = Fid.aggregates(baseline, seed=0)["fid"]
+    alone = Fid.aggregates(baseline, seed=0)["fid_corrected"]
     found = Fid.differences(sheet, baseline, seed=0)["fid"]
     assert found.high - found.low < 0.5 * (alone.high - alone.low)
     assert found.verdict == "worse"
     twin = Fid.differences(baseline, baseline, seed=0)["fid"]
     assert (twin.value, twin.low, twin.high, twin.p, twin.verdict) == (0, 0, 0, 1, "undecided")
+
+
+def test_the_corrected_value_s_interval_holds_the_true_distance_and_the_biased_value_has_none() -> None:
+    """32 features of a falling spectrum. At n = 40 an interval around the biased value never held it."""
+    rng, d = np.random.default_rng(11), 32
+    spread = 1 / np.sqrt(np.arange(1, d + 1))
+    real = Reference(np.zeros(d), np.diag(spread**2))
+    shift = 0.3 * spread
+    truth = float(frechet_distance(shift, 1.1 * np.diag(spread**2), real.mean, real.covariance))
+    for n, runs in ((128, 120), (256, 120)):
+        held = 0
+        for _ in range(runs):
+            sheet = feature_sheet(rng.normal(shift, np.sqrt(1.1) * spread, (n, d)), np.zeros((2, 1)), n)
+            constants = {"fid": {"features": "features.x", "reference": real.digest, "few": False}}
+            found = Fid.aggregates(replace(sheet, constants=constants, references={real.digest: real}), seed=0)
+            held += found["fid_corrected"].low <= truth <= found["fid_corrected"].high
+            assert list(found) == ["fid_corrected", "fid"]
+            assert np.isnan([found["fid"].low, found["fid"].high]).all()
+            assert found["fid"].value > found["fid_corrected"].value
+        assert held / runs >= 0.89, (n, held)  # 95 % meant, 3 standard errors 6 %
+
+
+def test_below_four_pictures_a_feature_no_interval_is_given_and_why_is_said() -> None:
+    rng = np.random.default_rng(12)
+    reference = rng.normal(size=(100, 8))
+    for n, given in ((31, False), (32, True)):
+        sheet = feature_sheet(rng.normal(size=(n, 8)), reference, n)
+        assert np.isnan(Fid.aggregates(sheet, seed=0)["fid_corrected"].low) != given
+        assert any("no interval, one of fewer than 4·d = 32" in line for line in Fid.remarks(sheet)) != given
+    few_real = feature_sheet(rng.normal(size=(100, 8)), reference[:20], 100)
+    assert np.isnan(Fid.aggregates(few_real, seed=0)["fid_corrected"].low)
 
 
 def test_fewer_pictures_than_features_are_refused_unless_asked_for() -> None:
@@ -130,8 +163,7 @@ def test_fewer_pictures_than_features_are_refused_unless_asked_for() -> None:
     )
     assert "lacks rank" in Fid.remarks(asked)[0]
     assert Fid.differences(refused, refused, seed=0)["fid"].verdict == "undecided"
-    enough = feature_sheet(rng.normal(size=(9, 8)), reference, 9)
-    assert Fid.remarks(enough) == []
+    assert Fid.remarks(feature_sheet(rng.normal(size=(32, 8)), reference, 9)) == []
     two_prompts = feature_sheet(rng.normal(size=(20, 2)), reference[:, :2], 2)
     assert np.isnan(Fid.aggregates(two_prompts, seed=0)["fid"].value)
     assert "at least 3 prompts" in Fid.remarks(two_prompts)[0]

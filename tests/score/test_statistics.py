@@ -125,9 +125,11 @@ def test_jackknife_error_of_a_mean_is_the_standard_error() -> None:
     assert ours.jackknife_error(leave_out) == pytest.approx(stats.sem(values))
 
 
-def test_normal_p_is_scipys() -> None:
-    assert ours.normal_p(1.3, 0.7) == pytest.approx(2 * stats.norm.sf(1.3 / 0.7))
-    assert ours.normal_p(0.0, 0.0) == 1.0
+def test_a_jackknifed_value_s_interval_and_p_are_student_s() -> None:
+    low, high, p = ours.t_interval(1.3, 0.7, 12)
+    assert (low, high) == pytest.approx(stats.t.interval(0.95, 11, loc=1.3, scale=0.7))
+    assert p == pytest.approx(2 * stats.t.sf(1.3 / 0.7, 11))
+    assert ours.t_interval(0.0, 0.0, 12) == (0.0, 0.0, 1.0)
 
 
 def test_paired_differences_cover_the_truth_and_never_contradict_their_p() -> None:

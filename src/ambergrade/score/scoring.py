@@ -175,11 +175,17 @@ def _rows(
     found: dict[str, npt.NDArray[Any]] = {}
     for metric in metrics:
         try:
-            found |= metric.rows(pictures, prompts)
+            mine = metric.rows(pictures, prompts)
         except Exception as error:
             keys = [(picture.prompt_id, picture.seed) for picture in pictures]
             error.add_note(f"Raised by the metric {metric.name} on the pictures {keys[:4]} … of {len(keys)}.")
             raise
+        for name, values in mine.items():
+            if np.isinf(values).any():
+                row = int(np.argwhere(np.isinf(values))[0][0])
+                key = f"prompt '{pictures[row].prompt_id}', seed {pictures[row].seed}"
+                raise BadInput(f"The metric {metric.name} gives infinity as {name} of {key}: look at its weights.")
+        found |= mine
     return found
 
 

@@ -66,7 +66,7 @@ class WinnerSet:
     behind: tuple[float, ...]
     """How far each point's mean lies behind the best one's (≥ 0 is worse), in the score's unit; NaN if not compared."""
     low: tuple[float, ...]
-    """Simultaneous lower limits of `behind` (95 %), NaN where the prompts are too few; a point is out where it is > 0."""
+    """Simultaneous lower limits of `behind` (95 %), NaN where prompts are too few; a point is out where it is > 0."""
     high: tuple[float, ...]
     n: int
     """Prompts behind it."""
@@ -290,11 +290,12 @@ def false_discovery_q(p: Floats) -> Floats:
     return q
 
 
-def normal_p(value: float, error: float) -> float:
-    """Two-sided p of zero for a value with a normal standard error."""
+def t_interval(value: float, error: float, groups: int) -> tuple[float, float, float]:
+    """95 % limits and the two-sided p of zero for a value with a standard error from `groups` groups (Student's t)."""
     if error == 0:
-        return 1.0 if value == 0 else 0.0
-    return math.erfc(abs(value) / error / math.sqrt(2))
+        return value, value, 1.0 if value == 0 else 0.0
+    half = -float(special.stdtrit(groups - 1, 0.025)) * error
+    return value - half, value + half, 2 * float(special.stdtr(groups - 1, -abs(value) / error))
 
 
 def _apart(one: Floats, other: Floats) -> Floats:

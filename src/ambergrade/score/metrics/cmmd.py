@@ -19,6 +19,7 @@ class Cmmd(SetDistance):
 
     name = "cmmd"
     values: ClassVar[Mapping[str, bool]] = {"cmmd": False, "cmmd_unbiased": False}
+    biased = ("cmmd",)
 
     @classmethod
     def statistics(cls, x: Floats, group: npt.NDArray[np.int64], reference: Reference) -> Mapping[str, Grouped]:

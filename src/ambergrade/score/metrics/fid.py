@@ -17,12 +17,13 @@ class Fid(SetDistance):
     """`fid` (Heusel et al. 2017, eq. 6) in float64, in squared feature units, and `fid_corrected` less its 1/n bias.
 
     It is called FID only with pytorch-fid's Inception; with other extractors the same formula is a Fréchet distance.
+    The corrected value is the headline, and the one with an interval, from 4 pictures a feature.
     FID's bias differs from model to model (Chong & Forsyth 2020), so equal n does not cancel it.
     """
 
     name = "fid"
     values: ClassVar[Mapping[str, bool]] = {"fid": False}
-    corrected = ("fid",)
+    corrected = biased = ("fid",)
     needs_rank = True
     needs_features = False
 

@@ -18,7 +18,7 @@ class Mind(SetDistance):
 
     name = "mind"
     values: ClassVar[Mapping[str, bool]] = {"mind": False}
-    corrected = ("mind",)
+    corrected = biased = ("mind",)
 
     @classmethod
     def statistics(cls, x: Floats, group: npt.NDArray[np.int64], reference: Reference) -> Mapping[str, Grouped]:
