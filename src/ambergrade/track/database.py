@@ -215,7 +215,9 @@ def _migrate(file: Path) -> None:
         reason = (done.stderr.strip().splitlines() or ["it says no more"])[-1]
         if "Can't locate revision" in reason:  # nothing was begun
             kept.unlink()
-            raise BadInput(f"{file} was made by a newer MLflow than this, {_VERSION}.\nInstall that, or choose a new root.")
+            raise BadInput(
+                f"{file} was made by a newer MLflow than this, {_VERSION}.\nInstall that, or choose a new root."
+            )
         raise BadInput(f"{file} cannot be brought up to date: {reason}\nMove it away and run: ambergrade reindex")
     with closing(sqlite3.connect(file)) as database:
         database.execute(f"PRAGMA user_version={THIS_MLFLOW}")
