@@ -89,3 +89,31 @@ def test_what_people_wrote_on_a_version_is_kept_for_a_rebuild(journal: Journal, 
     last = lines.read(lines.folder(journal.root) / "registry.jsonl")[-1]
     assert (last["model"], last["digest"], last["tags"]) == (name, SHA[1], {"veto": "hands"})
     assert last["gates"] == {"floor": [False, "0.1"]}
+
+
+def test_the_same_weights_entered_another_way_are_another_version_that_gates_judge(journal: Journal) -> None:
+    client = MlflowClient(journal.uri)
+    file = journal.root / "same.safetensors"
+    file.write_bytes(b"same")
+
+    def enter(key: str, **about: object) -> None:
+        with journal.run(key, key=f"twice {key}", kind="release") as run:
+            given = {"aliases": ["candidate"], "note": "1.0", "params": {"a": 0.8}, **about}
+            run.model(str(given.pop("name", "m")), file, SHA[1], registered_as="twice", **given)
+
+    for key in ("one", "again"):
+        enter(key)
+    assert [one.version for one in client.search_model_versions("name = 'twice'")] == [1]
+    assert journal.gated("twice", SHA[1], PASS) == "version 1 is the champion now"
+    ways = {"note": "1.1"}, {"name": "other"}, {"aliases": ["rel-2"]}, {"params": {"a": 0.7}}, {"tags": {"recipe": "x"}}
+    for number, way in enumerate(ways, start=2):
+        enter(f"way {number}", **way)
+        assert len(client.search_model_versions("name = 'twice'")) == number
+    assert not journal.troubles
+    assert client.get_model_version("twice", "2").description == "1.1"
+    assert client.get_model_version("twice", "1").description == "1.0"
+    assert journal.version("twice", SHA[1]).number == 6
+    assert journal.rival("twice", SHA[1]) is None  # never measured against its own weights
+    assert journal.gated("twice", SHA[1], PASS) == "version 6 is the champion now, before it was version 1"
+    assert journal.champion("twice").path.read_bytes() == b"same"
+    assert journal.rival("twice", SHA[1]) is None

@@ -244,6 +244,85 @@ def test_a_rebuild_that_is_killed_goes_on_and_a_finished_run_is_taken_up_as_befo
             assert run.done
 
 
+def everything(root: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Every file of a root, with its inode, time of change and bytes."""
+    found = {path: path.stat() for path in root.rglob("*") if path.is_file()}
+    return {str(path): (stat.st_ino, stat.st_mtime_ns, path.read_bytes()) for path, stat in found.items()}
+
+
+def as_earlier_versions_wrote(root: Path, named: Path) -> None:
+    """Whole paths in the lines, those of `named`."""
+    for file in lines.folder(root).glob("*.jsonl"):
+        events = lines.read(file)
+        for event in events:
+            if "run" in event:
+                event["run"]["artifacts"] = (named / event["run"]["artifacts"]).as_uri()
+            for model in event.get("models", ()):
+                model["path"] = str(named / model["path"])
+        file.write_text("".join(json.dumps(event, ensure_ascii=False) + "\n" for event in events))
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_copied_root_is_rebuilt_from_its_own_files_and_the_original_stays_as_it_was(
+    root: Path, tmp_path: Path, earlier: bool
+) -> None:
+    before = seen(root)
+    copy = tmp_path / "copy"
+    shutil.copytree(root, copy, ignore=shutil.ignore_patterns("*.db*"))
+    if earlier:
+        as_earlier_versions_wrote(copy, root)
+    for picture in (copy / "mlruns" / "artifacts").rglob("overrides.yaml"):
+        picture.write_text("- of=the copy\n")
+    untouched = everything(root)
+    done = rebuild(copy)
+    assert (done.runs, done.models, done.missing) == (11, 4, [])
+    assert everything(root) == untouched
+    after = seen(copy)
+    for versions in (before["versions"], after["versions"]):
+        for _, _, tags, _ in versions:  # type: ignore[attr-defined]
+            tags[:] = [(key, value) for key, value in tags if key != "uri"]
+    differences = differing(before, after)
+    assert [line.partition(":")[0] for line in sorted(differences)] == [
+        f"/runs/{name}/files/overrides.yaml" for name in ("delta", "gamma")
+    ]
+    for model in client(copy).search_logged_models([client(copy).get_experiment_by_name("gamma").experiment_id]):
+        assert str(root) not in str(model.to_dictionary())
+
+
+def test_a_root_that_was_copied_with_its_database_is_refused_before_it_writes_to_the_original(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Journal.open(tmp_path / "one", "gamma").run("a", key="a", kind="chain") as run:
+        run.text("x", "x.txt")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    untouched = everything(tmp_path / "one")
+    journal = Journal.open(tmp_path / "two", "gamma")
+    with journal.run("b", key="b", kind="chain") as run:
+        run.text("y", "y.txt")
+    assert journal.client is None
+    assert "was copied or moved" in caplog.text
+    assert "reindex" in caplog.text
+    assert everything(tmp_path / "one") == untouched
+    lose_database(tmp_path / "two")
+    assert rebuild(tmp_path / "two").runs == 1
+
+
+@pytest.mark.parametrize(
+    "artifacts", ["../one/mlruns/artifacts/gamma/ID/artifacts", "file:///etc/mlruns/x/../artifacts"]
+)
+def test_lines_that_lead_out_of_the_root_are_not_followed(tmp_path: Path, artifacts: str) -> None:
+    with Journal.open(tmp_path / "one", "gamma").run("a", key="a", kind="chain") as run:
+        run.text("x", "x.txt")
+    shutil.copytree(tmp_path / "one", tmp_path / "two", ignore=shutil.ignore_patterns("*.db*", "artifacts"))
+    file = lines.folder(tmp_path / "two") / f"{run.id}.jsonl"
+    events = lines.read(file)
+    events[0]["run"]["artifacts"] = artifacts.replace("ID", run.id)
+    file.write_text("".join(json.dumps(event) + "\n" for event in events))
+    done = rebuild(tmp_path / "two")
+    assert done.runs == 1
+    assert [line.partition(":")[0] for line in done.missing] == ["1 files of a"]
+
+
 def test_while_a_run_is_open_nothing_is_rebuilt(tmp_path: Path) -> None:
     journal = Journal.open(tmp_path, "gamma")
     with journal.run("chain", key="c", kind="chain"), pytest.raises(BadSetting, match="is open in process"):

@@ -114,32 +114,25 @@ def test_nothing_that_mlflow_keeps_holds_a_secret(tmp_path: Path, monkeypatch: p
     }
     journal = Journal.open(tmp_path, "gamma", "at http://u:swordfish@h", Secrets.of(settings, ["from_env"]))
     (tmp_path / "m.safetensors").write_bytes(b"w")
-    with (
-        pytest.raises(ValueError, match="swordfish"),
-        journal.run(
-            "about hf_swordfish",
-            key="k",
-            kind="chain",
-            params={"hub.token": "hf_swordfish", "a": 0.8},
-            tags={"my_key": "swordfish"},
-        ) as run,
-    ):
-        run.provenance(settings, ["hub.token=hf_swordfish", "db=mysql://kay:swordfish@h/x", "a=0.8"])
-        run.tags({"password": "swordfish", "url": "ftp://a:swordfish@b"})
-        run.params({"from_env": "swordfish-env", "words": "x swordfish-env y" * 1000})
-        run.note("sent to https://kay:swordfish@h")
-        run.model(
-            "m",
-            tmp_path / "m.safetensors",
-            "1" * 64,
-            registered_as="m",
-            note="hf_swordfish",
-            tags={"token": "swordfish"},
-        )
-        raise ValueError("cannot open mysql://kay:swordfish@h/x with hf_swordfish")
+    named = {"params": {"hub.token": "hf_swordfish", "a": 0.8}, "tags": {"my_key": "swordfish"}}
+
+    def work() -> None:
+        with journal.run("about hf_swordfish", key="k", kind="chain", **named) as run:
+            ids.append(run.id)
+            run.provenance(settings, ["hub.token=hf_swordfish", "db=mysql://kay:swordfish@h/x", "a=0.8"])
+            run.tags({"password": "swordfish", "url": "ftp://a:swordfish@b"})
+            run.params({"from_env": "swordfish-env", "words": "x swordfish-env y" * 1000})
+            run.note("sent to https://kay:swordfish@h")
+            about = {"registered_as": "m", "note": "hf_swordfish", "tags": {"token": "swordfish"}}
+            run.model("m", tmp_path / "m.safetensors", "1" * 64, **about)
+            raise ValueError("cannot open mysql://kay:swordfish@h/x with hf_swordfish")
+
+    ids: list[str] = []
+    with pytest.raises(ValueError, match="swordfish"):
+        work()
     assert not journal.troubles
     assert journal.client is not None
-    found = journal.client.get_run(run.id)
+    found = journal.client.get_run(ids[0])
     assert found.data.params["a"] == "0.8"
     assert found.data.params["hub.token"] == "***"
     assert found.data.tags["ag.reason"] == "ValueError: cannot open mysql://kay:***@h/x with ***"

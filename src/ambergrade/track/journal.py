@@ -222,8 +222,8 @@ class Journal:
         known = isinstance(error, BadInput)
         trouble = str(error) if known else f"MLflow failed at {what}: {first_line(error)}\nMend {self.uri}."
         self.tell(
-            f"{trouble}\nNOTHING MORE IS JOURNALED. The work goes on and its results are kept. Then run the same command "
-            "again: it journals what is missing.",
+            f"{trouble}\nNOTHING MORE IS JOURNALED. The work goes on and its results are kept. Then run the same "
+            "command again: it journals what is missing.",
             "MLflow failed on the way, as was told above",
         )
 

@@ -1,4 +1,4 @@
-"""What made a run: code with uncommitted changes, locked packages, hardware. Tags for every run, files for parents."""
+"""Finds what made a run: code with uncommitted changes, locked packages, hardware; tags of runs, files of parents."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def hardware() -> dict[str, Any]:
 
 
 def cuda() -> dict[str, str]:
-    """Return CUDA's version where torch has one; importing torch takes seconds, and a process that computes has it already."""
+    """Return CUDA's version where torch is imported, as in a process that computes: the import takes seconds."""
     found = getattr(getattr(sys.modules.get("torch"), "version", None), "cuda", None)
     return {"cuda": str(found)} if found else {}
 
@@ -115,7 +115,7 @@ def _cpu() -> str:
 
 
 def _cards(proc: Path = Path("/proc/driver/nvidia")) -> tuple[list[str], str]:
-    """Return the cards' names and the driver's version, from the driver's own files; by nvidia-smi where they are hidden."""
+    """Return the cards' names and the driver's version, from its own files, or by nvidia-smi where they are hidden."""
     told = [file.read_text() for file in sorted(proc.glob("gpus/*/information"))]
     cards = [found[1] for text in told if (found := re.search(r"^Model:\s*(.+)$", text, re.MULTILINE))]
     if cards:

@@ -1,4 +1,4 @@
-"""The registered model's versions and who is its champion: an alias that only passed gates move."""
+"""Reads the registered model's versions and decides which is its champion: an alias that only passed gates move."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def by_people(tags: Mapping[str, str]) -> dict[str, str]:
 
 
 def checkpoint(found: entities.model_registry.ModelVersion) -> Path | None:
-    """Return the file behind a version: among the model's own files, or where it was entered, if a server keeps those."""
+    """Return the file behind a version: among the model's own files, or, if a server keeps those, where it was."""
     folder = local_path(found.source)
     files = [] if folder is None else sorted(folder.glob("*.safetensors"))
     if files:  # names of the same weights

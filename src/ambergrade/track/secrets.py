@@ -25,7 +25,8 @@ WORDS = {"token", "tokens", "key", "keys", "pwd"}
 """Mark a secret as a whole word of a name, as in `api_key`; `monkey` and `tokenizer` are none."""
 NUMBER = re.compile(r"[-+.\d]{1,8}(e[-+]?\d+)?", re.IGNORECASE)
 URI_PASSWORD = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^/\s:@]*):[^/\s]+@", re.IGNORECASE)
-_NAME = r"[\w./-]*(?:passw|secret|credential|(?:api|access|private|auth)[-_]?(?:key|token)|(?<![a-z])token(?![a-z]))[\w./-]*"
+_WORD = r"passw|secret|credential|(?:api|access|private|auth)[-_]?(?:key|token)|(?<![a-z])token(?![a-z])"
+_NAME = rf"[\w./-]*(?:{_WORD})[\w./-]*"
 ASSIGNED = re.compile(rf"({_NAME}\s*=\s*)(\"[^\"]*\"|'[^']*'|[^\s,;&'\"\]}})]+)", re.IGNORECASE)
 """`api_key=abc` within other text; `key=` alone is none there, as in the UI's links."""
 ENTRY = re.compile(rf"({_NAME}\s*:\s*)(\"[^\"]*\"|'[^']*'|[^\s,;&'\"\]}})]+)", re.IGNORECASE)
