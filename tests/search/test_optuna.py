@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from ambergrade import config
 from ambergrade.errors import BadSetting, UnknownName
+from ambergrade.places import CONF
 from ambergrade.search.load import search
 
 SAMPLERS = ["tpe", "cmaes", "gp", "nsga2", "qmc"]
@@ -35,7 +35,7 @@ def run(one, slots: int = 1, stop: int = 10**6) -> list[dict]:
 
 def test_every_sampler_has_a_yaml_that_makes_it():
     for sampler in SAMPLERS:
-        text = (config.CONF / "search" / f"{sampler}.yaml").read_text()
+        text = (CONF / "search" / f"{sampler}.yaml").read_text()
         assert f"name: optuna\nsampler: {sampler}\n" in text
 
 

@@ -178,7 +178,7 @@ def test_points_that_do_not_compose_are_told_once_and_before_the_first(tmp_path)
 
 def test_a_screening_without_a_race_is_refused():
     with pytest.raises(BadSetting, match="before a race"):
-        AmbergradeSweeper({"name": "grid"}, screen=["steps=2"])
+        AmbergradeSweeper(search={"name": "grid"}, screen=["steps=2"])
 
 
 def test_a_keyed_sweep_sweeps_over_nothing_too(tmp_path):

@@ -182,7 +182,7 @@ class PointWork:
 
 def evaluate(work: PointWork) -> dict[str, object]:
     """Score a point in a worker of ours and journal it; what was loaded is kept for the next."""
-    journal = _attached(work.above.journal)
+    journal = _process().attached(work.above.journal)
     above = journal.attached(work.above.id, work.above.name, work.above.key)
     return _score(work.settings, work.job, journal, above)
 
@@ -206,19 +206,26 @@ def score_alone(settings: SweepSettings) -> dict[str, object]:
 
 def _score(settings: SweepSettings, job: Job, journal: Journal, above: Run) -> dict[str, object]:
     use_threads(settings.compute)
-    return _scorer().score(Context(settings.root, journal, above, settings.compute), settings, job)
+    return _process().scorer.score(Context(settings.root, journal, above, settings.compute), settings, job)
+
+
+class _Process:
+    """What a process that scores points keeps from one to the next."""
+
+    def __init__(self) -> None:
+        self.scorer = PointScorer()
+        self._ref: JournalRef | None = None
+        self._journal: Journal | None = None
+
+    def attached(self, ref: JournalRef) -> Journal:
+        if self._journal is None or ref != self._ref:
+            self._ref, self._journal = ref, Journal.attach(ref)
+        return self._journal
 
 
 @lru_cache(maxsize=1)
-def _scorer() -> PointScorer:
-    """Of this process."""
-    return PointScorer()
-
-
-@lru_cache(maxsize=1)
-def _attached(ref: JournalRef) -> Journal:
-    """Of this process."""
-    return Journal.attach(ref)
+def _process() -> _Process:
+    return _Process()
 
 
 @lru_cache(maxsize=1)

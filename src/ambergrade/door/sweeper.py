@@ -30,8 +30,10 @@ from ambergrade.identity import digest
 from ambergrade.search.driver import Evaluator, Job
 from ambergrade.search.folder import SweepFolder
 from ambergrade.search.load import Search, search
-from ambergrade.search.points import Point
 from ambergrade.track import process
+
+VALUES = ("values", "start")
+"""Keys of a search's yaml that name points."""
 
 
 @dataclass
@@ -57,27 +59,43 @@ class SweeperConf:
 class Request:
     """What a command line asks for: a search over axes, each point a configuration."""
 
+    asked: SweeperConf
     config: DictConfig
     """The configuration without Hydra's own part, and without the swept values."""
     axes: Axes
-    settings: dict[str, Any]
-    """Of the search, without its values."""
-    rungs: tuple[int, ...]
-    screen: tuple[str, ...]
     base: Path
     """Below which each sweep has its folder."""
-    slots: int | None
     whole: Callable[[list[str]], DictConfig]
     """Composes overrides."""
     launcher: Launcher | None
-    """None for Hydra's basic one: the task decides where points are evaluated."""
-    start: Point | None
+    """None for Hydra's basic one in a keyed sweep: the task decides where points are evaluated."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of the search, without its values."""
+        return {"objective": "", **{key: self.asked.search[key] for key in self.asked.search if key not in VALUES}}
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        return tuple(self.asked.rungs or ())
+
+    @property
+    def screen(self) -> tuple[str, ...]:
+        return tuple(self.asked.screen or ())
+
+    @property
+    def slots(self) -> int | None:
+        """Jobs that a launcher gets at once; None: all there are."""
+        return self.asked.max_batch_size or (1 if self.settings["name"] != "grid" and not self.rungs else None)
 
     def search(self) -> Search:
         """The search, as one that nobody has asked yet."""
         if not self.axes.specs:
             return search("single", objective=self.settings["objective"])
-        return search(**self.settings, values=self.axes.specs, start=self.start)
+        space = f"{self.asked.space}." if self.asked.space else ""
+        start = {f"{space}{name}": value for name, value in (self.asked.search.get("start") or {}).items()}
+        known = start if start and set(start) == set(self.axes.specs) else None
+        return search(**self.settings, values=self.axes.specs, start=known)
 
     def compose(self, job: Job) -> DictConfig:
         """The configuration of a job."""
@@ -92,9 +110,8 @@ class Request:
         `made_of`: what decides the result of a configuration, digests of files included. It is asked for one point and
         for all that differ from it in one listed value, since that may name a file or an option that was edited.
         """
-        corners = [self.axes.overrides(point) for point in self.axes.corners()]
         what = {
-            "made_of": [made_of(without_hydra(self.whole(lines))) for lines in corners],
+            "made_of": [made_of(self.compose(Job("", point))) for point in self.axes.corners()],
             "axes": self.axes.specs,
             "search": {key: value for key, value in self.settings.items() if key != "trials"},
             "rungs": self.rungs,
@@ -107,9 +124,7 @@ class Request:
 
     def launched(self, folder: SweepFolder) -> Evaluator | None:
         """The evaluator of a launcher that was chosen."""
-        if self.launcher is None:
-            return None
-        return Launched(self.launcher, folder, self.overrides, self.slots)
+        return self.launcher and Launched(self.launcher, folder, self.overrides, self.slots)
 
 
 @runtime_checkable
@@ -126,26 +141,16 @@ class SweepTask(Protocol):
 class SweeperBody(Sweeper):
     """Everything of the plugin but its place."""
 
-    def __init__(
-        self,
-        search: dict[str, Any],
-        space: str = "",
-        rungs: Sequence[int] | None = None,
-        screen: Sequence[str] | None = None,
-        max_batch_size: int | None = None,
-        keyed: bool = False,
-        params: dict[str, str] | None = None,
-    ) -> None:
+    def __init__(self, **given: Any) -> None:
         super().__init__()
-        self.settings, self.space, self.keyed, self.params = dict(search), space, keyed, params or {}
-        self.rungs, self.screen, self.max_batch_size = tuple(rungs or ()), tuple(screen or ()), max_batch_size
+        self.asked = SweeperConf(**given)
         self.config: DictConfig | None = None
         self.launcher: Launcher | None = None
-        if self.rungs and self.settings.get("sampler") not in (None, "qmc"):
+        if self.asked.rungs and self.asked.search.get("sampler") not in (None, "qmc"):
             raise BadSetting(
                 "A race compares points that are known beforehand.\nUse search=grid or search=qmc with it."
             )
-        if self.screen and not self.rungs:
+        if self.asked.screen and not self.asked.rungs:
             raise BadSetting("A screening goes before a race.\nGive race=[12,24,40] as well, or leave screen out.")
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -156,16 +161,16 @@ class SweeperBody(Sweeper):
         owner = None if queued else process.owner()
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context,
-            task_function=Recorded(task_function, owner) if self.keyed else task_function,
+            task_function=Recorded(task_function, owner) if self.asked.keyed else task_function,
             config=config,
         )
-        if self.keyed and owner is not None:
+        if self.asked.keyed and owner is not None:
             end_workers_with_us(self.launcher, owner)
 
     def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
         """Evaluate every point; returns what the launcher returned, nothing for a keyed sweep."""
         request = self._request(arguments)
-        if not self.keyed:
+        if not self.asked.keyed:
             return self._launched_plainly(request)
         if not isinstance(self.task, SweepTask):
             raise TypeError(f"A keyed sweep needs a task with a method `sweep`, found {self.task!r}.")
@@ -174,31 +179,23 @@ class SweeperBody(Sweeper):
 
     def _request(self, arguments: Sequence[str]) -> Request:
         assert self.config is not None
-        lines = [f"{key}={value}" for key, value in self.params.items()] + list(arguments)
-        loader = self.hydra_context.config_loader
-        overrides = OverridesParser.create(config_loader=loader).parse_overrides(lines)
-        settings = {key: value for key, value in self.settings.items() if key not in ("values", "start")}
-        settings.setdefault("objective", "")
-        learns = settings["name"] != "grid"
-        values = self.settings.get("values") or {}
-        axes = read_axes(overrides, {} if values == "???" else values, self.space, listed_only=not learns)
+        asked = self.asked
+        lines = [f"{key}={value}" for key, value in (asked.params or {}).items()] + list(arguments)
+        overrides = OverridesParser.create(config_loader=self.hydra_context.config_loader).parse_overrides(lines)
+        values = asked.search.get("values") or {}
+        listed_only = asked.search["name"] == "grid"
+        axes = read_axes(overrides, {} if values == "???" else values, asked.space, listed_only=listed_only)
         whole = [key for key in axes.specs if key.partition(".")[0] in ("search", "race")]
-        if self.keyed and whole:
+        if asked.keyed and whole:
             raise BadSetting(f"{whole[0]} belongs to the whole sweep, not to a point.\nGive it one value.")
-        given = self.settings.get("start") or {}
-        start = {f"{self.space}.{name}" if self.space else name: value for name, value in given.items()}
         basic = str(self.config.hydra.launcher._target_).endswith(".BasicLauncher")
         return Request(
+            asked=asked,
             config=without_hydra(self.config),
             axes=axes,
-            settings=settings,
-            rungs=self.rungs,
-            screen=self.screen,
             base=Path(self.config.hydra.sweep.dir).absolute(),
-            slots=self.max_batch_size or (1 if learns and not self.rungs else None),
             whole=self._composed,
-            launcher=None if basic and self.keyed else self.launcher,
-            start=start if start and set(start) == set(axes.specs) else None,
+            launcher=None if basic and asked.keyed else self.launcher,
         )
 
     def _composed(self, lines: list[str]) -> DictConfig:

@@ -35,7 +35,7 @@ SAMPLERS: dict[str, Callable[[int, Past], optuna.samplers.BaseSampler]] = {
     "tpe": lambda seed, past: optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True),
     "cmaes": lambda seed, past: _evolution_strategy(seed, past),
     "gp": lambda seed, past: optuna.samplers.GPSampler(seed=seed),
-    "nsga2": lambda seed, past: _genetic(seed, past),
+    "nsga2": lambda seed, past: optuna.samplers.NSGAIISampler(seed=seed, population_size=POPULATION),
     "qmc": lambda seed, past: _quasi_random(seed),
 }
 TENTH = 10
@@ -137,10 +137,21 @@ class Optuna:
             self._made = optuna.create_study(
                 sampler=sampler, direction="maximize" if self.higher_is_better else "minimize"
             )
-            self._made.add_trials(self._past)
+            if isinstance(sampler, optuna.samplers.NSGAIISampler):
+                self._replay(self._made, sampler)
+            else:
+                self._made.add_trials(self._past)
             for point in (*self._again.values(), *([self._start] if self._start is not None else [])):
                 self._made.enqueue_trial({name: self.axes[name].inward(value) for name, value in point.items()})
         return self._made
+
+    def _replay(self, study: optuna.Study, sampler: optuna.samplers.NSGAIISampler) -> None:
+        """Ask for and tell the past points again: only what was asked for has a generation, and so can be a parent."""
+        for past in self._past:
+            study.enqueue_trial(past.params)
+            again = study.ask(past.distributions)
+            sampler.get_trial_generation(study, study.trials[again.number])
+            study.tell(again, past.value, state=past.state)
 
     def _fresh(self) -> tuple[Trial, Point]:
         space = {name: axis.distribution for name, axis in self.axes.items()}
@@ -248,14 +259,6 @@ def _evolution_strategy(seed: int, past: Past) -> optuna.samplers.BaseSampler:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return optuna.samplers.CmaEsSampler(seed=seed, source_trials=scored if warm else None)
-
-
-def _genetic(seed: int, past: Past) -> optuna.samplers.BaseSampler:
-    """A trial says of which generation it is; without, it would be no parent."""
-    sampler = optuna.samplers.NSGAIISampler(seed=seed, population_size=POPULATION)
-    for number, trial in enumerate(trial for trial in past if trial.state == TrialState.COMPLETE):
-        trial.system_attrs[sampler._get_generation_key()] = number // POPULATION
-    return sampler
 
 
 def _quasi_random(seed: int) -> optuna.samplers.BaseSampler:
