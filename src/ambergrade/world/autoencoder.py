@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -58,7 +58,8 @@ def train(
     """
     torch.manual_seed(random_seed(seed, "vae init"))
     vae = (start or AutoencoderKL(**CONFIG)).to(device)
-    half = AutoencoderKL(**CONFIG).to(device, torch.bfloat16).train()
+    half: AutoencoderKL = nn.Module.to(AutoencoderKL(**CONFIG), device, torch.bfloat16)  # diffusers' own `to` warns
+    half.train()
     trained = [
         name for name, _ in vae.named_parameters() if not decoder_only or name.startswith(("decoder", "post_quant"))
     ]
