@@ -15,10 +15,10 @@ import open_clip
 import torch
 from diffusers import AutoencoderKL
 
-from ambergrade.config import REPOSITORY
 from ambergrade.family import sdxl
 from ambergrade.generate import stream
 from ambergrade.nouns import Measurement, PromptSet, SamplerSettings
+from ambergrade.places import CHECKOUT
 from ambergrade.score.adherence import Tables, per_tag
 from ambergrade.score.comparison import aggregates
 from ambergrade.score.distances import frechet_groups
@@ -70,7 +70,8 @@ def write_models_card(weights: Path, sampler: SamplerSettings, workers: int) -> 
         "",
         *_rate_table(weights, scenes, pictures),
     ]
-    (REPOSITORY / "docs" / "models.md").write_text("\n".join(lines) + "\n")
+    assert CHECKOUT is not None  # weights are rebuilt in a checkout alone
+    (CHECKOUT / "docs" / "models.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines[:40]))
 
 
