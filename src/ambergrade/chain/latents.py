@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import torch
 
-from ambergrade.captions.pictures import decode_bytes
 from ambergrade.chain.context import Context, Stage
 from ambergrade.chain.dataset import SPLITS, picture_files
 from ambergrade.chain.settings import DataSettings, FamilySettings
@@ -33,7 +32,7 @@ def encode(
     """Return the store with latents of both sets by the base's VAE; only those that are missing are made."""
     vae = vae_digest(weights)
     store = LatentStore(context.ledger.root / "latents", vae)
-    pictures = PictureReader(picture_files(context, data).read, decode_bytes)
+    pictures = PictureReader(picture_files(context, data).read)
 
     def fill() -> int:
         if not store.missing(captions) and not store.missing(validation):
@@ -68,7 +67,7 @@ def prove_latents(
     store = LatentStore(context.ledger.root / "latents", vae_digest(loaded.read_checkpoint(base.path)))
     complaints = store.verify()
     print(f"  {len(list(store.folder.glob('*.safetensors')))} shard(s) hashed in {store.folder}")
-    pictures = PictureReader(picture_files(context, data).read, decode_bytes)
+    pictures = PictureReader(picture_files(context, data).read)
     for name, chosen in zip(SPLITS, (captions, validation), strict=True):
         missing = set(store.missing(chosen))
         there = CaptionSet(tuple(p for n, p in enumerate(chosen.pictures) if n not in missing), chosen.recipe)

@@ -28,11 +28,10 @@ from ambergrade.track.journal import Run
 from ambergrade.train import lora
 from ambergrade.train.latent_store import LatentStore
 from ambergrade.train.settings import TrainSettings
-from ambergrade.train.trainer import HALF, TRAINED, LogRow, fine_tune
+from ambergrade.train.trainer import HALF, TRAINED, LogRow, fine_tune, unfinished_run
 from ambergrade.train.validation import ValidationLoss
 from ambergrade.train.verify import verify_gradients, verify_resume
-from ambergrade.train.worker import Job as TrainingJob
-from ambergrade.train.worker import launch
+from ambergrade.train.worker import TrainingJob, launch
 
 if TYPE_CHECKING:
     from ambergrade.family.sdxl import Networks
@@ -70,6 +69,7 @@ class Subject:
 
 def train(context: Context, subject: Subject) -> Checkpoint:
     """Fine-tune the base, and file what comes out: the checkpoint, and an adapter's own file where one is trained."""
+    subject.trainer.check()
     weights = subject.loaded.read_checkpoint(subject.base.path)
     latents = _latents(context, subject, weights)
     trainer, name = subject.trainer, subject.name
@@ -102,8 +102,13 @@ def train(context: Context, subject: Subject) -> Checkpoint:
         "latents": latents.open(subject.captions).digest,
         "heldout latents": latents.open(subject.validation).digest,
     }
+    task = TRAIN.task(trainer.what, inputs)
+    begun = context.ledger.root / "work" / TRAIN.kind
+    left = unfinished_run(trainer, lambda other: begun / TRAIN.task(other.what, inputs).identity[:16])
+    if left and task.find(context.ledger) is None:
+        print(left)
     params = {**flat(trainer.what), "base": subject.base_name, "pictures": len(subject.captions.pictures)}
-    done = context.run(TRAIN.task(trainer.what, inputs), f"train {name}", work, journal=journal, params=params)
+    done = context.run(task, f"train {name}", work, journal=journal, params=params)
     losses = done.values["validation"]
     print(f"    validation loss {losses['before']['mean']:.4f} -> {losses['after']['mean']:.4f}")
     if "lora" in done.files:
@@ -196,6 +201,7 @@ def training_job(context: Context, subject: Subject, latents: LatentStore, folde
 def prove(context: Context, subject: Subject, what: str, *, steps: int, kills: int) -> None:
     """Prove exact `resume`, or whole `gradients`, on this machine. Raises BadSetting where it fails."""
     trainer = subject.trainer
+    trainer.check()
     trainer = replace(trainer, images=steps * trainer.batch, save_every=2 * trainer.batch)
     subject = replace(subject, trainer=trainer)
     latents = _latents(context, subject, subject.loaded.read_checkpoint(subject.base.path))

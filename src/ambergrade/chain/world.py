@@ -290,7 +290,6 @@ def _fit(settings: WorldSettings, networks: Networks, name: str, model: ModelSet
     from ambergrade.captions.buckets import aspect_buckets
     from ambergrade.captions.files import PictureFiles
     from ambergrade.captions.manifest import build
-    from ambergrade.captions.pictures import decode_bytes
     from ambergrade.family import sdxl
     from ambergrade.generate.contact_sheet import picture_grid, write_png
     from ambergrade.generate.stream import pictures
@@ -320,7 +319,7 @@ def _fit(settings: WorldSettings, networks: Networks, name: str, model: ModelSet
     captions = CaptionSet.read(manifest)
     if not latents.exists():
         networks.vae.to(torch_device(settings.compute))
-        reader = PictureReader(PictureFiles(booru / "pictures").read, decode_bytes)
+        reader = PictureReader(PictureFiles(booru / "pictures").read)
         cache_latents(networks.vae, captions, reader, latents)
     prompts = PromptSet.read(booru / "prompts" / "heldout.jsonl").first(16)
 

@@ -48,7 +48,6 @@ class TrainingJob:
     """Images after which the whole run is killed (SIGKILL), for proving that it resumes."""
 
 
-Job = TrainingJob  # the old name, until the chain uses the new one
 WITH_PARENT = "--with-parent"
 
 
