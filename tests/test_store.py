@@ -134,6 +134,17 @@ def test_a_sound_object_is_read_once_and_again_after_any_change(tmp_path: Path) 
         assert Digests(cache).known(file) is None
 
 
+def test_digests_that_cannot_be_kept_are_told_and_stop_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    time.sleep(0.1)
+    digests = Digests(tmp_path / "file" / "digests.json")  # under a file there is no folder
+    digests.of_file(tmp_path / "file")
+    digests.save()
+    assert "not remembered" in caplog.text
+
+
 def test_a_file_that_was_just_written_is_not_remembered(tmp_path: Path) -> None:
     """A second change within one tick of the file system's clock leaves the same times."""
     file, digests = tmp_path / "a.bin", Digests(tmp_path / "digests.json")

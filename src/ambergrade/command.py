@@ -1,4 +1,4 @@
-"""The installed command: what needs no configuration beyond a recipe file.
+"""Runs the verbs that need no configuration beyond a file.
 
 ambergrade merge RECIPE.yaml [a=0.9 …] [--models DIR] [--out FILE] [--overwrite] [--dry-run]
 ambergrade verify MODEL.safetensors --models DIR

@@ -1,4 +1,4 @@
-"""Digests: the same things have the same name, on every machine and in every process."""
+"""Names things by digests: the same thing has the same name on every machine and in every process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys, no spaces, floats by `repr`, dataclasses as objects, paths as text.
+    """Return JSON with sorted keys, no spaces, floats by `repr`, dataclasses as objects, paths as text.
 
     >>> canonical_json({"b": 1.0, "a": (1, None)})
     '{"a":[1,null],"b":1.0}'
@@ -20,18 +20,18 @@ def canonical_json(value: Any) -> str:
 
 
 def digest(value: Any) -> str:
-    """Full sha256 (64 hex digits) of the canonical JSON of `value`."""
+    """Return the full sha256 (64 hex digits) of the canonical JSON of `value`."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
-    """Full sha256 (64 hex digits) of a file's bytes."""
+    """Return the full sha256 (64 hex digits) of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def random_seed(seed: int, purpose: str, *item: Any) -> int:
-    """A 63-bit seed keyed by (seed, purpose, item), never by call order.
+    """Return a 63-bit seed keyed by (seed, purpose, item), never by call order.
 
     Everything random draws from a generator seeded so; batch size, worker count and resume then
     change no result.

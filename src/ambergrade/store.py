@@ -1,4 +1,4 @@
-"""The store holds bytes by content; the ledger's records alone say which stages are finished.
+"""Keeps bytes by content in the store, and says by the ledger's records which stages are finished.
 
 <root>/store/sha256/ab/cdef…           written aside, fsynced, renamed, read-only
 <root>/store/digests.json              which objects were read and found sound, and as which file
@@ -33,7 +33,7 @@ BUILTIN = Path(__file__).parent / "world" / "weights"
 
 
 def find_file(source: str) -> Path:
-    """The local path behind `builtin://name` (shipped with the package) or an ordinary path.
+    """Return the local path behind `builtin://name` (shipped with the package) or an ordinary path.
 
     Raises UnknownName for a builtin that is not shipped, MissingObject for a path that is not there.
     """
@@ -159,7 +159,7 @@ def refuse_overwrite(
 
 
 class Digests:
-    """sha256 of files, remembered by device, inode, size and the times of the last change of bytes and of inode."""
+    """Remembers the sha256 of files by device, inode, size, and the times of the last change of bytes and of inode."""
 
     def __init__(self, cache: Path | None = None) -> None:
         """`cache`: a JSON file that is read now and brought up to date by `save`; None remembers nothing."""
@@ -168,7 +168,7 @@ class Digests:
         self._new: dict[str, str] = {}
 
     def known(self, file: Path) -> str | None:
-        """The remembered sha256 of a file that did not change since."""
+        """Return the remembered sha256 of a file that did not change since."""
         return self._known.get(_fingerprint(os.stat(file)))
 
     def tell(self, before: os.stat_result, file: Path, sha256: str) -> None:
@@ -181,7 +181,7 @@ class Digests:
             self._known[key] = self._new[key] = sha256
 
     def of_file(self, file: Path) -> str:
-        """The sha256 of a file's bytes, read from the disk where it is not remembered."""
+        """Return the sha256 of a file's bytes; read them where it is not remembered."""
         found = self.known(file)
         if found is None:
             before = os.stat(file)
@@ -190,7 +190,7 @@ class Digests:
         return found
 
     def derived(self, kind: str, sha256: str) -> str | None:
-        """A digest of another kind that follows from a file's bytes, such as that of its weights; by their sha256."""
+        """Return a digest of another kind, such as that of the weights, that belongs to a file of this sha256."""
         return self._known.get(f"{kind}:{sha256}")
 
     def tell_derived(self, kind: str, sha256: str, found: str) -> None:
@@ -198,14 +198,21 @@ class Digests:
         self._known[f"{kind}:{sha256}"] = self._new[f"{kind}:{sha256}"] = found
 
     def save(self) -> None:
-        """Write what is new to the cache file, beside what other processes wrote meanwhile."""
-        if self.cache is not None and self._new:
-            both = {**self._read(), **self._new}
+        """Write what is new to the cache file, beside what other processes wrote meanwhile.
+
+        Where that cannot be, it is told in the log: the files will be read again.
+        """
+        if self.cache is None or not self._new:
+            return
+        both = {**self._read(), **self._new}
+        try:
             write_json(self.cache, both if len(both) <= MOST_REMEMBERED else self._new)
-            self._new.clear()
+        except OSError as error:
+            log.warning("Digests of files are not remembered in %s: %s", self.cache, error.strerror)
+        self._new.clear()
 
     def _read(self) -> dict[str, str]:
-        """A cache that is missing, torn or foreign is an empty one."""
+        """Read the cache file; one that is missing, torn or foreign is an empty one."""
         try:
             found = json.loads(self.cache.read_text()) if self.cache is not None else {}
         except (OSError, ValueError, RecursionError):
@@ -226,12 +233,12 @@ def _fingerprint(found: os.stat_result) -> str:
 
 @dataclass(frozen=True)
 class Store:
-    """Bytes by content."""
+    """Holds bytes by content."""
 
     root: Path
 
     def path(self, sha256: str, size: int | None = None) -> Path:
-        """Where the bytes lie. Raises MissingObject if they do not, or have another size than `size`."""
+        """Return where the bytes lie. Raises MissingObject if they do not, or have another size than `size`."""
         path = self._place(sha256)
         trouble = self._trouble(sha256, size)
         if trouble:
@@ -239,7 +246,7 @@ class Store:
         return path
 
     def verified(self, sha256: str, size: int | None = None) -> Path:
-        """`path`, after all bytes were read and found to be those of this digest; once, as long as nothing changes.
+        """Return `path` after reading all bytes and finding them sound; they are read once, as long as nothing changes.
 
         Raises MissingObject for a damaged object, naming it: put the bytes again to replace it.
         """
@@ -254,7 +261,7 @@ class Store:
         return path
 
     def holds(self, sha256: str, size: int | None = None) -> bool:
-        """Whether there are bytes under this digest, of this size if one is given."""
+        """Say whether there are bytes under this digest, of this size if one is given."""
         return self._trouble(sha256, size) == ""
 
     def put(self, source: Path) -> str:
@@ -271,7 +278,7 @@ class Store:
         return sha256
 
     def _trouble(self, sha256: str, size: int | None) -> str:
-        """What is wrong with an object, as far as its name and size tell; empty for nothing."""
+        """Say what is wrong with an object, as far as its name and size tell; empty for nothing."""
         path = self._place(sha256)
         if not path.is_file():
             return f"The store {self.root} holds no object {sha256[:12]}…."
@@ -286,7 +293,7 @@ class Store:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a stage's work returns: files to keep, by name, and small JSON values."""
+    """Holds what a stage's work returns: files to keep, by name, and small JSON values."""
 
     files: Mapping[str, Path] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -294,7 +301,7 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished stage, fresh or from its record."""
+    """Describes a finished stage, fresh or from its record."""
 
     stage: str
     identity: str
@@ -373,11 +380,11 @@ class Ledger:
 
     @staticmethod
     def identity(stage: str, version: int, settings: Any, inputs: Mapping[str, str]) -> str:
-        """What `once` files the stage under."""
+        """Return the digest that `once` files the stage under."""
         return digest({"stage": stage, "version": version, "settings": settings, "inputs": inputs})
 
     def find(self, stage: str, identity: str, *, verify: bool = False) -> Finished | None:
-        """The finished stage, or None where it must run: there is no record, or what it promises does not hold.
+        """Return the finished stage, or None where it must run: no record, or one whose promise does not hold.
 
         Outputs must be there with their sizes; with `verify`, with all their bytes. A torn or foreign record, and an
         object that is missing or damaged, are told in the log.
@@ -389,7 +396,7 @@ class Ledger:
         return None
 
     def finished_since(self, stage: str, identity: str, when: float) -> bool:
-        """Whether the record was written after `when` (seconds since the epoch), perhaps by another process."""
+        """Say whether the record was written after `when` (seconds since the epoch), perhaps by another process."""
         record = self._record(stage, identity)
         return record.exists() and record.stat().st_mtime >= when
 
@@ -397,7 +404,7 @@ class Ledger:
         return self.root / "records" / stage / f"{identity}.json"
 
     def _read(self, stage: str, identity: str, verify: bool) -> Finished | str | None:
-        """The finished stage; or None for no record; or what is wrong."""
+        """Return the finished stage; or None for no record; or what is wrong, as a text."""
         path = self._record(stage, identity)
         try:
             record = json.loads(path.read_text("utf-8"))
@@ -417,7 +424,7 @@ class Ledger:
 
 
 def _is_record(record: Any) -> bool:
-    """Whether JSON has what a record has, of the kinds that it has."""
+    """Say whether a JSON value has a record's keys, with values of their kinds."""
     kinds = {"identity": str, "files": dict, "values": dict, "seconds": int | float}
     return (
         isinstance(record, dict)

@@ -331,10 +331,12 @@ def test_a_file_of_an_earlier_version_is_read_and_verified(parents: dict[str, Pa
         "policies": policies,
     }
     header["__metadata__"] |= {
+        "modelspec.prediction_type": "epsilon",  # as it was written of whatever was not known
         "ambergrade.recipe": canonical_json(document),
         "ambergrade.recipe_digest": digest(document),
         "sd_merge_recipe": canonical_json({**document, "type": "ambergrade", "custom_name": "mine"}),
     }
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     old = tmp_path / "old.safetensors"

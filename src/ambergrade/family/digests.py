@@ -1,4 +1,4 @@
-"""Digests of model files: of the file's bytes, of its weights alone, and the short ones by which sites list a file.
+"""Computes the digests of model files: of the file's bytes, of its weights alone, and the short ones that sites list.
 
 The weights' digest is `family.files.weights_digest` without torch: two files have it in common where they hold the same
 tensors under the same names, whatever their metadata and the order of their bytes.
@@ -30,7 +30,7 @@ MOST_KEPT = 64 << 20
 
 @dataclass(frozen=True)
 class ModelDigests:
-    """What a model is known by."""
+    """Names a model by both of its digests."""
 
     file: str
     """sha256 of a single file's bytes; of a folder, `files_digest`."""
@@ -40,7 +40,7 @@ class ModelDigests:
 
 
 def model_digests(path: Path, known: Digests) -> ModelDigests:
-    """Both digests of a single file or a diffusers folder; what `known` remembers is not read again.
+    """Return both digests of a single file or a diffusers folder; what `known` remembers is not read again.
 
     Raises MissingObject for what is not there, BadInput for what is damaged or no safetensors.
     """
@@ -49,7 +49,7 @@ def model_digests(path: Path, known: Digests) -> ModelDigests:
 
 
 def model_weights(path: Path, file: str, known: Digests) -> str:
-    """The weights' digest of what has `ModelDigests.file`. Raises as `model_digests`."""
+    """Return the weights' digest of what has the digest `file`. Raises as `model_digests`."""
     weights = known.derived("weights", file)
     if weights is None:
         weights = weights_sha256(path)
@@ -60,12 +60,12 @@ def model_weights(path: Path, file: str, known: Digests) -> str:
 
 
 def model_files(path: Path) -> list[Path]:
-    """The safetensors files that a model is read from: the file itself, or those of a diffusers folder."""
+    """List the safetensors files that a model is read from: the file itself, or those of a diffusers folder."""
     return [path] if not path.is_dir() else [file for file, _ in folder_files(path).values()]
 
 
 def folder_files(path: Path) -> dict[str, tuple[Path, str]]:
-    """Of a diffusers folder: each file that is read, by its relative name, and what its keys are prefixed with."""
+    """List the files of a diffusers folder that are read, by relative name, with what their keys are prefixed with."""
     found: dict[str, tuple[Path, str]] = {}
     for part in sorted({part for family in families() for part in family.components}):
         for file in weight_files(path / part) if (path / part).is_dir() else []:
@@ -78,7 +78,7 @@ def folder_files(path: Path) -> dict[str, tuple[Path, str]]:
 
 
 def files_digest(path: Path, digests: Mapping[Path, str]) -> str:
-    """One file's own sha256; for a folder, the sha256 over its files' relative names and digests."""
+    """Return one file's own sha256; for a folder, the sha256 over its files' relative names and digests."""
     if len(digests) == 1:
         return next(iter(digests.values()))
     return identity.digest({os.path.relpath(file, path): sha256 for file, sha256 in digests.items()})
@@ -135,17 +135,17 @@ class FileHasher:
             self._bytes_kept -= len(value)
 
     def hexdigest(self) -> str:
-        """sha256 of the file's bytes."""
+        """Return the sha256 of the file's bytes."""
         return self._file.hexdigest()
 
     @property
     def weights(self) -> str | None:
-        """The digest of the weights, once all is read; None where too much would have been kept."""
+        """Return the digest of the weights, once all is read; None where too much would have been kept."""
         return None if self._names else self._weights.hexdigest()
 
 
 def weights_sha256(path: Path) -> str:
-    """The weights' digest of a single file or a diffusers folder, read in pieces of a few megabytes."""
+    """Compute the weights' digest of a single file or a diffusers folder, read in pieces of a few megabytes."""
     parts = entries(path, [part for family in families() for part in family.components])
     sources = {key: Source((key,)) for key in parts}
     if path.is_dir():
@@ -161,12 +161,12 @@ def weights_sha256(path: Path) -> str:
 
 
 def _described(name: str, dtype: str, shape: Sequence[int]) -> bytes:
-    """What stands before a tensor's bytes, as `family.files.weights_digest` has it."""
+    """Return what is hashed before a tensor's bytes, as `family.files.weights_digest` has it."""
     return f"{name}\0{dtype}\0{list(shape)}\0".encode()
 
 
 def _pieces(parts: Sequence[Entry], source: Source) -> Iterator[bytes | memoryview]:
-    """The bytes of one tensor in the single file's layout."""
+    """Yield the bytes of one tensor in the single file's layout."""
     if source.form == "transposed":
         (entry,) = parts
         values = np.frombuffer(
@@ -192,7 +192,7 @@ def _read(entry: Entry) -> Iterator[bytes]:
 
 
 def listed_digests(file: Path) -> dict[str, str]:
-    """The digests by which A1111 and Civitai list a safetensors file, by their names there, in lower case.
+    """Compute the digests by which A1111 and Civitai list a safetensors file, by their names there, in lower case.
 
     AutoV1 is 8 digits of the sha256 of 64 KiB at 1 MiB (left out where the file ends before), AutoV2 10 digits of the
     file's sha256, AutoV3 12 of the sha256 of all bytes after the header (kohya's `sshs_model_hash`). The first two are

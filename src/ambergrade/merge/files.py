@@ -1,4 +1,4 @@
-"""Merges as people write them down: a recipe file is read and run, and a merged file is rebuilt from its own header.
+"""Reads recipe files as people write them, and rebuilds a merged file from its own header.
 
 formula: "gamma rev1 = beta7 + a * (anxl3 - anxl2) + b * (base7 - beta7)"
 models: {beta7: beta7.safetensors, …}      # relative to this file; or {weights: sha256, file: sha256, name: hint}
@@ -41,7 +41,7 @@ MOST_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class RecipeFile:
-    """A recipe as written down: what to merge, from which files, to where."""
+    """Holds a recipe as written down: what to merge, from which files, to where."""
 
     formula: Formula
     paths: Mapping[str, Path]
@@ -88,7 +88,7 @@ class RecipeFile:
 
 
 def read_recipe(file: Path, coefficients: Mapping[str, float] | None = None) -> RecipeFile:
-    """The recipe in a yaml file; `coefficients` take the place of those written there.
+    """Read the recipe in a yaml file; `coefficients` take the place of those written there.
 
     Raises MissingObject for no file, BadInput for what is no yaml mapping, UnknownName for a key that is not known.
     """
@@ -109,7 +109,7 @@ def read_recipe(file: Path, coefficients: Mapping[str, float] | None = None) -> 
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values without references, by which a short file stands for gigabytes."""
+    """Reads plain values without references, by which a short file stands for gigabytes."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -128,7 +128,7 @@ def from_values(
     *,
     source: Path | None = None,
 ) -> RecipeFile:
-    """A recipe from plain values; paths are relative to `folder`. Raises as `read_recipe`."""
+    """Read a recipe from plain values; paths are relative to `folder`. Raises as `read_recipe`."""
     for key in values:
         if key not in KEYS:
             raise UnknownName("recipe key", str(key)[:80], KEYS)
@@ -204,7 +204,7 @@ def _by_digest(sources: dict[Any, Any]) -> tuple[dict[str, dict[str, str]], dict
 
 
 def _release_keys(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a release's recipe says of the merged file and of its inputs' own inputs."""
+    """Read what a release's recipe says of the merged file and of its inputs' own inputs."""
     result, older = _mapping(values, "result"), _mapping(values, "ancestors")
     digests = {key: value for key, value in result.items() if key in ("file", "weights")}
     size, name = result.get("bytes", 0), result.get("name", "merged.safetensors")
@@ -241,7 +241,7 @@ def _place(source: str, folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a file is what its header says."""
+    """Says whether a file is what its header says."""
 
     same: bool
     recipe: Recipe
@@ -283,7 +283,7 @@ def verify(model: Path, models: Path, *, threads: int | None = None, cache: Path
 
 
 def recipe_of(model: Path) -> Recipe:
-    """The recipe in a merged file's header. Raises BadInput where it holds none."""
+    """Read the recipe in a merged file's header. Raises BadInput where it holds none."""
     header = read_header(model)
     if RECIPE not in header.metadata:
         raise BadInput(
@@ -293,7 +293,7 @@ def recipe_of(model: Path) -> Recipe:
 
 
 def recipe_document(model: Path, *, formula: str = "", names: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """A merged file's recipe as plain values that `from_values` reads, every input by its digests; for a release.
+    """Return a merged file's recipe as plain values for a release: `from_values` reads them, inputs by digest.
 
     formula: as written, in place of its canonical text. names: alias to a file name, which is looked at first.
     """

@@ -16,7 +16,7 @@ from ambergrade.store import Digests
 
 @dataclass(frozen=True)
 class Found:
-    """Where the inputs lie."""
+    """Says where the inputs lie."""
 
     paths: Mapping[str, Path]
     """By alias."""
@@ -32,7 +32,7 @@ def find_inputs(
     names: Collection[str] = (),
     skip: Collection[Path] = (),
 ) -> Found:
-    """The files and diffusers folders under `folder` that have the digests of `inputs`.
+    """Find the files and diffusers folders under `folder` that have the digests of `inputs`.
 
     `inputs` gives for each alias its `file` digest, its `weights` digest, or both. Files called as in `names` are read
     first, those of `skip` never. Raises MissingObject with the digests of inputs that are not there.
@@ -69,7 +69,7 @@ def _file(path: Path, known: Digests) -> str:
 def _matches(
     wanted: Mapping[str, str], candidates: Iterable[Path], digest_of: Callable[[Path], str], passed_over: list[str]
 ) -> dict[str, Path]:
-    """Alias to the first candidate with its digest; no more candidates are read than that takes."""
+    """Return the first candidate with each digest, by alias; no more candidates are read than that takes."""
     where: dict[str, Path] = {}
     missing = set(wanted.values())
     for path in tqdm(candidates, "look for the inputs", leave=False, disable=None):

@@ -1,4 +1,4 @@
-"""Safetensors headers, read with suspicion: what a header says must be so, or the file is refused by name.
+"""Reads safetensors headers with suspicion: what a header says must be so, or the file is refused by name.
 
 A damaged or hostile file costs at most MOST_HEADER bytes and is never believed about sizes.
 """
@@ -51,7 +51,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of one file. Raises MissingObject for no file, BadInput for anything but a whole safetensors file."""
+    """Read one file's header. Raises MissingObject for no file, BadInput for anything but a whole safetensors file."""
     if not path.is_file():
         raise MissingObject(f"No file at {path}.")
     size = path.stat().st_size
@@ -150,7 +150,7 @@ def _are_sizes(values: Any) -> bool:
 def header_bytes(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int]]:
-    """The canonical header of a file to be written, and each tensor's offset in the file.
+    """Make the canonical header of a file to be written, and each tensor's offset in the file.
 
     Tensors lie by item size (largest first, so that each is aligned), then by name: as `family.files` writes them.
     """

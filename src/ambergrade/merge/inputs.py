@@ -1,4 +1,4 @@
-"""A merge's inputs, opened by their headers: a single file, a diffusers folder, or tensors in memory.
+"""Opens a merge's inputs by their headers: a single file, a diffusers folder, or tensors in memory.
 
 Every tensor is known by its single-file name; where it lies in files is a list of byte ranges.
 """
@@ -31,7 +31,7 @@ MOST_NESTED = 1 << 18
 
 @dataclass(frozen=True)
 class Range:
-    """Some bytes of one of an input's files."""
+    """Names some bytes of one of an input's files."""
 
     file: int
     start: int
@@ -40,7 +40,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of an input, under its single-file name."""
+    """Describes one tensor of an input, under its single-file name."""
 
     dtype: str
     """As safetensors spells it."""
@@ -55,7 +55,7 @@ class Stored:
         return sum(part.size for part in self.ranges)
 
     def slice(self, start: int, size: int) -> list[Range]:
-        """The ranges of some of its bytes."""
+        """Return the ranges of some of its bytes."""
         found = []
         for part in self.ranges:
             first, last = max(start, 0), min(start + size, part.size)
@@ -67,7 +67,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Input:
-    """One model, or LoRA, of a merge."""
+    """Describes one model, or LoRA, of a merge."""
 
     alias: str
     path: Path
@@ -147,13 +147,13 @@ def _stored(name: str, source: Source, keys: Mapping[str, tuple[int, Entry]], al
 
 
 def default_cache() -> Path:
-    """Where digests are remembered between runs: the user's cache folder."""
+    """Return the file in the user's cache folder that remembers digests between runs."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "ambergrade" / "sha256.json"
 
 
 def parent_recipe(metadata: Mapping[str, str]) -> tuple[Any, dict[str, Any]]:
-    """`sd_merge_recipe` and `sd_merge_models` of an input that is itself a merge, as A1111 nests them.
+    """Return `sd_merge_recipe` and `sd_merge_models` of an input that is itself a merge, as A1111 nests them.
 
     What is no JSON that a header could hold again, or larger than MOST_NESTED, counts as nothing.
     """

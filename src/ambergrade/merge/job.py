@@ -1,4 +1,4 @@
-"""A merge of files, planned from their headers: what will be read, what will be written, and at what cost."""
+"""Plans a merge of files from their headers: what will be read, what will be written, and at what cost."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ UNKNOWN = "unknown"
 
 @dataclass(frozen=True)
 class Repeated:
-    """A merge that was made before."""
+    """Names a merge that was made before."""
 
     recipe: Recipe
     bytes: int
@@ -41,7 +41,7 @@ class Repeated:
 
 @dataclass(frozen=True)
 class Job:
-    """A merge that can be run."""
+    """Describes a merge that can be run."""
 
     formula: Formula
     coefficients: Mapping[str, float]
@@ -104,7 +104,7 @@ class Job:
         return sum(sum(self.inputs[owner].sizes) for owner in dict.fromkeys(self.owner.values()))
 
     def recipe(self, files: Mapping[str, str], known: Digests) -> Recipe:
-        """The recipe of what was merged, by the sha256 of the inputs' files, by alias; `known` remembers the weights'.
+        """Return the recipe of what was merged, given each alias's file sha256; `known` remembers the weights'.
 
         Raises BadInput where a merge is made again and an input is not the one that it was made of.
         """
@@ -134,7 +134,7 @@ class Job:
         return replace(recipe, ancestors=ancestors(recipe, {a: parent_recipe(self.inputs[a].metadata) for a in files}))
 
     def metadata(self, recipe: Recipe) -> dict[str, str]:
-        """What the header of the merged file says beside its tensors."""
+        """Return what the header of the merged file says beside its tensors."""
         base = self.inputs[self.plan.base]
         return metadata(
             recipe,
@@ -143,7 +143,7 @@ class Job:
         )
 
     def lora_tensors(self, alias: str, name: str) -> Mapping[str, Tensor]:
-        """The tensors of a LoRA that one weight needs, read from the file."""
+        """Read the tensors of a LoRA that one weight needs."""
         import torch
 
         opened = self.inputs[alias]
@@ -160,7 +160,7 @@ class Job:
         return found
 
     def told(self) -> str:
-        """What a dry run prints: formula by component and block, costs, audit."""
+        """Return what a dry run prints: formula by component and block, costs, audit."""
         lines = [self.formula.text]
         if self.coefficients:
             lines.append("with " + ", ".join(f"{name} = {value:g}" for name, value in self.coefficients.items()))
@@ -178,7 +178,7 @@ class Job:
 
     @property
     def memory(self) -> int:
-        """Bytes of buffers: slots of a batch, and the largest tensor that must be whole."""
+        """Estimate the bytes of buffers: slots of a batch, and the largest tensor that must be whole."""
         batch = BATCH * (len(set(self.owner.values())) + 1)
         whole = [task.size * 4 * (len(task.models) + 2) for task in self.plan.tasks.values() if not task.mixture.linear]
         return batch * 6 + max(whole, default=0)

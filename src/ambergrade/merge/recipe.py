@@ -1,4 +1,4 @@
-"""A recipe says all that a merge is made of: enough to rebuild it bit for bit."""
+"""Says all that a merge is made of: enough to rebuild it bit for bit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MOST_NUMBER = 1e300
 
 @dataclass(frozen=True)
 class Recipe:
-    """Formula, coefficients, inputs by digest, dtype and policies of one merge."""
+    """Holds formula, coefficients, inputs by digest, dtype and policies of one merge."""
 
     formula: Formula
     coefficients: Mapping[str, float]
@@ -56,7 +56,7 @@ class Recipe:
 
     @cached_property
     def document(self) -> dict[str, Any]:
-        """What the identity is over: canonical formula, the inputs that it names by their weights, every policy."""
+        """Return what the identity is over: canonical formula, the inputs it names by their weights, every policy."""
         return {
             "formula": self.formula.text,
             "coefficients": {name: float(value) for name, value in self.coefficients.items()},
@@ -71,24 +71,24 @@ class Recipe:
 
     @cached_property
     def digest(self) -> str:
-        """The recipe's identity: the same for re-saved inputs of equal weights."""
+        """Return the recipe's identity, which is the same for re-saved inputs of equal weights."""
         return identity.digest(self.document)
 
     def model(self, alias: str) -> dict[str, str]:
-        """Both digests of an input, each under its name; a header of an earlier version knows only the file's."""
+        """Return both digests of an input, each under its name; an earlier version's header knows only the file's."""
         if not self.by_weights:
             return {"file": self.inputs[alias]}
         return {"weights": self.inputs[alias], **({"file": self.files[alias]} if alias in self.files else {})}
 
     @cached_property
     def full(self) -> dict[str, Any]:
-        """`document`, with both digests of every input."""
+        """Return `document` with both digests of every input."""
         if not self.by_weights:
             return self.document
         return {**self.document, "inputs": {alias: self.model(alias) for alias in self.named}}
 
     def to_json(self) -> str:
-        """The text that a header holds under RECIPE."""
+        """Return the text that a header holds under RECIPE."""
         return canonical_json(self.full)
 
     @classmethod
@@ -116,7 +116,7 @@ class Recipe:
 
 
 def _is_plain(document: Mapping[str, Any]) -> bool:
-    """Whether a recipe's values are of the kinds that `Recipe.full` has."""
+    """Say whether a recipe's values are of the kinds that `Recipe.full` has."""
     inputs, policies, numbers = document["inputs"], document["policies"], document["coefficients"]
     if not all(isinstance(value, dict) for value in (inputs, policies, numbers)):
         return False
@@ -132,7 +132,7 @@ def _is_plain(document: Mapping[str, Any]) -> bool:
 
 
 def are_digests(value: Any) -> bool:
-    """Whether a value is a mapping of `weights`, `file`, or both, to sha256."""
+    """Say whether a value is a mapping of `weights`, `file`, or both, to sha256."""
     return (
         isinstance(value, Mapping)
         and 0 < len(value) <= 2
@@ -142,12 +142,12 @@ def are_digests(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value can be a coefficient: finite, and within MOST_NUMBER."""
+    """Say whether a value can be a coefficient: finite, and within MOST_NUMBER."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST_NUMBER
 
 
 def ancestors(recipe: Recipe, parents: Mapping[str, tuple[Any, Mapping[str, Any]]]) -> dict[str, Any]:
-    """`Recipe.ancestors`, from the `sd_merge_recipe` and `sd_merge_models` of inputs that are merges, by alias."""
+    """Make `Recipe.ancestors` of the `sd_merge_recipe` and `sd_merge_models` of inputs that are merges, by alias."""
     models: dict[str, Any] = {}
     for alias in recipe.named:
         own, older = parents.get(alias, (None, {}))
@@ -156,7 +156,7 @@ def ancestors(recipe: Recipe, parents: Mapping[str, tuple[Any, Mapping[str, Any]
 
 
 def header_recipe(metadata: Mapping[str, str]) -> Recipe:
-    """The recipe in a merged file's header. Raises as `Recipe.from_json`."""
+    """Read the recipe in a merged file's header. Raises as `Recipe.from_json`."""
     recipe = Recipe.from_json(metadata[RECIPE])
     try:
         models = json.loads(metadata.get("sd_merge_models", "{}"))
@@ -167,7 +167,7 @@ def header_recipe(metadata: Mapping[str, str]) -> Recipe:
 
 
 def _without_plain(recipe: Recipe, models: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a file's `sd_merge_models`, what does not follow from its recipe."""
+    """Return those of a file's `sd_merge_models` that do not follow from its recipe."""
     plain = _plain_models(recipe)
     return {sha256: entry for sha256, entry in models.items() if entry != plain.get(sha256)}
 
@@ -180,13 +180,13 @@ def _plain_models(recipe: Recipe) -> dict[str, Any]:
 
 
 def _entry(recipe: Recipe, alias: str, own: Any) -> dict[str, Any]:
-    """What A1111 keeps of an input, by the sha256 of its file; of a model in memory, by that of its weights."""
+    """Return what A1111 keeps of an input, by the sha256 of its file; of a model in memory, by that of its weights."""
     sha256 = recipe.files.get(alias, recipe.inputs[alias])
     return {sha256: {"name": alias, "legacy_hash": None, "sd_merge_recipe": own}}
 
 
 def metadata(recipe: Recipe, *, architecture: str, prediction_type: str | None = None) -> dict[str, str]:
-    """The header of the merged single file: no time and no path, so equal recipes give equal bytes.
+    """Make the header of the merged single file: no time and no path, so equal recipes give equal bytes.
 
     `modelspec.*` is Stability's ModelSpec 1.0.0; `sd_merge_recipe` and `sd_merge_models` are what A1111's checkpoint
     merger writes, with the inputs' own recipes nested; `ambergrade.recipe` rebuilds the merge. `architecture` is

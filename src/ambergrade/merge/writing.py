@@ -1,4 +1,4 @@
-"""Where a merge's bytes go: whole pages of a large output past the page cache, which spares a copy of each."""
+"""Writes a merge's bytes: whole pages of a large output past the page cache, which spares a copy of each."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class FileSink:
         self.descriptor, self.direct = descriptor, direct
 
     def write(self, offset: int, data: memoryview) -> None:
-        """Whole pages straight, where they lie in memory as in the file; the pages that begin and end it as usual."""
+        """Write whole pages straight, where they lie in memory as in the file; its first and last page as usual."""
         first = -offset % PAGE
         last = first + (len(data) - first) // PAGE * PAGE
         aligned = (np.frombuffer(data, np.uint8).ctypes.data - offset) % PAGE == 0
@@ -55,7 +55,7 @@ def _write(descriptor: int, data: memoryview, offset: int) -> None:
 
 @contextlib.contextmanager
 def file_sink(aside: Path, size: int, out: Path, *, direct: bool) -> Iterator[FileSink]:
-    """A sink into the empty file `aside`, whose space is taken now: a full disk is told before the work.
+    """Yield a sink into the empty file `aside`, whose space is taken now: a full disk is told before the work.
 
     Raises BadInput where `size` bytes do not fit, naming `out`'s folder.
     """

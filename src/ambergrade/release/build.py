@@ -91,7 +91,7 @@ def build(folder: Path, *, recipe: Mapping[str, Any], evaluation: Mapping[str, A
 
 
 def recipe_yaml(recipe: Mapping[str, Any]) -> str:
-    """The recipe as YAML: the formula verbatim on top, then the other keys sorted."""
+    """Write the recipe as YAML: the formula verbatim on top, then the other keys sorted."""
     formula = str(recipe["formula"]).strip()
     if all(line.isprintable() for line in formula.split("\n")):
         head = "formula: |\n  " + formula.replace("\n", "\n  ") + "\n"
@@ -128,7 +128,7 @@ def _sync(folder: Path) -> None:
 
 
 def _equal(digests: Mapping[str, str], folder: Path) -> bool:
-    """Whether a folder holds exactly these files."""
+    """Say whether a folder holds exactly these files."""
     if not folder.is_dir() or {path.name for path in folder.iterdir()} != {*digests, SUMS}:
         return False
     sums = "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
@@ -202,7 +202,7 @@ def _refuse_paths(facts: Any) -> None:
 
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in a JSON value with the dotted key that leads to it."""
+    """Yield every text in a JSON value with the dotted key that leads to it."""
     if isinstance(value, dict):
         for inner, item in value.items():
             yield from _texts(item, f"{key}.{inner}" if key else inner)
@@ -214,7 +214,7 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON holds it: nouns as objects, what was not scored (NaN) as null; the order of keys stays."""
+    """Return a value as JSON holds it: nouns as objects, what was not scored (NaN) as null; the order of keys stays."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):

@@ -37,7 +37,7 @@ def card(contents: ReleaseContents) -> str:
 
 
 def front_matter(contents: ReleaseContents) -> str:
-    """The YAML block that the hub reads."""
+    """Write the YAML block that the hub reads."""
     facts = {
         "license": contents.license,
         "library_name": "diffusers",
@@ -51,7 +51,7 @@ def front_matter(contents: ReleaseContents) -> str:
 
 
 def substituted(formula: str, coefficients: Mapping[str, float], models: Iterable[str] = ()) -> str:
-    """The formula with its coefficients' numbers in place of their names; names of models stay.
+    """Return the formula with its coefficients' numbers in place of their names; names of models stay.
 
     >>> substituted("beta7 + a * (anxl3 - base a)", {"a": 0.8}, ["beta7", "anxl3", "base a"])
     'beta7 + 0.8 * (anxl3 - base a)'
@@ -63,7 +63,7 @@ def substituted(formula: str, coefficients: Mapping[str, float], models: Iterabl
 
 
 def measurement(found: Measurement | None, sign: str = "") -> str:
-    """`value [low, high]`, or a dash where nothing was measured; `sign="+"` for differences.
+    """Write `value [low, high]`, or a dash where nothing was measured; `sign="+"` for differences.
 
     >>> measurement(Measurement(0.5, 0.41, 0.6, 40))
     '0.500 [0.410, 0.600]'
@@ -74,7 +74,7 @@ def measurement(found: Measurement | None, sign: str = "") -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table."""
+    """Write a markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -1,4 +1,4 @@
-"""What a release is made of: the typed input of `release.build` and `release.card`."""
+"""Defines what a release is made of: the typed input of `release.build` and `release.card`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOST_LETTERS = 60
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts that were scored."""
+    """Names the prompts that were scored."""
 
     name: str
     count: int
@@ -26,7 +26,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Scorer:
-    """What gave a metric's numbers."""
+    """Identifies what gave a metric's numbers."""
 
     fingerprint: str
     tiny: bool = False
@@ -35,7 +35,7 @@ class Scorer:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores on held-out prompts, and the sweep's verdict."""
+    """Holds the scores on held-out prompts, and the sweep's verdict."""
 
     prompts: Prompts
     sampler: SamplerSettings
@@ -52,7 +52,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class ReleaseContents:
-    """Everything that a release folder says and holds."""
+    """Holds everything that a release folder says."""
 
     name: str
     version: str
@@ -95,5 +95,5 @@ class ReleaseContents:
 
     @property
     def file(self) -> str:
-        """Name of the weights in the folder."""
+        """Return the name of the weights in the folder."""
         return f"{self.name}-{self.version}.safetensors"

@@ -25,7 +25,7 @@ from ambergrade.release import gates as plugs
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of a candidate when it is judged."""
+    """Holds what is known of a candidate when it is judged."""
 
     family: str
     """Name of the yaml in conf/family."""
@@ -41,7 +41,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What one gate says."""
+    """Says whether one gate lets a candidate pass, and why."""
 
     passed: bool
     told: str
@@ -49,17 +49,20 @@ class Judgement:
 
 
 class Refused(AmbergradeError):
-    """A candidate that some gates did not pass. What was made of it is kept."""
+    """Tells that a candidate did not pass some gates. What was made of it is kept."""
 
 
 class Gate(Protocol):
-    """A gate with its settings filled in."""
+    """Judges a candidate; its settings are filled in."""
 
     def __call__(self, evidence: Evidence) -> Judgement: ...
 
 
 def load_gate(name: str, **settings: Any) -> Gate:
-    """The gate `gates/<name>.py` with its settings. Raises UnknownName, or BadSetting for settings it does not take."""
+    """Return the gate `gates/<name>.py` with its settings.
+
+    Raises UnknownName, or BadSetting for settings that it does not take.
+    """
     known = [module.name for module in pkgutil.iter_modules(plugs.__path__)]
     if name not in known:
         raise UnknownName("gate", name, known)
@@ -72,12 +75,12 @@ def load_gate(name: str, **settings: Any) -> Gate:
 
 
 def load_gates(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Gate]:
-    """Every gate of a pipeline's `gates`, by the name that the pipeline gives it."""
+    """Return every gate of a pipeline's `gates`, by the name that the pipeline gives it."""
     return {label: load_gate(**chosen) for label, chosen in settings.items()}
 
 
 def judge(gates: Mapping[str, Gate], evidence: Evidence) -> dict[str, Judgement]:
-    """What every gate says; all are asked, so that all reasons are known at once."""
+    """Ask every gate, so that all reasons are known at once."""
     return {label: gate(evidence) for label, gate in gates.items()}
 
 
@@ -93,6 +96,6 @@ def insist(candidate: str, said: Mapping[str, Judgement]) -> None:
 
 
 def told(metric: str, found: Measurement, sign: str = "") -> str:
-    """`tag_prob 0.912 [0.881, 0.940], n 40`; `sign="+"` for differences."""
+    """Write a number as `tag_prob 0.912 [0.881, 0.940], n 40`; `sign="+"` for differences."""
     form = f"{sign}.3f"
     return f"{metric} {found.value:{form}} [{found.low:{form}}, {found.high:{form}}], n {found.n}"
