@@ -39,7 +39,7 @@ def test_every_experiment_is_accepted_and_planned(name: str) -> None:
     for processes in (1, 2, 4):
         assert trainer.accumulation(processes) * trainer.per_pass(processes) * processes == trainer.batch
     assert settings["base"] in settings["models"]
-    CaptionRecipe.from_dict(settings["captions"])
+    config.settings(CaptionRecipe, settings["captions"])
     config.settings(Selection, {**settings["data"]["selection"], "split": "train"})
     assert "dollars" in plan(trainer, 2, "a100")
 

@@ -17,6 +17,7 @@ from ambergrade.captions.buckets import aspect_buckets
 from ambergrade.captions.manifest import DUPLICATE, UNREADABLE, build
 from ambergrade.captions.recipe import CaptionRecipe, caption
 from ambergrade.nouns import PromptSet
+from ambergrade.typed import settings
 from ambergrade.world import corpus, grammar, scorers, tokenizer
 from ambergrade.world.booru import AWKWARD, write_booru
 from ambergrade.world.draw import draw
@@ -106,7 +107,7 @@ def test_posts_hold_the_scenes_tags_and_awkward_specimens_are_dropped_for_their_
     assert [post.id for post in posts] == sorted(post.id for post in posts)
     assert [post.created_at[:4] for post in posts] == sorted(post.created_at[:4] for post in posts)
     captions, report = build(
-        posts, CaptionRecipe.from_dict(RECIPE), booru / "pictures", aspect_buckets(128, 32, 96, 160)
+        posts, settings(CaptionRecipe, RECIPE), booru / "pictures", aspect_buckets(128, 32, 96, 160)
     )
     assert report.counts == {UNREADABLE: 1, DUPLICATE: 1}
     assert len(captions.pictures) == 118
@@ -114,7 +115,7 @@ def test_posts_hold_the_scenes_tags_and_awkward_specimens_are_dropped_for_their_
 
 
 def test_quality_tags_tell_the_drawn_quality(booru: Path) -> None:
-    recipe = CaptionRecipe.from_dict(RECIPE)
+    recipe = settings(CaptionRecipe, RECIPE)
     truth = {}
     scenes = sorted((grammar.sample(3, i).year, i) for i in range(120))
     for post, (_, index) in zip(read_posts(booru / "booru.sqlite"), scenes, strict=True):

@@ -14,8 +14,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from ambergrade.captions.values import Array as Array
-from ambergrade.captions.values import rating_codes, whole_numbers
+from ambergrade.captions.values import Array, rating_codes, whole_numbers
 from ambergrade.errors import BadInput
 from ambergrade.nouns import TAG_TYPES
 

@@ -6,11 +6,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from ambergrade.errors import BadInput, BadSetting, unknown_name
 from ambergrade.nouns import TAG_TYPES, Caption, Post
-from ambergrade.typed import settings
 
 PARTS = ("special", *TAG_TYPES, "year", "rating", "quality")
 PERCENTILES = tuple(range(5, 100, 5))
@@ -105,11 +103,6 @@ class CaptionRecipe:
             rating: tuple((row[columns[percentile]], tag) for percentile, tag in ranked)
             for rating, row in self.quality_table.items()
         }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> CaptionRecipe:
-        """Read settings for the pipelines that still call this; `typed.settings` does the same."""
-        return settings(cls, values, where="captions")
 
     def spelled(self, name: str) -> str:
         """A raw tag name as the text encoder reads it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +11,8 @@ import numpy as np
 from ambergrade.captions.booru import Booru
 from ambergrade.captions.values import Array
 from ambergrade.errors import BadSetting, UnknownName, unknown_name
-from ambergrade.identity import canonical_json, random_seed
-from ambergrade.nouns import RATINGS, TAG_TYPES, Post
+from ambergrade.identity import canonical_json
+from ambergrade.nouns import RATINGS
 
 SPLITS = ("all", "train", "heldout")
 PAIRS = 16_000_000
@@ -57,35 +57,6 @@ class Selection:
         wrong = [unknown_name("Rating", rating, RATINGS) for rating in self.ratings if rating not in RATINGS]
         if wrong:
             raise BadSetting("\n".join(wrong))
-
-    def holds(self, post: Post) -> bool:
-        """Whether a post is selected, `count` aside."""
-        tags = {name for kind in TAG_TYPES for name in post.tags.get(kind, ())}
-        return (
-            (not self.tags_any or not tags.isdisjoint(self.tags_any))
-            and tags.issuperset(self.tags_all)
-            and tags.isdisjoint(self.tags_none)
-            and (not self.ratings or post.rating in self.ratings)
-            and _between(self.score_min, post.score, self.score_max)
-            and _between(self.fav_count_min, post.fav_count, None)
-            and _between(self.id_min, post.id, self.id_max)
-            and _between(self.side_min, min(post.width, post.height), None)
-            and _between(self.pixels_min, post.width * post.height, None)
-            and (self.date_from is None or post.created_at[: len(self.date_from)] >= self.date_from)
-            and (self.date_to is None or post.created_at[: len(self.date_to)] <= self.date_to)
-            and self.split in ("all", self._side(post))
-        )
-
-    def _side(self, post: Post) -> str:
-        return "heldout" if random_seed(self.seed, "split", post.id) / 2**63 < self.heldout_share else "train"
-
-
-def select(posts: Iterable[Post], selection: Selection) -> list[Post]:
-    """The selected posts in ascending id."""
-    chosen = [post for post in posts if selection.holds(post)]
-    if selection.count is not None:
-        chosen = sorted(chosen, key=lambda post: random_seed(selection.seed, "count", post.id))[: selection.count]
-    return sorted(chosen, key=lambda post: post.id)
 
 
 def select_rows(booru: Booru, selection: Selection) -> Array:
@@ -159,7 +130,3 @@ def _seeds(seed: int, purpose: str, ids: Array) -> Array:
     texts = (f"{head}{post}]]".encode() for post in ids.tolist())
     digests = b"".join(hashlib.sha256(text).digest()[:8] for text in texts)
     return np.frombuffer(digests, ">u8").astype(np.uint64) >> np.uint64(1)
-
-
-def _between(low: int | None, value: int, high: int | None) -> bool:
-    return (low is None or value >= low) and (high is None or value <= high)

@@ -58,7 +58,7 @@ def write_captions(curation: Curation) -> None:
     out = curation.out("out=FILE.jsonl")
     booru, recipe = curation.booru(), curation.settings.captions
     written, skipped = 0, []
-    with written_aside(out) as aside, aside.open("w") as file:
+    with written_aside(out) as aside, aside.open("w", encoding="utf-8") as file:
         for post, text in caption_lines(booru, recipe, curation.selected(booru)):
             if text is None:
                 skipped.append(post)
@@ -136,7 +136,8 @@ def lint_pictures(curation: Curation) -> None:
         booru = curation.booru()
         rows = curation.selected(booru)
         posts, total = booru.posts(rows), len(rows)
-    found = lint(posts, files, settings.limits, workers=settings.compute.workers, total=total)
+    bare = settings.database is None
+    found = lint(posts, files, settings.limits, workers=settings.compute.workers, total=total, by_name=bare)
     write_report(found, files, out)
     print(found.text)
     print(f"report      {out / 'lint.html'}\nfindings    {out / 'findings.jsonl'}\nleave out   {out / 'leave_out.txt'}")

@@ -19,6 +19,7 @@ from ambergrade.chain.context import Context, Stage
 from ambergrade.chain.settings import Compute, DataSettings, FamilySettings
 from ambergrade.errors import BadInput
 from ambergrade.identity import digest
+from ambergrade.lines import read_lines
 from ambergrade.nouns import CaptionSet
 from ambergrade.store import Finished, Outputs, find_file, write_json
 from ambergrade.track.journal import Run
@@ -65,14 +66,14 @@ def dataset(context: Context, data: DataSettings, captions: CaptionRecipe, famil
     booru = open_booru(find_file(data.database), context.ledger.root / "arrays")
     files = picture_files(context, data)
     unwanted = frozenset(listed_ids(data.leave_out))
+    rows = {split: select_rows(booru, replace(data.selection, split=split)) for split in SPLITS}
 
     def work(scratch: Path, run: Run) -> Outputs:
         reports, counts, made = {}, {}, {}
         for split in SPLITS:
-            chosen = replace(data.selection, split=split)
-            posts = (post for post in booru.posts(select_rows(booru, chosen)) if post.id not in unwanted)
+            posts = (post for post in booru.posts(rows[split]) if post.id not in unwanted)
             workers = context.compute.workers if len(booru) > SMALL else 1
-            found, report = build(posts, captions, files, buckets, workers=workers)
+            found, report = build(posts, captions, files, buckets, workers=workers, part=split)
             made[f"{split}.jsonl"] = scratch / f"{split}.jsonl"
             found.write(made[f"{split}.jsonl"])
             reports[split], counts[split] = report.text, len(found.pictures)
@@ -82,8 +83,8 @@ def dataset(context: Context, data: DataSettings, captions: CaptionRecipe, famil
         run.note("\n\n".join(f"**{split}**\n```\n{text}\n```" for split, text in done.values["report"].items()))
         run.file(done.files["train.jsonl"], "captions")
 
-    rows = select_rows(booru, replace(data.selection, split="all"))
-    pictures = files.fingerprint((post.id, post.file_name) for post in booru.posts(rows))
+    # of each side: a count draws other posts from each than from both together
+    pictures = digest([files.fingerprint(booru.pictures(rows[split])) for split in SPLITS])
     settings: dict[str, object] = {"captions": captions, "selection": data.selection, "buckets": buckets}
     if unwanted:
         settings["leave_out"] = digest(sorted(unwanted))
@@ -100,7 +101,7 @@ def listed_ids(path: str | None) -> Iterator[int]:
     """Post ids of a file, one a line, as the lint writes it."""
     if path is None:
         return
-    for number, line in enumerate(find_file(path).read_text().split(), 1):
-        if not line.isdigit():
+    for number, line in read_lines(find_file(path)):
+        if not (line.isascii() and line.isdigit()):
             raise BadInput(f"{path}, line {number}: a post id is needed, found '{line}'.")
         yield int(line)
