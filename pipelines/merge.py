@@ -13,9 +13,11 @@ from ambergrade.door.main import pipeline
 
 @pipeline("merge")
 def main(settings: MergePipelineSettings, invocation: Invocation) -> None:
-    from ambergrade.chain import merging
+    from ambergrade.chain.merging import written_recipe
+    from ambergrade.door.files import run_recipe
 
-    merging.run(settings)
+    given = settings.out, settings.dry_run, settings.compute.threads, settings.compute.device, settings.inputs
+    run_recipe(written_recipe(settings), *given, overwrite=settings.overwrite)
 
 
 if __name__ == "__main__":

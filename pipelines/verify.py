@@ -6,13 +6,15 @@ Examples:
 
 from ambergrade.chain.settings import Invocation, VerifySettings
 from ambergrade.door.main import pipeline
+from ambergrade.errors import BadSetting
 
 
 @pipeline("verify")
 def main(settings: VerifySettings, invocation: Invocation) -> None:
-    from ambergrade.chain import merging
+    from ambergrade.door.files import verify_model
 
-    merging.verify(settings)
+    if not verify_model(settings.model, settings.models_path, threads=settings.compute.threads):
+        raise BadSetting(f"{settings.model.name} is not what its header says.")
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def merge_files(
 
 
 def verify_file(model: Path, models: Path) -> Verdict:
-    """Make a merged file again from the recipe in its header, from inputs in the folder `models`, and compare every byte.
+    """Make a merged file again from its header and inputs in the folder `models`, and compare every byte.
 
     >>> import tempfile, numpy as np
     >>> from safetensors.numpy import save_file

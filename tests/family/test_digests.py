@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ambergrade import command
+from ambergrade.door import files as command
 from ambergrade.errors import BadInput, MissingObject
 from ambergrade.family import digests, sdxl
 from ambergrade.family.convert import to_folder

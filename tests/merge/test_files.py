@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ambergrade import command
+from ambergrade.door import files as command
 from ambergrade.errors import AmbergradeError, BadInput, BadSetting, MissingObject, UnknownName
 from ambergrade.family import digests, sdxl
 from ambergrade.merge import batches, reading, writing
@@ -127,7 +127,7 @@ def test_another_process_and_another_processor_write_the_same(
     files = {alias: str(path) for alias, path in plain.items()}
     recipe.write_text(json.dumps({"formula": CARD, "models": files, "out": "out.safetensors"}))
     cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    line = [sys.executable, "-m", "ambergrade.command", "merge", str(recipe)]
+    line = [sys.executable, "-m", "ambergrade.door.files", "merge", str(recipe)]
     subprocess.run(line, env={**os.environ, **environment, **cache}, check=True, capture_output=True)
     assert (tmp_path / "out.safetensors").read_bytes() == once.read_bytes()
 

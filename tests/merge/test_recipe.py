@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from ambergrade import command
+from ambergrade.door import files as command
 from ambergrade.errors import AmbergradeError, BadInput, BadSetting, MissingObject, UnknownName
 from ambergrade.family import sdxl
 from ambergrade.identity import canonical_json, digest
@@ -203,7 +203,7 @@ def parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         save_file({**tensors, "n": np.arange(5)}, folder / f"{name}.safetensors", {"title": f"the model {name}"})
         paths[name] = folder / f"{name}.safetensors"
     merged = {"formula": "m = x + 0.3 * (y - x)", "models": {name: str(paths[name]) for name in "xy"}}
-    command.run_written(from_values(merged, folder), out=folder / "m.safetensors")
+    command.run_recipe(from_values(merged, folder), out=folder / "m.safetensors")
     return {**paths, "m": folder / "m.safetensors", "x again": paths["x"]}
 
 
@@ -220,7 +220,7 @@ def released(parents: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
         "coefficients": {"k": 0.5},
     }
     out = folder / "mine-v1.safetensors"
-    command.run_written(from_values(values, folder), out=out)
+    command.run_recipe(from_values(values, folder), out=out)
     result = {"name": out.name, "bytes": out.stat().st_size, "file": hashlib.sha256(out.read_bytes()).hexdigest()}
     document = recipe_document(out, formula=FORMULA, names={alias: path.name for alias, path in parents.items()})
     document["result"] = result
@@ -318,7 +318,7 @@ def test_a_file_of_an_earlier_version_is_read_and_verified(parents: dict[str, Pa
     """Its header names inputs by the sha256 of their files alone, and its digest is over those."""
     values = {"formula": "mine = x + k * (y - x)", "models": {name: str(parents[name]) for name in "xy"}}
     out = tmp_path / "out.safetensors"
-    command.run_written(from_values({**values, "coefficients": {"k": 0.5}}, tmp_path), out=out)
+    command.run_recipe(from_values({**values, "coefficients": {"k": 0.5}}, tmp_path), out=out)
     length = 8 + struct.unpack("<Q", out.read_bytes()[:8])[0]
     header = json.loads(out.read_bytes()[8:length])
     files = {name: hashlib.sha256(parents[name].read_bytes()).hexdigest() for name in "xy"}
@@ -362,7 +362,7 @@ class Blocker:
             raise ImportError(f"{{name}} is not installed here")
 
 sys.meta_path.insert(0, Blocker())
-from ambergrade.command import main
+from ambergrade.door.files import main
 sys.exit(main(sys.argv[1:]))
 """
     out, models = tmp_path / "out.safetensors", str(parents["x"].parent)

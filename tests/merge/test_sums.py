@@ -306,7 +306,7 @@ def test_a_merge_of_fp16_files_imports_no_torch_and_has_the_bytes_of_one_that_do
     file, out = tmp_path / "recipe.yaml", tmp_path / "out.safetensors"
     file.write_text(json.dumps(recipe))
     code = (
-        "import sys; exec(sys.argv[2]); from ambergrade import command; "
+        "import sys; exec(sys.argv[2]); from ambergrade.door import files as command; "
         "assert command.main(['merge', sys.argv[1]]) == 0; print('torch' in sys.modules)"
     )
     narrow = (  # as on a processor of 2010

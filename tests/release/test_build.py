@@ -21,7 +21,7 @@ import yaml
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from ambergrade import command
+from ambergrade.door import files as command
 from ambergrade.errors import BadInput
 from ambergrade.family.digests import weights_sha256
 from ambergrade.identity import file_digest
@@ -56,7 +56,7 @@ def contents(models: Path, tmp_path_factory: pytest.TempPathFactory) -> ReleaseC
     given = {"formula": FORMULA, "coefficients": {"a": 0.8, "b": 0.5}}
     given |= {"models": {path.stem: str(path) for path in models.iterdir()}}
     checkpoint = folder / "model.safetensors"
-    command.run_written(from_values(given, folder), out=checkpoint)
+    command.run_recipe(from_values(given, folder), out=checkpoint)
     checkpoint.chmod(0o444)  # as the store keeps it
     for number, name in enumerate(["contact_sheet", "heat_map"]):
         Image.new("RGB", (8, 8), (number, 20, 30)).save(folder / f"{name}.png")

@@ -44,12 +44,12 @@ def judge_candidate(
     loaded = load_gates({label: one.as_mapping for label, one in gates.items()})
     family = live.family.name
     rivals = {one.parameters["than"] for one in gates.values() if "than" in one.parameters}
-    apart: dict[str, Mapping[str, Measurement]] = {"base": _measured(differences(sheet, base))}
+    apart: dict[str, Mapping[str, Measurement]] = {"base": measured(differences(sheet, base))}
     inputs = {"weights": candidate.digest, "scores": sheet.digest, "base": base.digest}
     champion = context.journal.rival(name, candidate.digest) if "champion" in rivals else None
     if champion is not None:
         other = _champion_sheet(context, champion, scoring, live, prompts)
-        apart["champion"] = {} if other is None else _measured(differences(sheet, other))
+        apart["champion"] = {} if other is None else measured(differences(sheet, other))
         inputs["champion"] = champion.digest
     judged = context.journal.version(name, candidate.digest)
     asked = {one.parameters["tag"] for one in gates.values() if "tag" in one.parameters}
@@ -99,7 +99,7 @@ def _champion_sheet(
     return ScoreSheet.read(done.files["scores"])
 
 
-def _measured(apart: Mapping[str, PairedDifference]) -> dict[str, Measurement]:
+def measured(apart: Mapping[str, PairedDifference]) -> dict[str, Measurement]:
     """Paired differences as the numbers that gates take."""
     return {m: Measurement(d.value, d.low, d.high, d.n, d.higher_is_better) for m, d in apart.items()}
 

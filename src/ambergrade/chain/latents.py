@@ -13,7 +13,6 @@ from ambergrade.errors import BadInput
 from ambergrade.family.files import weights_digest
 from ambergrade.family.load import family as load_family
 from ambergrade.nouns import CaptionSet, Checkpoint
-from ambergrade.pictures import decode_bytes
 from ambergrade.store import Outputs, find_file
 from ambergrade.train.latent_store import LatentStore
 from ambergrade.train.latents import PictureReader

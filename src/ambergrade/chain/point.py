@@ -15,14 +15,16 @@ from PIL import Image
 from ambergrade.chain.context import Context, Stage, Task
 from ambergrade.chain.settings import FamilySettings, MergeFormula, PromptFiles, Suite
 from ambergrade.errors import UnknownName
+from ambergrade.family.digests import model_digests
 from ambergrade.family.files import read_tensors
 from ambergrade.family.load import family
 from ambergrade.generate import stream
 from ambergrade.generate.contact_sheet import write_png
 from ambergrade.generate.texts import TextEncoder
-from ambergrade.identity import digest, file_digest
+from ambergrade.identity import digest
 from ambergrade.merge.engine import merge as merge_files
 from ambergrade.merge.formula import Formula
+from ambergrade.merge.inputs import Digests, default_cache
 from ambergrade.merge.job import Job, open_job
 from ambergrade.merge.passes import placed
 from ambergrade.merge.recipe import Recipe
@@ -109,7 +111,9 @@ class LiveMerge:
         self.formula = Formula.parse(chosen.formula, models)
         self.loras = {alias: find_file(path) for alias, path in self.formula.lora_paths.items()}
         self.inputs = {alias: models[alias].digest for alias in self.formula.models}
-        self.inputs |= {alias: file_digest(path) for alias, path in self.loras.items()}
+        known = Digests(default_cache())
+        self.inputs |= {alias: model_digests(path, known).weights for alias, path in self.loras.items()}
+        known.save()
 
     @cached_property
     def resident(self) -> ResidentMerge:

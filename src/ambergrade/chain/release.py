@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from ambergrade.chain.context import Context
-from ambergrade.chain.gates import tiny_scorers
+from ambergrade.chain.gates import measured, tiny_scorers
 from ambergrade.chain.heldout import Finalists
 from ambergrade.chain.point import LiveMerge, Point, Scoring, label_of, write_merge
 from ambergrade.chain.settings import FamilySettings, ReleaseSettings
 from ambergrade.identity import digest
+from ambergrade.merge.files import recipe_document
 from ambergrade.nouns import CaptionSet, Checkpoint, Release
-from ambergrade.release.build import build
+from ambergrade.release.build import build_release
+from ambergrade.release.contents import Evaluation, Prompts, ReleaseContents, Scorer
 from ambergrade.score.comparison import aggregates
 from ambergrade.train.settings import TrainSettings
 
@@ -67,56 +69,51 @@ def publish(
     """Write the winner's checkpoint once, build its release folder, and register the model as a candidate."""
     merge, point = winner.merge, winner.point
     merged, done = write_merge(context, merge, point, final.folder / "merged.safetensors")
-    recipe = merge.recipe(point).document
-    made = build(
+    recipe = recipe_document(merged.path, formula=merge.chosen.formula)
+    made = build_release(
         about.folder,
-        name=about.name,
-        version=about.version,
-        license=about.license,
-        config=family.config,
-        checkpoint=merged.path,
-        recipe={
-            "formula": merge.chosen.formula,
-            "coefficients": point,
-            "models": {alias: {"sha256": sha256} for alias, sha256 in recipe["inputs"].items()},
-            "family": family.name,
-            "dtype": recipe["dtype"] or "the base's precision",
-            "policies": recipe["policies"],
-            "weights": merged.digest,
-        },
-        evaluation=_evaluation(scoring, winner, final, objective),
-        training=training.facts,
-        captions={"recipe": training.captions.recipe, "manifest": training.captions.digest},
-        contact_sheet=final.contact_sheet,
-        heat_map=winner.heat_map,
-        lineage={
-            training.name: {"base": training.base_digest, "captions": training.captions.digest},
-            "inputs": recipe["inputs"],
-        },
-        summary=about.summary,
+        ReleaseContents(
+            name=about.name,
+            version=about.version,
+            license=about.license,
+            family=family.name,
+            config=family.config,
+            checkpoint=merged.path,
+            checkpoint_sha256=done.digests["checkpoint"],
+            recipe=recipe,
+            evaluation=_evaluation(scoring, winner, final, objective),
+            training=training.facts,
+            captions={"recipe": training.captions.recipe, "manifest": training.captions.digest},
+            contact_sheet=final.contact_sheet,
+            heat_map=winner.heat_map,
+            lineage={
+                training.name: {"base": training.base_digest, "captions": training.captions.digest},
+                "inputs": recipe["models"],
+            },
+            summary=about.summary,
+        ),
     )
     _register(context, about, made, merged, merge, point, final, digest([made.digest, done.identity]))
     context.tell("release", None if not done.fresh else done.seconds, made.digest)
     return made, merged
 
 
-def _evaluation(scoring: Scoring, winner: Winner, final: Finalists, objective: str) -> dict[str, object]:
+def _evaluation(scoring: Scoring, winner: Winner, final: Finalists, objective: str) -> Evaluation:
     """What the release says of its scores."""
     sheet = final.sheets[final.winner]
     scored = {label: aggregates(found) for label, found in final.sheets.items()}
     tiny = tiny_scorers(scoring.suite.metrics, sheet)
     named = final.leaderboard
-    return {
-        "prompts": {"name": final.prompts.name, "count": sheet.n, "digest": final.prompts.digest},
-        "sampler": asdict(scoring.sampler),
-        "objective": objective,
-        "scores": {name: {label: scores[name] for label, scores in scored.items()} for name in named},
-        "differences": {name: {final.base: final.apart[name]} for name in named},
-        "winner_set": [dict(member) for member in winner.members],
-        "scorers": {
-            name: {"fingerprint": digest(made_of), "tiny": tiny[name]} for name, made_of in sheet.fingerprints.items()
-        },
-    }
+    apart = measured({name: final.apart[name] for name in named})
+    return Evaluation(
+        prompts=Prompts(final.prompts.name, sheet.n, final.prompts.digest),
+        sampler=scoring.sampler,
+        objective=objective,
+        scores={name: {label: scores[name] for label, scores in scored.items()} for name in named},
+        differences={name: {final.base: found} for name, found in apart.items()},
+        winner_set=winner.members,
+        scorers={name: Scorer(digest(made_of), tiny[name]) for name, made_of in sheet.fingerprints.items()},
+    )
 
 
 def _register(

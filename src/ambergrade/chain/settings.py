@@ -349,6 +349,7 @@ class MergePipelineSettings:
     compute: Compute
     recipe: Path | None = None
     coefficients: Mapping[str, float] = field(default_factory=dict)
+    inputs: Path | None = None
     out: Path | None = None
     dry_run: bool = False
     overwrite: bool = False
@@ -361,14 +362,9 @@ class VerifySettings:
 
     root: Path
     compute: Compute
-    model: str | None = None
-    models_path: Path | None = None
+    model: Path
+    models_path: Path
     debug: bool = False
-
-    def __post_init__(self) -> None:
-        if self.model is None or self.models_path is None:
-            missing = "model" if self.model is None else "models"
-            raise BadSetting(f"No value for {missing}.\nWrite: model=FILE.safetensors models=DIR")
 
 
 @dataclass(frozen=True)

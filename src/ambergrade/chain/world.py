@@ -294,7 +294,6 @@ def _fit(settings: WorldSettings, networks: Networks, name: str, model: ModelSet
     from ambergrade.generate.contact_sheet import picture_grid, write_png
     from ambergrade.generate.stream import pictures
     from ambergrade.nouns import CaptionSet, PromptSet
-    from ambergrade.pictures import decode_bytes
     from ambergrade.train.latents import PictureReader, cache_latents, read_latents
     from ambergrade.train.trainer import fine_tune
     from ambergrade.world.booru import write_booru

@@ -19,7 +19,7 @@ from ambergrade.errors import AmbergradeError, unknown_name
 from ambergrade.places import CONF, PIPELINES
 
 OPTIONS = ("merge", "verify", "digest")
-"""Verbs that take a file and ordinary options (`ambergrade.command`)."""
+"""Verbs that take a file and ordinary options (door/files.py)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,9 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(verb: str, rest: list[str]) -> int:
     known = pipelines()
     if verb in OPTIONS and not any(re.match(r"[+~]*[\w./]+=", word) for word in rest[:1]):
-        from ambergrade import command
+        from ambergrade.door import files
 
-        return command.main([verb, *rest])
+        return files.main([verb, *rest])
     if verb in known:
         file = PIPELINES / f"{verb}.py"
         before, sys.argv = sys.argv, [str(file), *rest]

@@ -69,7 +69,7 @@ def _count(text: str) -> int:
 def _merge(given: argparse.Namespace) -> int:
     from ambergrade.merge.files import read_recipe
 
-    run_written(
+    run_recipe(
         read_recipe(given.recipe, _numbers(given.coefficients)),
         out=given.out,
         dry_run=given.dry_run,
@@ -81,14 +81,14 @@ def _merge(given: argparse.Namespace) -> int:
     return 0
 
 
-def run_written(
+def run_recipe(
     written: RecipeFile,
-    *,
     out: Path | None = None,
     dry_run: bool = False,
     threads: int | None = None,
     device: str = "cpu",
     models: Path | None = None,
+    *,
     overwrite: bool = False,
 ) -> None:
     """Plan and merge a recipe; print the audit and what was written.
