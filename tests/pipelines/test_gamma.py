@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,6 +111,33 @@ def test_released_file_is_the_live_merge_and_loads_in_stock_diffusers(first: tup
     ours = sdxl.load(file, config)
     for key, value in ours.unet.state_dict().items():
         assert torch.equal(pipeline.unet.state_dict()[key].float(), value), key
+
+
+def test_the_release_s_recipe_gives_the_release_s_bytes(first: tuple[Path, str], tmp_path: Path) -> None:
+    from ambergrade.store import BUILTIN
+
+    root, _ = first
+    (record,) = (root / "mlruns" / "records" / "train").glob("*.json")
+    trained = json.loads(record.read_text())["files"]["checkpoint"]
+    models = tmp_path / "models"
+    models.mkdir()
+    shutil.copyfile(root / "mlruns" / "store" / "sha256" / trained[:2] / trained[2:], models / "one.safetensors")
+    for number, alias in enumerate(("beta7", "anxl2", "anxl3")):
+        shutil.copyfile(BUILTIN / f"{alias}.safetensors", models / f"renamed-{number}.safetensors")
+    released = root / "mlruns" / "releases" / NAME
+    out = tmp_path / "again.safetensors"
+    line = [sys.executable, "-m", "ambergrade.door.command", "merge", str(released / "recipe.yaml")]
+    done = subprocess.run([*line, "--models", str(models), "--out", str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (file,) = released.glob("*.safetensors")
+    assert out.read_bytes() == file.read_bytes()
+
+
+def test_a_point_that_fails_is_told_and_left_out(first: tuple[Path, str]) -> None:
+    told = gamma(first[0], "search.values.a=[0.4,0.8,1e9]", "search.values.b=[0.25]", "search.start=null")
+    assert "a 1e+09, b 0.25" in told
+    assert "1 of 3 points failed" in told
+    assert "model file sha256" in told
 
 
 @pytest.mark.slow
