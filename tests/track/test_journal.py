@@ -404,3 +404,29 @@ def test_a_second_pass_over_thirty_finished_runs_is_cheap(journal):
 
     chain()
     assert chain() < 3  # processor seconds; 0.25 on a quiet machine, of the demo's 20
+
+
+def point_costs(journal: Journal, numbers: range) -> list[float]:
+    """Processor seconds of points with 40 parameters and 40 numbers each."""
+    costs = []
+    for number in numbers:
+        start = time.process_time()
+        with journal.run(f"p{number}", key=f"p{number}", kind="point", params={f"p{k}": k for k in range(40)}) as run:
+            run.metrics({f"m{k}": Measurement(number, number - k, number + k, 8) for k in range(10)})
+        costs.append(time.process_time() - start)
+    return costs
+
+
+def test_a_point_of_forty_parameters_and_forty_numbers_costs_less_than_a_tenth_of_a_second(journal, client):
+    costs = point_costs(journal, range(12))
+    assert sorted(costs)[len(costs) // 2] < 0.1  # 0.05 on a quiet machine
+    runs = client.search_runs([journal.experiment_id])
+    assert {(len(run.data.params), len(run.data.metrics)) for run in runs} == {(40, 40)}
+
+
+@pytest.mark.slow
+def test_among_a_thousand_runs_a_point_costs_what_it_did_before(journal, client):
+    first = sorted(point_costs(journal, range(20)))[10]
+    for number in range(1000):
+        client.create_run(journal.experiment_id, tags={"ag.key": f"other {number}", "ag.kind": "point"})
+    assert sorted(point_costs(journal, range(20, 40)))[10] < 2 * first
