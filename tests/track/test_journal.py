@@ -406,6 +406,32 @@ def test_a_second_pass_over_thirty_finished_runs_is_cheap(journal):
     assert chain() < 3  # processor seconds; 0.25 on a quiet machine, of the demo's 20
 
 
+def test_a_run_that_two_processes_write_keeps_one_of_each(root, client, journal, request):
+    """The second has taken the run up; the first still thinks that it is alone."""
+    with journal.run("r", key="k", kind="point") as run:
+        other = Journal.open(root, request.node.name)
+        with other.run("r", key="k", kind="point", params={"a": 1}) as same:
+            same.metrics({"score": Measurement(0.5, 0.4, 0.6, 8)})
+        run.params({"a": 1})
+        run.metrics({"score": Measurement(0.5, 0.4, 0.6, 8)})
+    assert not journal.troubles
+    found = client.get_run(run.id)
+    assert found.data.params == {"a": "1"}
+    assert found.data.metrics == {"score": 0.5, "score_lo": 0.4, "score_hi": 0.6, "score_n": 8.0}
+
+
+def test_a_refused_parameter_takes_no_number_along(journal, client):
+    with journal.run("r", key="k", kind="point", params={"a": 1}) as run:
+        run.params({"a": 2})  # MLflow keeps the first value
+        run.metrics({"score": 0.5})
+        run.tags({"note": "x" * 9000, "x": 1})
+    assert len(journal.troubles) == 1
+    assert "refused" in journal.troubles[0]
+    found = client.get_run(run.id)
+    assert (found.info.status, found.data.params, found.data.metrics) == ("FINISHED", {"a": "1"}, {"score": 0.5})
+    assert (len(found.data.tags["note"]), found.data.tags["x"]) == (8000, "1")
+
+
 def point_costs(journal: Journal, numbers: range) -> list[float]:
     """Processor seconds of points with 40 parameters and 40 numbers each."""
     costs = []
