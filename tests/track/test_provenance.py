@@ -47,47 +47,50 @@ def change(place: Path) -> None:
     (place / "notes.txt").write_text("outside the code")
 
 
-def test_the_patch_makes_the_commit_what_ran(checkout: Path, tmp_path: Path) -> None:
+def test_the_patch_makes_the_commit_what_ran_and_untracked_files_are_listed_by_name_only(
+    checkout: Path, tmp_path: Path
+) -> None:
     change(checkout)
-    tags, diff = room.code(checkout)
+    (checkout / "conf").mkdir()
+    (checkout / "conf" / ".env").write_text("TOKEN=swordfish")
+    tags, files = room.code(checkout)
     assert tags["git.sha"] == tags["mlflow.source.git.commit"] == git(checkout, "rev-parse", "HEAD").strip()
     assert tags["git.dirty"] == "true"
-    assert tags["git.diff_sha"] == hashlib.sha256(diff.encode()).hexdigest()
+    assert tags["git.diff_sha"] == hashlib.sha256(files["diff.patch"].encode()).hexdigest()
     again = tmp_path / "again"
     subprocess.run(["git", "clone", "-q", str(checkout), str(again)], check=True)
     patch = tmp_path / "diff.patch"
-    patch.write_text(diff)
+    patch.write_text(files["diff.patch"])
     git(again, "apply", str(patch))
-    for name in ("src/a.py", "src/new.py", "src/empty.py", "picture.bin"):
+    for name in ("src/a.py", "picture.bin"):
         assert (again / name).read_bytes() == (checkout / name).read_bytes(), name
     assert not (again / "gone.txt").exists()
-    assert not (again / "notes.txt").exists()
-    assert "noise.log" not in diff
+    assert files["untracked.txt"] == "conf/.env\nsrc/empty.py\nsrc/new.py\n"
+    assert "no newline" not in str(files)
+    assert "swordfish" not in str(files)
 
 
 def test_a_clean_checkout_has_no_patch_and_no_checkout_is_said(checkout: Path, tmp_path: Path) -> None:
-    tags, diff = room.code(checkout)
-    assert (tags["git.dirty"], diff) == ("false", "")
+    tags, files = room.code(checkout)
+    assert (tags["git.dirty"], files) == ("false", {})
     assert "git.diff_sha" not in tags
+    (checkout / "src" / "new.py").touch()
+    tags, files = room.code(checkout)
+    assert (tags["git.dirty"], list(files)) == ("true", ["untracked.txt"])
     (tmp_path / "none").mkdir()
-    assert room.code(tmp_path / "none") == ({"git.sha": "unknown", "git.dirty": "unknown"}, "")
+    assert room.code(tmp_path / "none") == ({"git.sha": "unknown", "git.dirty": "unknown"}, {})
 
 
 def test_a_patch_that_is_too_long_is_cut_where_it_says_so(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("a.py", "b.py", "c.py"):
-        (checkout / "src" / name).write_text("x = 1\n" * 50)
-    _, whole = room.code(checkout)
+    (checkout / "src" / "a.py").write_text("x = 1\n" * 150)
+    whole = room.code(checkout)[1]["diff.patch"]
     monkeypatch.setattr(room, "MOST_DIFF", 500)
-    tags, diff = room.code(checkout)
+    tags, files = room.code(checkout)
+    diff = files["diff.patch"]
     assert tags["git.diff_sha"] == hashlib.sha256(whole.encode()).hexdigest()
     assert tags["git.diff"] == f"{len(whole)} bytes, cut to 500"
     assert diff.startswith(f"This patch is cut after 500 of {len(whole)} bytes")
     assert whole.startswith(diff.partition("\n")[2])
-    (checkout / "src" / "long.py").write_text("x = 1\n" * 1000)
-    assert (
-        "# src/long.py is untracked and not in this patch, 6000 bytes\n"
-        in room._added("src/long.py", checkout / "src" / "long.py").decode()
-    )
 
 
 def test_hardware_is_what_the_kernel_says() -> None:
@@ -125,7 +128,14 @@ def test_a_parent_keeps_files_a_child_only_tags_and_it_costs_less_than_a_second(
             pass
     client = MlflowClient(journal.uri)
     files = {file.path for file in client.list_artifacts(parent.id)}
-    assert files == {"config.yaml", "overrides.yaml", "diff.patch", "requirements.lock", "hardware.json"}
+    assert files == {
+        "config.yaml",
+        "overrides.yaml",
+        "diff.patch",
+        "untracked.txt",
+        "requirements.lock",
+        "hardware.json",
+    }
 
     def text(name: str) -> str:
         return Path(client.download_artifacts(parent.id, name)).read_text()

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy
 from PIL import Image
 
 from ambergrade.nouns import Measurement
@@ -214,21 +215,24 @@ def test_the_dead_are_closed(journal, client, tmp_path, request, sent):
     assert client.get_run(run_id).data.metrics == {"loss": 1.0}
 
 
-def test_eight_workers_at_once(server, client, tmp_path):
-    outside = {**os.environ, "MLFLOW_TRACKING_URI": server}
-    script = Path(__file__).with_name("at_once.py")
-    done = subprocess.run(
-        [sys.executable, str(script), "8", str(tmp_path)], env=outside, capture_output=True, text=True, timeout=300
-    )
+def met_in_one_tree(client: MlflowClient, uri: str, root: Path, workers: int) -> None:
+    """Start workers at one instant: none fails, and their runs hang below one parent."""
+    command = [sys.executable, str(Path(__file__).with_name("at_once.py")), str(workers), str(root)]
+    outside = {**os.environ, "MLFLOW_TRACKING_URI": uri}
+    done = subprocess.run(command, env=outside, capture_output=True, text=True, timeout=500)
     said = json.loads(done.stdout)
-    assert said["codes"] == [0] * 8, done.stderr[-2000:]
+    assert said["codes"] == [0] * workers, done.stderr[-2000:]
     assert [troubles for *_, troubles in said["said"] if troubles] == []
     runs = client.search_runs([client.get_experiment_by_name("gamma").experiment_id])
     (parent,) = {sweep for _, _, sweep, _, _ in said["said"]}
-    assert len(runs) == 10
+    assert len(runs) == workers + 2
     assert {run.info.status for run in runs} == {"FINISHED"}
     below = {run.info.run_id for run in runs if run.data.tags.get("mlflow.parentRunId") == parent}
     assert below == {point for _, point, *_ in said["said"]} | {shared for *_, shared, _ in said["said"]}
+
+
+def test_eight_workers_at_once(server, client, tmp_path):
+    met_in_one_tree(client, server, tmp_path, 8)
 
 
 def test_a_local_record_moves_to_the_server(server, client, tmp_path, monkeypatch):
@@ -255,6 +259,27 @@ def test_a_local_record_moves_to_the_server(server, client, tmp_path, monkeypatc
     assert client.get_model_version_by_alias("moved", "champion").tags["gate.floor"] == "pass: 0.9"
     before = MlflowClient(local.uri)
     assert len(before.list_artifacts(run.id, "images")) == 2  # the local record stays whole
+
+
+def test_four_processes_on_a_fresh_postgresql_all_journal(database, tmp_path):
+    """Each makes the tables, the experiment and the shared runs, or finds that another one has."""
+    engine = sqlalchemy.create_engine(database, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(sqlalchemy.text("CREATE DATABASE fresh"))
+    engine.dispose()
+    fresh = database.rpartition("/")[0] + "/fresh"
+    met_in_one_tree(MlflowClient(fresh), fresh, tmp_path, 4)
+
+
+def test_a_postgresql_that_is_down_is_told_at_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"postgresql+pg8000://kay:swordfish@127.0.0.1:{free_port()}/x")
+    start = time.monotonic()
+    journal = Journal.open(tmp_path, "gamma")
+    assert time.monotonic() - start < 30  # MLflow by itself tries for 100 s
+    assert journal.client is None
+    assert "NOTHING MORE IS JOURNALED" in caplog.text
+    assert "kay:***@" in caplog.text
+    assert "swordfish" not in caplog.text
 
 
 def test_the_database_itself_can_be_the_record(database, server, tmp_path, monkeypatch):

@@ -83,6 +83,7 @@ def __getattr__(name: str) -> Any:
 
 def failures() -> tuple[type[Exception], ...]:
     """Return what MLflow, its database and its network raise when they fail."""
+    _quiet()
     from alembic.util import CommandError
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
@@ -128,6 +129,7 @@ def locked(uri: str, root: Path) -> Iterator[None]:
 
 def open_client(uri: str) -> MlflowClient:
     """Return a client whose database exists, has this MLflow's tables and answers. Raises one of `failures`."""
+    _quiet()
     file = database_file(uri)
     if file is None:
         return _connect(uri)
@@ -137,6 +139,12 @@ def open_client(uri: str) -> MlflowClient:
         elif _made_by(file) != THIS_MLFLOW:
             _migrate(file)
         return _answering(uri)
+
+
+def _quiet() -> None:
+    """Silence lines for every migration and retry; what fails in the end is raised."""
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
 
 
 def _answering(uri: str) -> MlflowClient:
@@ -153,7 +161,6 @@ def _connect(uri: str) -> MlflowClient:
     from sqlalchemy.exc import DBAPIError
 
     if not uri.startswith(("postgresql", "mysql", "mssql")):
-        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for every retry
         return _answering(uri)
     engine = create_engine(uri)
     engine.connect().close()  # MLflow itself would try for 100 s to reach a database that is down

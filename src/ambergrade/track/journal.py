@@ -126,7 +126,15 @@ class Journal:
             stack.callback(self._leave)
             if parent is not None:
                 parent.flush()
-            run = self._begin(name, key, kind, parent, params or {}, tags or {}, start, end)
+            given = process.owner() | {tag: self.secrets.shown(tag, value) for tag, value in (tags or {}).items()}
+            found = self.attempt(
+                f"the run {name}", lambda client: self._take_up(client, name, key, kind, parent, given, start)
+            )
+            info, resumed = found or (None, False)
+            done = info is not None and resumed and info.info.status == "FINISHED"
+            run = Run(self, info.info.run_id if info else "", name, key, done=done, resumed=resumed, ended=end)
+            run.params(params or {})
+            run.flush()
             try:
                 yield run
             except BaseException as error:
@@ -265,30 +273,6 @@ class Journal:
                 f"{file} was copied or moved: its files lie at {there}. "
                 f"Move it away and make it anew for this root: ambergrade reindex root={self.root}"
             )
-
-    def _begin(
-        self,
-        name: str,
-        key: str,
-        kind: str,
-        parent: Run | None,
-        params: Mapping[str, Any],
-        tags: Mapping[str, Any],
-        start: float | None = None,
-        end: float | None = None,
-    ) -> Run:
-        given = {**process.owner(), **{tag: self.secrets.shown(tag, value) for tag, value in tags.items()}}
-        found = self.attempt(
-            f"the run {name}", lambda client: self._take_up(client, name, key, kind, parent, given, start)
-        )
-        if found is None:
-            return Run(self, "", name, key, done=False, resumed=False)
-        info, resumed = found
-        done = resumed and info.info.status == "FINISHED"
-        run = Run(self, info.info.run_id, name, key, done=done, resumed=resumed, ended=end)
-        run.params(params)
-        run.flush()
-        return run
 
     def _take_up(
         self,

@@ -59,5 +59,5 @@ def is_dead(tags: Mapping[str, str]) -> bool:
     except psutil.AccessDenied:
         return False
     if len(birth) != 1:  # written by an earlier version, which counted clock ticks
-        return status == psutil.STATUS_ZOMBIE
-    return status == psutil.STATUS_ZOMBIE or abs(started - float(birth[0])) > SAME_BIRTH_SECONDS
+        return bool(status == psutil.STATUS_ZOMBIE)
+    return bool(status == psutil.STATUS_ZOMBIE or abs(started - float(birth[0])) > SAME_BIRTH_SECONDS)

@@ -79,7 +79,7 @@ def _refuse_open(runs: Iterable[lines.RunLines]) -> None:
         here = run.tags.get("ag.host") == process.owner()["ag.host"]
         if run.status == "RUNNING" and here and not process.is_dead(run.tags):
             raise BadSetting(
-                f"The run '{run.name}' is open in process {run.tags['ag.process'].split()[0]}.\n"
+                f"The run '{run.name}' is open in process {run.tags.get('ag.process', '?').split()[0]}.\n"
                 "Let it end, or end it, before the database is made anew."
             )
 
