@@ -8,7 +8,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Literal
 
@@ -28,6 +28,7 @@ POLICIES: Mapping[str, str] = {
     "missing": "refuse",
     "nonfinite": "refuse",
     "ema": "drop",
+    "lora": "refuse",
 }
 """The defaults, strict: see CHOICES for what else there is."""
 CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -36,6 +37,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "missing": ("refuse", "base", "zero_delta"),  # the base's tensor in its place, or the whole tensor from the base
     "nonfinite": ("refuse",),
     "ema": ("drop", "base"),  # moving averages (model_ema.): left out, or copied from the base
+    "lora": ("refuse", "fitting"),  # modules of a LoRA that cannot be applied: refuse, or leave them out and say which
 }
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 IDS = "position_ids"
@@ -310,12 +312,20 @@ class _Maker:
         return tuple(alias for alias in self.formula.models if alias in found)
 
     def without_idle_loras(self, mixture: Mixture, name: str) -> Mixture:
-        kept = [
-            (atom, weight)
-            for atom, weight in mixture.terms
-            if not (isinstance(atom, Applied) and atom.function == "lora" and name not in self.loras[_file(atom)])
-        ]
-        return Mixture(tuple(kept)) if len(kept) < len(mixture.terms) else mixture  # the shared one knows its weights
+        """The mixture without LoRAs that do not change the tensor, in arguments of methods as well."""
+        if mixture.linear:
+            return mixture  # the shared one knows its weights
+        kept: list[tuple[str | Applied, Fraction]] = []
+        for atom, weight in mixture.terms:
+            if isinstance(atom, Applied) and atom.function != "lora":
+                arguments = tuple(self.without_idle_loras(argument, name) for argument in atom.arguments)
+                atom = replace(atom, arguments=arguments)
+                if not any(argument.terms for argument in arguments):
+                    continue  # what is made of a difference that is nothing is nothing
+            elif isinstance(atom, Applied) and name not in self.loras[_file(atom)]:
+                continue
+            kept.append((atom, weight))
+        return Mixture(tuple(kept))
 
     def with_what_is_there(self, mixture: Mixture, name: str, shape: tuple[int, ...]) -> Mixture:
         """The mixture, once the models that lack the tensor are dealt with as policies.missing says."""

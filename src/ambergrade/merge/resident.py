@@ -23,7 +23,7 @@ from ambergrade.merge.blocks import component
 from ambergrade.merge.checks import check_operands, needs_values, refuse_nonfinite
 from ambergrade.merge.evaluate import Evaluator, Kept
 from ambergrade.merge.formula import Formula
-from ambergrade.merge.lora import targets
+from ambergrade.merge.lora import check_shapes, targets
 from ambergrade.merge.mixture import Applied, Mixture
 from ambergrade.merge.parts import canonical_parts
 from ambergrade.merge.passes import Live, fused_point
@@ -51,7 +51,7 @@ class ResidentMerge:
         policies: Mapping[str, str] | None = None,
         keep: int | None = None,
     ) -> None:
-        """`inputs` maps each alias, of models and LoRAs, to its tensors (single-file names for models).
+        """`inputs` maps each alias to its tensors: models' under single-file names, LoRAs' as `lora.read_lora` gives.
 
         `keep`: bytes of what methods and LoRAs make without coefficients that are kept between points, in fp32; None is
         half of the memory that is free now.
@@ -76,10 +76,12 @@ class ResidentMerge:
         shapes = {name: tuple(tensor.shape) for name, tensor in self._base.items()}
         self._layout = _layout(shapes)
         self._parts = canonical_parts(self._layout, shapes)
-        self._lora_targets = {
-            alias: targets({name: tuple(tensor.shape) for name, tensor in inputs[alias].items()}, shapes)
-            for alias in formula.loras
-        }
+        self._lora_targets = {}
+        left_out: list[str] | None = [] if self._policies["lora"] == "fitting" else None
+        for alias in formula.loras:
+            entries = {name: tuple(tensor.shape) for name, tensor in inputs[alias].items()}
+            self._lora_targets[alias] = targets(entries, shapes, left_out)
+            check_shapes(self._lora_targets[alias], entries, shapes)
         self._planned: tuple[str, Plan] | None = None
         # Any point with every model in it will do for the checks, and an odd one divides by no zero.
         some = {name: 0.6180339 + 0.1 * place for place, name in enumerate(formula.coefficients)}
