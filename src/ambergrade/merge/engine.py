@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ambergrade.errors import BadSetting
-from ambergrade.family.files import torch_dtypes
+from ambergrade.family.dtypes import torch_dtypes
 from ambergrade.merge.batches import Batch, Place, Segment, Slot, gather, new_slot
 from ambergrade.merge.checks import NUMPY, Array, check_operands, finite, needs_values, numbers, refuse_nonfinite
 from ambergrade.merge.header import ITEM, header_bytes

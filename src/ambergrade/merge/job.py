@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ambergrade.errors import BadInput, UnknownName
 from ambergrade.family.digests import ModelDigests, model_weights
-from ambergrade.family.files import torch_dtypes
+from ambergrade.family.dtypes import torch_dtypes
 from ambergrade.merge.formula import Formula
 from ambergrade.merge.header import header_bytes, read_exactly
 from ambergrade.merge.inputs import Digests, Input, Stored, open_input, parent_recipe

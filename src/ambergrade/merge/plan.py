@@ -13,12 +13,13 @@ from fractions import Fraction
 from typing import Literal
 
 from ambergrade.errors import BadInput, BadSetting, UnknownName, nearest
+from ambergrade.family import dtypes
 from ambergrade.family.detect import naming_hint
+from ambergrade.family.dtypes import FLOATS, ITEM
 from ambergrade.family.load import Family, families
 from ambergrade.family.prediction import prediction_type
 from ambergrade.merge.blocks import component
 from ambergrade.merge.formula import Formula
-from ambergrade.merge.header import FLOATS, ITEM
 from ambergrade.merge.mixture import Applied, Mixture, mixer
 from ambergrade.merge.nodes import SCOPES, Call, nodes
 
@@ -39,7 +40,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "ema": ("drop", "base"),  # moving averages (model_ema.): left out, or copied from the base
     "lora": ("refuse", "fitting"),  # modules of a LoRA that cannot be applied: refuse, or leave them out and say which
 }
-DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+DTYPES = {dtype.short: word for word, dtype in dtypes.DTYPES.items() if dtype.short}
 IDS = "position_ids"
 TEMPERATURE = "logit_scale"
 MARKERS = ("v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std")

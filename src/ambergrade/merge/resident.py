@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from ambergrade.errors import BadInput, UnknownName
 from ambergrade.family.detect import Layout, detect
-from ambergrade.family.files import DTYPES as WORDS
-from ambergrade.family.files import TORCH
+from ambergrade.family.dtypes import torch_dtypes, words
 from ambergrade.merge.blocks import component
 from ambergrade.merge.checks import check_operands, needs_values, refuse_nonfinite
 from ambergrade.merge.evaluate import Evaluator, Kept
@@ -150,7 +149,7 @@ class ResidentMerge:
     @cached_property
     def _described(self) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
         return {
-            alias: {name: (WORDS[tensor.dtype], tuple(tensor.shape)) for name, tensor in self._inputs[alias].items()}
+            alias: {name: (words()[tensor.dtype], tuple(tensor.shape)) for name, tensor in self._inputs[alias].items()}
             for alias in self._inputs
             if alias not in self.formula.loras
         }
@@ -185,7 +184,9 @@ class ResidentMerge:
             return first.to(torch.int64)
         tensors = {alias: self._inputs[alias][task.name] for alias in operands(task, plan.base)}
         if task.mixture.linear:
-            value = torch.empty(task.shape, dtype=TORCH[task.dtype], device=self._device) if out is None else out
+            value = (
+                torch.empty(task.shape, dtype=torch_dtypes()[task.dtype], device=self._device) if out is None else out
+            )
             flat = {alias: tensor.reshape(-1) for alias, tensor in tensors.items()}
             finite = evaluator.linear(task, flat, value.view(-1))
         else:
