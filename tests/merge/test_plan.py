@@ -327,3 +327,17 @@ def test_a_vae_file_is_baked_in(tmp_path: Path, weights: dict[str, Tensor]) -> N
             {**recipe, "models": {"x": "x.safetensors", "bare": "bare.safetensors"}, "policies": {"vae": "bare"}},
             tmp_path,
         ).job()
+
+
+def test_a_program_that_flushes_subnormals_changes_no_bit(tmp_path: Path) -> None:
+    small = {
+        alias: {UNET: torch.arange(32.0).reshape(8, 4) * (number * 2.0**-148)} for number, alias in enumerate("xyz", 1)
+    }
+    assert torch.set_flush_denormal(True)
+    try:
+        found, _ = merged(tmp_path, small)
+    finally:
+        torch.set_flush_denormal(False)
+    x, y, z = (small[alias][UNET].double() for alias in "xyz")
+    assert torch.equal(found[UNET].view(torch.int32), (x + 0.5 * (y - z)).float().view(torch.int32))
+    assert found[UNET].count_nonzero() == 31

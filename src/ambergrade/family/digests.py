@@ -18,7 +18,8 @@ import numpy as np
 from ambergrade import identity
 from ambergrade.errors import BadInput, MissingObject
 from ambergrade.family.detect import detect, families
-from ambergrade.family.files import PASSIVE_FILE, Entry, entries, weight_files
+from ambergrade.family.files import PASSIVE_FILE, entries, weight_files
+from ambergrade.family.header import Entry
 from ambergrade.family.layouts import Source
 from ambergrade.store import Digests
 

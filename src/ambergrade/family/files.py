@@ -82,7 +82,7 @@ def entries(path: Path, components: Iterable[str] = ()) -> dict[str, Entry]:
             found |= {f"{name}/{key}": entry for key, entry in read_header(file).entries.items()}
     if not found:
         raise MissingObject(no_checkpoint(path, components))
-    return found | (read_header(path / PASSIVE_FILE).entries if (path / PASSIVE_FILE).is_file() else {})
+    return found | (dict(read_header(path / PASSIVE_FILE).entries) if (path / PASSIVE_FILE).is_file() else {})
 
 
 def no_checkpoint(folder: Path, components: Iterable[str]) -> str:

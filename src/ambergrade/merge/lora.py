@@ -294,12 +294,12 @@ def _product(leaves: Mapping[str, Tensor], weight: Tensor) -> Tensor:
     if "oft_blocks" in leaves:
         return _rotated(leaves, weight)
     if "a1" in leaves:  # Chavan et al. 2023, GLoRA, arXiv:2306.07967, of which LyCORIS has A and B
-        gamma = scale(leaves["a2"].shape[0])
+        strength = scale(leaves["a2"].shape[0])
         a1, a2 = (leaves[leaf].flatten(1) for leaf in ("a1", "a2"))
         added = _lycoris("locon").diff_weight(get("b2"), get("b1"), get("bm"), gamma=1.0, backend="torch")
         import torch
 
-        return gamma * (_fitted(added, weight) + torch.einsum("oi...,ij->oj...", weight, a1 @ a2))
+        return strength * (_fitted(added, weight) + torch.einsum("oi...,ij->oj...", weight, a1 @ a2))
     if "weight" in leaves:  # Liu et al. 2022, IA3, arXiv:2205.05638
         factor, axis = leaves["weight"].reshape(-1), 0 if weight.is_meta else int(bool(leaves["on_input"]))
         if weight.is_meta and len(factor) == weight.shape[1]:

@@ -20,6 +20,7 @@ from ambergrade.family.detect import Layout, detect
 from ambergrade.family.dtypes import torch_dtypes, words
 from ambergrade.merge.blocks import component
 from ambergrade.merge.checks import check_operands, needs_values, refuse_nonfinite
+from ambergrade.merge.engine import keep_subnormals
 from ambergrade.merge.evaluate import Evaluator, Kept
 from ambergrade.merge.formula import Formula
 from ambergrade.merge.lora import check_shapes, targets
@@ -139,11 +140,16 @@ class ResidentMerge:
         """The last plan is kept: a point is assigned, and then asked what it is made of."""
         point = str(sorted(coefficients.items()))  # -0.0 is another point than 0.0
         if self._planned is None or self._planned[0] != point:
-            about = (self.formula, coefficients, self._described)
-            loras = {alias: tuple(found) for alias, found in self._lora_targets.items()}
-            family = self._layout.family if self._layout else None
-            how = {"dtype": self._dtype, "policies": self._policies, "loras": loras, "family": family}
-            self._planned = (point, make_plan(*about, **how))
+            plan = make_plan(
+                self.formula,
+                coefficients,
+                self._described,
+                dtype=self._dtype,
+                policies=self._policies,
+                loras={alias: tuple(found) for alias, found in self._lora_targets.items()},
+                family=self._layout.family if self._layout else None,
+            )
+            self._planned = (point, plan)
         return self._planned[1]
 
     @cached_property
@@ -169,7 +175,7 @@ class ResidentMerge:
 
         torch.set_num_threads(1)  # our threads, not torch's own within each
         try:
-            with ThreadPoolExecutor(threads) as pool:
+            with ThreadPoolExecutor(threads, initializer=keep_subnormals) as pool:
                 for _ in pool.map(one, [task for name, task in plan.tasks.items() if name not in done]):
                     pass
         finally:
