@@ -329,10 +329,11 @@ def test_a_vae_file_is_baked_in(tmp_path: Path, weights: dict[str, Tensor]) -> N
         ).job()
 
 
-def test_a_program_that_flushes_subnormals_changes_no_bit(tmp_path: Path) -> None:
-    small = {
-        alias: {UNET: torch.arange(32.0).reshape(8, 4) * (number * 2.0**-148)} for number, alias in enumerate("xyz", 1)
-    }
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_a_program_that_flushes_subnormals_changes_no_bit(tmp_path: Path, kind: torch.dtype) -> None:
+    few = torch.arange(32.0).reshape(8, 4)
+    small = {alias: {UNET: few * (number * 2.0**-148)} for number, alias in enumerate("xyz", 1)}
+    small["y"][UNET] = small["y"][UNET].to(kind)
     assert torch.set_flush_denormal(True)
     try:
         found, _ = merged(tmp_path, small)
