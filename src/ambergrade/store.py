@@ -44,6 +44,8 @@ def find_file(source: str) -> Path:
             known = [p.relative_to(BUILTIN).as_posix() for p in BUILTIN.iterdir()] if BUILTIN.is_dir() else []
             raise UnknownName("builtin", name, known)
         return path
+    if "://" in source:
+        raise MissingObject(f"{source} is no path: only builtin://<name> is known.\nFetch the file, and name its path.")
     path = Path(source).expanduser()
     if not path.exists():
         raise MissingObject(f"No file or folder at {path}.\nName an existing path, or builtin://<name> for what ships.")

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from ambergrade.errors import BadInput
+from ambergrade.family.digests import weights_sha256
 from ambergrade.family.files import write_tensors
 from ambergrade.family.load import family
 from ambergrade.family.prediction import lacking_marks, prediction_type, read_scheduler
@@ -49,6 +50,7 @@ def test_a_headers_word_reaches_the_networks(tiny_config, tmp_path):
     weights = tiny.networks.tensors(tiny.networks.from_config(tiny_config, seed=1))
     write_tensors(tmp_path / "v.safetensors", weights, {SPEC: "v"})
     assert tiny.read_checkpoint(tmp_path / "v.safetensors").keys() - weights.keys() == {"v_pred"}
+    assert weights_sha256(tmp_path / "v.safetensors") == tiny.weights_digest(tmp_path / "v.safetensors")
     assert tiny.load(tmp_path / "v.safetensors", tiny_config).scheduler_config["prediction_type"] == "v_prediction"
     write_tensors(tmp_path / "flow.safetensors", weights, {SPEC: "flow"})
     with pytest.raises(BadInput, match=r"flow\.safetensors predicts 'flow'"):

@@ -55,17 +55,19 @@ def compare(streamed: bool) -> int:
             wide = torch.empty(3000)  # the same values in a network of fp32
             truths.append((truth.float(), finite, weights, xs))
             parts.append(fused.part(weights, xs, wide, base))
+            truths.append((truth.to(torch.bfloat16), finite, weights, xs))  # as a copy into a network of bf16 rounds
+            parts.append(fused.part(weights, xs, torch.empty(3000, dtype=torch.bfloat16), base))
     said = fused.streamed(parts, torch.device("cpu")) if streamed else fused.one_pass(parts)
     for part, fault, (truth, finite, weights, xs) in zip(parts, said.tolist(), truths, strict=True):
         far = weights.size * max(float(x.abs().max()) for x in xs) >= 2**28
         wrong += fault != (fused.FAR if far else 0 if finite else fused.NOT_FINITE)
         known = ~truth.isnan() & (not far)
-        kind = torch.int16 if truth.dtype == torch.float16 else torch.int32
+        kind = torch.int16 if truth.element_size() == 2 else torch.int32
         wrong += int((part.out.view(kind) != truth.view(kind))[known].sum())
     return wrong
 
 
-def live_point() -> int:
+def live_point(dtype: torch.dtype) -> int:
     """Parameters of live text encoders that differ, kernel against CPU: joined and transposed matrices among them."""
     from ambergrade.family import sdxl
     from ambergrade.merge import fused, passes
@@ -84,7 +86,7 @@ def live_point() -> int:
 
     def point() -> dict[str, Tensor]:
         networks = sdxl.from_config(BUILTIN / "sdxl_tiny", seed=0)
-        modules = {part: networks.modules()[part].half() for part in ("text_encoder", "text_encoder_2")}
+        modules = {part: networks.modules()[part].to(dtype) for part in ("text_encoder", "text_encoder_2")}
         merge.assign(modules, {"a": 0.8137, "b": 1.5})
         return {f"{part}/{key}": x for part, module in modules.items() for key, x in module.state_dict().items()}
 
@@ -99,11 +101,12 @@ def live_point() -> int:
 def test_the_kernel_has_the_cpus_bits() -> None:
     code = (
         f"import runpy; it = runpy.run_path({__file__!r})\n"
-        "print(it['compare'](False), it['compare'](True), it['live_point']())"
+        "import torch; halves, brains = it['live_point'](torch.float16), it['live_point'](torch.bfloat16)\n"
+        "print(it['compare'](False), it['compare'](True), halves, brains)"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert answer.stdout.split() == ["0", "0", "0"], answer.stderr[-500:]
+    assert answer.stdout.split() == ["0", "0", "0", "0"], answer.stderr[-500:]
 
 
 def test_what_one_pass_cannot_do_is_refused() -> None:
@@ -118,3 +121,13 @@ def test_what_one_pass_cannot_do_is_refused() -> None:
     ):
         with pytest.raises(BadSetting, match="same bits"):
             part(Weights(weights), inputs, torch.empty_like(inputs[0]))
+
+
+def test_buffers_and_tables_are_made_once() -> None:
+    from ambergrade.merge import fused
+
+    device = torch.device("cpu")
+    assert fused._slots(device, 64).data_ptr() == fused._slots(device, 64).data_ptr()
+    assert fused._uploaded(bytes(56), 1, device) is fused._uploaded(bytes(56), 1, device)
+    programs = fused._programs((2, 0, 3), device)
+    assert programs.tolist() == [[0, 0], [0, 1], [2, 0], [2, 1], [2, 2]]

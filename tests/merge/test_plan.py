@@ -9,10 +9,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ambergrade.errors import BadInput, BadSetting, UnknownName
+from ambergrade.errors import BadInput, BadSetting, MissingObject, UnknownName
 from ambergrade.family import sdxl
 from ambergrade.merge.engine import merge
-from ambergrade.merge.files import from_values, verify
+from ambergrade.merge.files import from_values, read_recipe, verify
 from ambergrade.merge.formula import Formula
 from ambergrade.merge.job import open_job
 from ambergrade.merge.plan import make_plan
@@ -327,3 +327,27 @@ def test_a_vae_file_is_baked_in(tmp_path: Path, weights: dict[str, Tensor]) -> N
             {**recipe, "models": {"x": "x.safetensors", "bare": "bare.safetensors"}, "policies": {"vae": "bare"}},
             tmp_path,
         ).job()
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_a_program_that_flushes_subnormals_changes_no_bit(tmp_path: Path, kind: torch.dtype) -> None:
+    few = torch.arange(32.0).reshape(8, 4)
+    small = {alias: {UNET: few * (number * 2.0**-148)} for number, alias in enumerate("xyz", 1)}
+    small["y"][UNET] = small["y"][UNET].to(kind)
+    assert torch.set_flush_denormal(True)
+    try:
+        found, _ = merged(tmp_path, small)
+    finally:
+        torch.set_flush_denormal(False)
+    x, y, z = (small[alias][UNET].double() for alias in "xyz")
+    assert torch.equal(found[UNET].view(torch.int32), (x + 0.5 * (y - z)).float().view(torch.int32))
+    assert found[UNET].count_nonzero() == 31
+
+
+def test_what_is_given_twice_and_places_that_are_none_are_told(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("formula: x + a * (y - x)\nmodels: {x: x.safetensors}\ncoefficients: {a: 1, a: 2}\n")
+    with pytest.raises(BadInput, match="'a' is given twice"):
+        read_recipe(recipe)
+    with pytest.raises(MissingObject, match=r"hub://me/model is no path"):
+        from_values({"formula": "x", "models": {"x": "hub://me/model"}}, tmp_path)

@@ -302,6 +302,7 @@ def test_a_merge_of_fp16_files_imports_no_torch_and_has_the_bytes_of_one_that_do
         "formula": "mine = beta7 + 0.8 * (anxl3 - anxl2)",
         "models": {alias: str(BUILTIN / f"{alias}.safetensors") for alias in ("beta7", "anxl2", "anxl3")},
         "out": "out.safetensors",
+        "overwrite": True,
     }
     file, out = tmp_path / "recipe.yaml", tmp_path / "out.safetensors"
     file.write_text(json.dumps(recipe))

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 from ambergrade.errors import BadInput, BadSetting, MissingObject
 from ambergrade.family.detect import EMA, Layout, detect, require
-from ambergrade.family.files import PASSIVE_FILE, Entry, entries, write_streamed
+from ambergrade.family.files import PASSIVE_FILE, entries, write_streamed
+from ambergrade.family.header import Entry
 from ambergrade.family.layouts import Source, listed, renamed
 from ambergrade.family.load import Family, families
 from ambergrade.family.prediction import lacking_marks, read_scheduler, scheduler_settings

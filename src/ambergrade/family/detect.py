@@ -110,6 +110,13 @@ def naming_hint(keys: Collection[str]) -> str:
     return ""
 
 
+@functools.cache
+def _names_of(family: str, part: str) -> frozenset[str]:
+    """The single-file names of one component."""
+    table = next(each for each in families() if each.name == family)
+    return frozenset(name for name in table.published if table.component_of(name) == part)
+
+
 def _alone(family: Family, shapes: Mapping[str, Shape]) -> Iterator[_Fit]:
     """A UNet or a VAE without the others, under the original names or diffusers', without the whole prefix."""
     for part, component in family.components.items():
@@ -119,6 +126,10 @@ def _alone(family: Family, shapes: Mapping[str, Shape]) -> Iterator[_Fit]:
         begins = [f"{part}/", *(".".join(words[:cut]) + "." for cut in range(1, len(words)))]
         for begin in begins:
             names = {key: key if key in family.passive else begin + key for key in shapes}
+            known = component.kind.shapes(component.config) if begin.endswith("/") else _names_of(family.name, part)
+            beginning = len(begin) if begin.endswith("/") else 0
+            if sum(name[beginning:] in known for name in names.values()) < ENOUGH * len(known):
+                continue
             fit = _fit(family, {names[key]: shape for key, shape in shapes.items()})
             if fit.enough:
                 back = {name: key for key, name in names.items()}

@@ -18,8 +18,10 @@ import numpy as np
 from ambergrade import identity
 from ambergrade.errors import BadInput, MissingObject
 from ambergrade.family.detect import detect, families
-from ambergrade.family.files import PASSIVE_FILE, Entry, entries, weight_files
+from ambergrade.family.files import PASSIVE_FILE, entries, read_metadata, weight_files
+from ambergrade.family.header import Entry
 from ambergrade.family.layouts import Source
+from ambergrade.family.prediction import lacking_marks, read_scheduler
 from ambergrade.store import Digests
 
 CHUNK = 4 << 20
@@ -150,8 +152,14 @@ def weights_sha256(path: Path) -> str:
     sources = {key: Source((key,)) for key in parts}
     if path.is_dir():
         sources = dict(detect({key: entry.shape for key, entry in parts.items()}).sources)
+    # As `Family.read_checkpoint`: what a scheduler or a header says of the prediction type is a mark in a single file.
+    told = (None, read_scheduler(path)) if path.is_dir() else (read_metadata(path), None)
+    marks = lacking_marks(sources, *told)
     hasher = hashlib.sha256()
-    for name in sorted(sources):
+    for name in sorted([*sources, *marks]):
+        if name in marks:
+            hasher.update(f"{name}\0F32\0[0]\0".encode())
+            continue
         source = sources[name]
         shape = source.shape({key: parts[key].shape for key in source.keys})
         hasher.update(_described(name, parts[source.keys[0]].dtype, shape))

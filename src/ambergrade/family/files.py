@@ -6,100 +6,25 @@ a slash (`unet/conv_in.weight`); what no network holds lies in a file of our own
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
 import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from safetensors import SafetensorError, safe_open
-
 from ambergrade.errors import BadInput, MissingObject
+from ambergrade.family.dtypes import ITEM, words
+from ambergrade.family.header import Entry, read_header
 from ambergrade.store import written_aside
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-    DTYPES: dict[torch.dtype, str]
-    TORCH: dict[str, torch.dtype]
-
-NAMES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-}
-"""safetensors' words for dtypes, to torch's names."""
-PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
 PASSIVE_FILE = "passive.safetensors"
 """In a folder: the tensors that no network holds, under their single-file names. diffusers does not look at it."""
-
-
-@functools.cache
-def torch_dtypes() -> dict[str, torch.dtype]:
-    """safetensors' words to torch's dtypes."""
-    import torch
-
-    return {word: getattr(torch, name) for word, name in NAMES.items()}
-
-
-def __getattr__(name: str) -> object:
-    """`TORCH`, the dtypes of safetensors' words, and `DTYPES`, the words of dtypes: made when first asked for, since
-    headers are read without torch, which takes seconds and hundreds of MB to import."""
-    if name == "TORCH":
-        return torch_dtypes()
-    if name == "DTYPES":
-        return {dtype: word for word, dtype in torch_dtypes().items()}
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def _word(tensor: Tensor) -> str:
-    return next(word for word, dtype in torch_dtypes().items() if dtype == tensor.dtype)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor as a header describes it."""
-
-    file: Path
-    key: str
-    """In that file."""
-    dtype: str
-    """As safetensors spells it; `torch_dtypes` has torch's."""
-    shape: tuple[int, ...]
-    start: int
-    """Offset of its first byte in the file."""
-    size: int
-    """Bytes."""
-
-    def read(self) -> Tensor:
-        """The values, in memory of their own."""
-        import torch
-
-        dtype = torch_dtypes()[self.dtype]
-        if not self.size:  # a marker such as v_pred
-            return torch.empty(self.shape, dtype=dtype)
-        with self.file.open("rb") as file:
-            file.seek(self.start)
-            data = np.fromfile(file, np.uint8, self.size)
-        if len(data) != self.size:
-            raise BadInput(f"{self.file} became shorter while it was read. Fetch or write it again.")
-        return torch.from_numpy(data).view(dtype).reshape(self.shape)
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -150,14 +75,14 @@ def _shards(index: Path) -> list[Path]:
 def entries(path: Path, components: Iterable[str] = ()) -> dict[str, Entry]:
     """Every tensor of a single file or, of a folder, of the `components` that it has, from the headers alone."""
     if not path.is_dir():
-        return _header(path)
+        return dict(read_header(path).entries)
     found: dict[str, Entry] = {}
     for name in sorted(set(components)):
         for file in weight_files(path / name) if (path / name).is_dir() else []:
-            found |= {f"{name}/{key}": entry for key, entry in _header(file).items()}
+            found |= {f"{name}/{key}": entry for key, entry in read_header(file).entries.items()}
     if not found:
         raise MissingObject(no_checkpoint(path, components))
-    return found | (_header(path / PASSIVE_FILE) if (path / PASSIVE_FILE).is_file() else {})
+    return found | (dict(read_header(path / PASSIVE_FILE).entries) if (path / PASSIVE_FILE).is_file() else {})
 
 
 def no_checkpoint(folder: Path, components: Iterable[str]) -> str:
@@ -172,57 +97,16 @@ def no_checkpoint(folder: Path, components: Iterable[str]) -> str:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The texts that a safetensors file's header holds beside its tensors."""
-    _refuse(path)
-    try:
-        with safe_open(path, "np") as file:
-            return dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise BadInput(f"{path} is not a whole safetensors file: {error}.\nFetch or write it again.") from error
-
-
-def _header(path: Path) -> dict[str, Entry]:
-    _refuse(path)
-    try:
-        with safe_open(path, "np"):  # the library checks the header against the file
-            pass
-    except SafetensorError as error:
-        raise BadInput(f"{path} is not a whole safetensors file: {error}.\nFetch or write it again.") from error
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    found = {}
-    for key, value in header.items():
-        if value["dtype"] not in NAMES:
-            raise BadInput(f"'{key}' in {path.name} is of dtype {value['dtype']}; known: {', '.join(NAMES)}.")
-        start, end = value["data_offsets"]
-        found[key] = Entry(path, key, value["dtype"], tuple(value["shape"]), 8 + length + start, end - start)
-    return found
+    return dict(read_header(path).metadata)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of one safetensors file. Raises BadInput for a pickle or a damaged file."""
+    """All tensors of one safetensors file. Raises BadInput for anything else, such as a pickle or a damaged file."""
     from safetensors.torch import load_file
 
-    _refuse(path)
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except SafetensorError as error:
-        raise BadInput(f"{path} is not a whole safetensors file: {error}.\nFetch or write it again.") from error
+    read_header(path)  # refuses by name what the library would tell in its own words
+    tensors: dict[str, Tensor] = load_file(path)
     return tensors
-
-
-def _refuse(path: Path) -> None:
-    """Refuse a path that is not there and a pickle."""
-    if not path.is_file():
-        raise MissingObject(f"No file at {path}.")
-    if path.suffix in PICKLES:
-        raise BadInput(
-            f"{path.name} is a pickle, which can run code when it is read; only safetensors are read.\n"
-            'Convert it: python -c "import torch, safetensors.torch as s, sys; w = torch.load(sys.argv[1], '
-            "weights_only=True); s.save_file(w.get('state_dict', w), sys.argv[2])\" "
-            f"{path} {path.with_suffix('.safetensors')}"
-        )
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -231,7 +115,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     The header is sorted and padded to 8 bytes. The data lie by item size (largest first, so that every
     tensor is aligned), then by name. The library's own writer orders metadata at random.
     """
-    layout = {name: (_word(tensor), tuple(tensor.shape)) for name, tensor in tensors.items()}
+    layout = {name: (words()[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
     write_streamed(path, layout, tensors.__getitem__, metadata)
     return weights_digest(tensors)
 
@@ -246,7 +130,7 @@ def write_streamed(
 
     `layout` maps names to dtype (as safetensors spells it) and shape; `read(name)` gives the tensor.
     """
-    item = {name: torch_dtypes()[dtype].itemsize for name, (dtype, _) in layout.items()}
+    item = {name: ITEM[dtype] for name, (dtype, _) in layout.items()}
     order = sorted(layout, key=lambda name: (-item[name], name))
     header: dict[str, object] = {}
     offset = 0
@@ -263,7 +147,7 @@ def write_streamed(
         file.write(text)
         for name in order:
             tensor = read(name)
-            assert (_word(tensor), tuple(tensor.shape)) == layout[name], name
+            assert (words()[tensor.dtype], tuple(tensor.shape)) == layout[name], name
             file.write(tensor_bytes(tensor))
 
 
@@ -272,7 +156,7 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
     hasher = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
-        hasher.update(f"{name}\0{_word(tensor)}\0{list(tensor.shape)}\0".encode())
+        hasher.update(f"{name}\0{words()[tensor.dtype]}\0{list(tensor.shape)}\0".encode())
         hasher.update(tensor_bytes(tensor))
     return hasher.hexdigest()
 

@@ -17,21 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ambergrade.family.files import DTYPES as WORDS
+from ambergrade.family.dtypes import DTYPES, torch_dtypes, words
 from ambergrade.merge.checks import finite
 from ambergrade.merge.kernel import FORMATS
 from ambergrade.merge.sums import combine
 from ambergrade.merge.weights import Weights
 
-_DIGITS = {
-    torch.float64: 52,
-    torch.float32: 23,
-    torch.float16: 10,
-    torch.bfloat16: 7,
-    torch.float8_e4m3fn: 3,
-    torch.float8_e5m2: 2,
-}
+_DIGITS = {torch_dtypes()[word]: dtype.digits for word, dtype in DTYPES.items()}
 """Stored bits of the significand."""
+WORDS = words()
 CHUNK = 1 << 16
 _EIGHTHS = {torch.float8_e4m3fn, torch.float8_e5m2}
 _SMALL = {torch.float16, *_EIGHTHS}

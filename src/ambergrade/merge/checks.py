@@ -9,27 +9,13 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ambergrade.errors import BadInput
+from ambergrade.family.dtypes import DTYPES, FLOATS
 from ambergrade.family.layouts import looks_transposed
 from ambergrade.merge.plan import Task
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
-NUMPY = {
-    "F64": "f8",
-    "F32": "f4",
-    "F16": "f2",
-    "BOOL": "?",
-    **{f"{kind}{8 * size}": f"{kind.lower()}{size}" for kind in "IU" for size in (1, 2, 4, 8)},
-}
+NUMPY = {word: dtype.numpy for word, dtype in DTYPES.items() if dtype.numpy}
 """safetensors' words for dtypes, to numpy's; little-endian, as the files are."""
-_INFINITE = {
-    "F64": (np.uint64, 0x7FF0 << 48),
-    "F32": (np.uint32, 0x7F80 << 16),
-    "F16": (np.uint16, 0x7C00),
-    "BF16": (np.uint16, 0x7F80),
-    "F8_E5M2": (np.uint8, 0x7C),
-    "F8_E4M3": (np.uint8, 0x7F),
-}
-"""Bits of the smallest number that is none, by dtype: infinity, or NaN where the dtype has no infinity."""
 
 
 def numbers(dtype: str, data: Array) -> Array:
@@ -55,10 +41,9 @@ def numbers(dtype: str, data: Array) -> Array:
 
 def finite(dtype: str, data: Array) -> bool:
     """Whether some bytes (uint8) hold neither NaN nor infinity."""
-    if dtype not in _INFINITE or not len(data):
+    if dtype not in FLOATS or not len(data):
         return True
-    kind, infinite = _INFINITE[dtype]
-    bits = data.view(kind)
+    infinite, bits = DTYPES[dtype].infinity, data.view(f"u{DTYPES[dtype].size}")
     sign = 1 << (8 * bits.itemsize - 1)
     # Without the sign a larger number has larger bits; of the negative ones the largest bits are the largest size.
     largest, smallest_negative = int(bits.view(f"i{bits.itemsize}").max()), int(bits.max())

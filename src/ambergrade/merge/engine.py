@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ambergrade.errors import BadSetting
-from ambergrade.family.files import torch_dtypes
+from ambergrade.family.dtypes import torch_dtypes
 from ambergrade.merge.batches import Batch, Place, Segment, Slot, gather, new_slot
 from ambergrade.merge.checks import NUMPY, Array, check_operands, finite, needs_values, numbers, refuse_nonfinite
 from ambergrade.merge.header import ITEM, header_bytes
@@ -145,7 +145,7 @@ class _Pipeline:
         for _ in range(self.threads + 2):
             slots.put(new_slot(capacity + (capacity >> 2)))
         working: list[Future[None]] = []
-        with _single_threaded(), ThreadPoolExecutor(self.threads) as pool:
+        with _single_threaded(), ThreadPoolExecutor(self.threads, initializer=keep_subnormals) as pool:
             for batch in batches:
                 home = slots.get()
                 while working and working[0].done():
@@ -309,6 +309,12 @@ class _Operand:
     def shaped(self, flat: Array) -> Array:
         """A transposed tensor as the single file has it, which is read whole; any other as it is, flat."""
         return flat.reshape(self.stored.shape[::-1]).T if self.stored.transposed else flat
+
+
+def keep_subnormals() -> None:
+    """Keep this thread's processor from flushing subnormal numbers to zero, as a program may have asked of torch."""
+    if torch := sys.modules.get("torch"):
+        torch.set_flush_denormal(False)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ambergrade.family.files import TORCH
+from ambergrade.family.dtypes import torch_dtypes
 from ambergrade.family.layouts import Source
 from ambergrade.merge.arithmetic import Combiner
 from ambergrade.merge.lora import difference
@@ -72,7 +72,7 @@ class Evaluator:
 
     def whole(self, task: Task, tensors: Mapping[str, Tensor]) -> Tensor:
         """A tensor whose mixture holds methods, from whole operands in the single file's shape."""
-        out = torch.empty(task.shape, dtype=TORCH[task.dtype], device=self.combiner.device)
+        out = torch.empty(task.shape, dtype=torch_dtypes()[task.dtype], device=self.combiner.device)
         parts = self.parts.get(task.name) or [(task.name, Source((task.name,)))]
         for name, source in parts:
             made = self._mixed(task.mixture, task, name, source, tensors, out.dtype)

@@ -12,6 +12,7 @@ overwrite: true                            # default: an `out` that is there alr
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -115,6 +116,12 @@ class _Loader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             raise yaml.MarkedYAMLError(problem="a reference (*name) has no place in a recipe")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise yaml.MarkedYAMLError(problem=f"'{twice[0][:80]}' is given twice")
+        return super().construct_mapping(node, deep)
 
 
 # What yaml's own constructors raise for a wrong `!!bool`, `!!int`, date, or number of digits, or for deep nesting.

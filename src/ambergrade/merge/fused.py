@@ -27,13 +27,17 @@ BLOCK = 4096
 """Elements of one program."""
 STRETCH = 1 << 24
 """Elements of each input that cross the bus together."""
+OUTPUTS = (torch.float16, torch.float32, torch.bfloat16)
 NOT_FINITE, FAR = 1, 2
 """What a pass says of a part: its result is infinite or NaN; or its inputs were so large that bits may be wrong."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Flat fp16 weights: what they are made of, and where they go, as fp16 or the same values as fp32."""
+    """Flat fp16 weights: what they are made of, and where they go.
+
+    An fp32 output holds the same values, a bf16 one is rounded from them, as a copy into such a network rounds.
+    """
 
     inputs: tuple[Tensor, ...]
     factors: tuple[int, ...]
@@ -49,8 +53,8 @@ class Part:
 
 
 def fits(weights: Weights, inputs: Sequence[Tensor], out: Tensor) -> bool:
-    """Whether one pass does it: few contiguous fp16 inputs, an output of fp16 or fp32, and weights that are light."""
-    halves = all(x.dtype == torch.float16 for x in inputs) and out.dtype in (torch.float16, torch.float32)
+    """Whether one pass does it: few contiguous fp16 inputs, a 16-bit or fp32 output, and weights that are light."""
+    halves = all(x.dtype == torch.float16 for x in inputs) and out.dtype in OUTPUTS
     together = all(x.is_contiguous() for x in (*inputs, out))
     return halves and together and weights.light and len(inputs) <= MOST_MODELS
 
@@ -79,7 +83,7 @@ def one_pass(parts: Sequence[Part]) -> Tensor:
     device = parts[0].out.device
     sizes = np.array([len(part.out) for part in parts], np.int64)
     blocks = -(-sizes // BLOCK)
-    table = np.zeros((len(parts), MOST_MODELS + 4), np.int64)
+    table = np.zeros((len(parts), MOST_MODELS + 3), np.int64)
     numbers = np.zeros((len(parts), MOST_MODELS + 2), np.float64)
     for row, part in enumerate(parts):
         inputs = [x.data_ptr() for x in part.inputs]
@@ -88,40 +92,49 @@ def one_pass(parts: Sequence[Part]) -> Tensor:
         numbers[row, MOST_MODELS:] = part.divisor, sum(map(abs, part.factors))
     table[:, -2], table[:, -1] = sizes, [part.signed for part in parts]
     whole = ~(table[:, : MOST_MODELS + 1] % 16).any(axis=1) & (sizes % 8 == 0)
-    singles = np.array([part.out.dtype == torch.float32 for part in parts])
+    kinds = np.array([OUTPUTS.index(part.out.dtype) for part in parts])
     said = torch.zeros(len(parts), dtype=torch.int32, device=device)
     count = max(len(part.inputs) for part in parts)
+    on_device = _uploaded(table.tobytes(), len(parts), device), torch.tensor(numbers, device=device)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         # Nearly all are aligned; the others cannot be moved 16 bytes at a time.
-        for aligned, single in itertools.product((True, False), (False, True)):
-            chosen = np.where((whole == aligned) & (singles == single), blocks, 0)
+        for aligned, kind in itertools.product((True, False), range(len(OUTPUTS))):
+            chosen = np.where((whole == aligned) & (kinds == kind), blocks, 0)
             if chosen.any():
-                table[:, -3] = np.cumsum(chosen) - chosen
-                where = _rows(tuple(chosen.tolist()), device)
-                on_device = torch.tensor(table, device=device), torch.tensor(numbers, device=device)
-                _kernel[(len(where),)](where, *on_device, said, count, aligned, single, BLOCK, num_warps=8)
+                where = _programs(tuple(chosen.tolist()), device)
+                _kernel[(len(where),)](where, *on_device, said, count, aligned, kind, BLOCK, num_warps=8)
     return said
 
 
 @functools.lru_cache(maxsize=4)
-def _rows(blocks: tuple[int, ...], device: torch.device) -> Tensor:
-    """Which part each program works on; the same for every point."""
-    return torch.from_numpy(np.repeat(np.arange(len(blocks), dtype=np.int32), blocks)).to(device)
+def _uploaded(table: bytes, rows: int, device: torch.device) -> Tensor:
+    """The table of addresses and sizes on the device: points differ in their numbers alone."""
+    return torch.from_numpy(np.frombuffer(table, np.int64).reshape(rows, -1).copy()).to(device)
+
+
+@functools.lru_cache(maxsize=4)
+def _programs(blocks: tuple[int, ...], device: torch.device) -> Tensor:
+    """Which part each program works on, and which block of it, (programs, 2); the same for every point."""
+    rows = np.repeat(np.arange(len(blocks)), blocks)
+    inner = np.arange(len(rows)) - np.repeat(np.cumsum(blocks) - blocks, blocks)
+    return torch.from_numpy(np.stack([rows, inner], axis=1).astype(np.int32)).to(device)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _kernel(  # type: ignore[no-untyped-def]
-    where, table, numbers, said, count: tl.constexpr, aligned: tl.constexpr, single: tl.constexpr, block: tl.constexpr
+    where, table, numbers, said, count: tl.constexpr, aligned: tl.constexpr, kind: tl.constexpr, block: tl.constexpr
 ):
-    row = tl.load(where + tl.program_id(0)).to(tl.int64)
-    entry, number = table + row * 8, numbers + row * 6  # MOST_MODELS inputs, and what `one_pass` puts after them
-    inner = (tl.program_id(0) - tl.load(entry + 5)) * block + tl.arange(0, block)
-    size = tl.load(entry + 6)
+    row = tl.load(where + 2 * tl.program_id(0)).to(tl.int64)
+    entry, number = table + row * 7, numbers + row * 6  # MOST_MODELS inputs, and what `one_pass` puts after them
+    inner = tl.load(where + 2 * tl.program_id(0) + 1).to(tl.int64) * block + tl.arange(0, block)
+    size = tl.load(entry + 5)
     if aligned:
         size = tl.multiple_of(size, 8)
     inside = inner < size
     x0 = tl.load(entry).to(tl.pointer_type(tl.float16)) + inner
-    out = tl.load(entry + 4).to(tl.pointer_type(tl.float32 if single else tl.float16)) + inner
+    # bf16 is written as its bits; `kind` is the place in OUTPUTS.
+    word = tl.float32 if kind == 1 else tl.float16 if kind == 0 else tl.int16
+    out = tl.load(entry + 4).to(tl.pointer_type(word)) + inner
     if aligned:
         x0, out = tl.multiple_of(x0, 16), tl.multiple_of(out, 16)
     first = tl.load(x0, mask=inside, other=0.0)
@@ -143,10 +156,16 @@ def _kernel(  # type: ignore[no-untyped-def]
     odd = tl.where((exact != wide) & ((bits & 1) == 0) & (wide != 0), bits + away, bits)
     made = odd.to(tl.float32, bitcast=True).to(tl.float16).to(tl.int16, bitcast=True)
     sign = first.to(tl.int16, bitcast=True) & -32768
-    both_zero = ((made & 0x7FFF) == 0) & (first == 0) & (tl.load(entry + 7) > 0)
+    both_zero = ((made & 0x7FFF) == 0) & (first == 0) & (tl.load(entry + 6) > 0)
     made = tl.where(both_zero, made | sign, made)  # -0.0 of the base stays
     half = made.to(tl.float16, bitcast=True)
-    tl.store(out, half.to(tl.float32) if single else half, mask=inside)
+    if kind == 0:
+        tl.store(out, half, mask=inside)
+    elif kind == 1:
+        tl.store(out, half.to(tl.float32), mask=inside)
+    else:
+        full = half.to(tl.float32).to(tl.int32, bitcast=True)
+        tl.store(out, ((full + 0x7FFF + ((full >> 16) & 1)) >> 16).to(tl.int16), mask=inside)  # to even
     infinite = tl.max(tl.where(inside & ((made & 0x7FFF) >= 0x7C00), 1, 0), axis=0)
     # Below 2**28 float64 holds the sum, and no quotient but a midpoint is rounded to one: see `sums`.
     far = tl.where(tl.max(top, axis=0).to(tl.float64) * tl.load(number + 5) >= 268435456.0, 2, 0)
@@ -160,7 +179,7 @@ def streamed(parts: Sequence[Part], device: torch.device) -> Tensor:
     Pinned inputs cross at full speed. Takes `2 * MOST_MODELS * STRETCH` halves of the device's memory.
     """
     said = torch.zeros(len(parts), dtype=torch.int32, device=device)
-    slots = torch.empty(2, MOST_MODELS, STRETCH, dtype=torch.float16, device=device)
+    slots = _slots(device, STRETCH)
     cuda = device.type == "cuda"
     here = torch.cuda.current_stream(device) if cuda else None
     crossing = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
@@ -188,6 +207,12 @@ def streamed(parts: Sequence[Part], device: torch.device) -> Tensor:
         if here:
             free[number % 2] = here.record_event()
     return said
+
+
+@functools.lru_cache(maxsize=2)
+def _slots(device: torch.device, stretch: int) -> Tensor:
+    """Where stretches of the inputs arrive, made once: (2, MOST_MODELS, stretch) halves. A device has one caller."""
+    return torch.empty(2, MOST_MODELS, stretch, dtype=torch.float16, device=device)
 
 
 def _stretches(parts: Sequence[Part]) -> Iterator[list[tuple[int, int, int]]]:

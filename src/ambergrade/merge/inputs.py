@@ -20,6 +20,7 @@ from ambergrade.family.load import Family
 from ambergrade.family.prediction import lacking_marks, prediction_type, read_scheduler
 from ambergrade.identity import canonical_json
 from ambergrade.merge.header import Entry, Header, read_header
+from ambergrade.merge.lora import lora_file
 from ambergrade.store import Digests
 
 __all__ = ["Digests", "Input", "Range", "Stored", "default_cache", "open_input", "parent_recipe"]
@@ -95,6 +96,7 @@ def open_input(alias: str, path: Path, *, plain: bool = False, like: Family | No
 
     Raises MissingObject for what is not there, BadInput for what is damaged.
     """
+    path = lora_file(path) if plain else path
     found = {path.name: (path, "")} if not path.is_dir() else folder_files(path)
     headers = {name: read_header(file) for name, (file, _) in found.items()}
     keys: dict[str, tuple[int, Entry]] = {}

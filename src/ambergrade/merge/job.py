@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from ambergrade.errors import BadInput, UnknownName
 from ambergrade.family.digests import ModelDigests, model_weights
-from ambergrade.family.files import torch_dtypes
+from ambergrade.family.dtypes import torch_dtypes
 from ambergrade.merge.formula import Formula
 from ambergrade.merge.header import header_bytes, read_exactly
 from ambergrade.merge.inputs import Digests, Input, Stored, open_input, parent_recipe
-from ambergrade.merge.lora import targets
+from ambergrade.merge.lora import alphas, check_shapes, targets
 from ambergrade.merge.parts import Parts, canonical_parts
 from ambergrade.merge.plan import Plan, Task, check_policies, input_names, make_plan, operands
 from ambergrade.merge.recipe import Recipe, ancestors, metadata
@@ -53,6 +53,8 @@ class Job:
     """Alias to the first alias of the same file, which is read for both."""
     plan: Plan
     lora_targets: Mapping[str, Mapping[str, tuple[str, ...]]]
+    lora_alphas: Mapping[str, Mapping[str, float]]
+    """What stands in no tensor of a LoRA: see `lora.alphas`."""
     by_weights: bool = True
     """False: the header names inputs by their files alone, as earlier versions wrote it."""
     repeats: Repeated | None = None
@@ -149,6 +151,9 @@ class Job:
         opened = self.inputs[alias]
         found = {}
         for key in self.lora_targets[alias][name]:
+            if key in self.lora_alphas[alias]:
+                found[key] = torch.tensor(self.lora_alphas[alias][key])
+                continue
             stored = opened.tensors[key]
             data = torch.empty(stored.size, dtype=torch.uint8)
             descriptor = os.open(opened.files[0], os.O_RDONLY)
@@ -220,7 +225,14 @@ def open_job(
         else:
             inputs[alias] = inputs[owner[alias]]
     shapes = inputs[formula.models[0]].shapes
-    lora_targets = {alias: targets(inputs[alias].shapes, shapes, inputs[alias].metadata) for alias in formula.loras}
+    lora_targets, lora_alphas = {}, {}
+    left_out: list[str] | None = [] if chosen["lora"] == "fitting" else None
+    for alias in formula.loras:
+        own = inputs[alias]
+        lora_alphas[alias] = alphas(own.path, own.shapes, own.metadata)
+        entries = {**own.shapes, **dict.fromkeys(lora_alphas[alias], ())}
+        lora_targets[alias] = targets(entries, shapes, left_out)
+        check_shapes(lora_targets[alias], entries, shapes)
     described = {
         alias: {name: (stored.dtype, stored.shape) for name, stored in inputs[alias].tensors.items()}
         for alias in needed
@@ -237,6 +249,7 @@ def open_job(
         predictions={alias: inputs[alias].prediction for alias in described},
         family=base.layout.family if base.layout else None,
     )
+    plan.audit += [f"of a LoRA, left out: {complaint}" for complaint in left_out or ()]
     if base.layout is None:
         plan.audit.append("no known family: tensors of equal names are merged as plain tensors")
-    return Job(formula, numbers, dtype, chosen, inputs, owner, plan, lora_targets, by_weights, repeats)
+    return Job(formula, numbers, dtype, chosen, inputs, owner, plan, lora_targets, lora_alphas, by_weights, repeats)

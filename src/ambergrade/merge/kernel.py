@@ -22,6 +22,8 @@ import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 
+from ambergrade.family.dtypes import DTYPES
+
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 Value: TypeAlias = Any
 """Of LLVM: what an instruction makes."""
@@ -56,7 +58,9 @@ class Format:
         return 2.0 ** (2 - self.least)
 
 
-FORMATS = {"F16": Format(16, 10, -14), "BF16": Format(16, 7, -126), "F32": Format(32, 23, -126)}
+FORMATS = {
+    word: Format(8 * DTYPES[word].size, DTYPES[word].digits, DTYPES[word].least) for word in ("F16", "BF16", "F32")
+}
 """By safetensors' words."""
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ambergrade.family.files import TORCH
+from ambergrade.family.dtypes import torch_dtypes
 from ambergrade.family.layouts import Source
 from ambergrade.merge.plan import Plan, Task
 
@@ -27,7 +27,7 @@ class Live:
 
     def holds(self, task: Task) -> bool:
         """Whether it is the merged tensor, as it lies in memory."""
-        same = self.source.form == "as is" and self.target.dtype == TORCH[task.dtype]
+        same = self.source.form == "as is" and self.target.dtype == torch_dtypes()[task.dtype]
         return same and self.target.is_contiguous()
 
 

@@ -8,17 +8,18 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Literal
 
 from ambergrade.errors import BadInput, BadSetting, UnknownName, nearest
+from ambergrade.family import dtypes
 from ambergrade.family.detect import naming_hint
+from ambergrade.family.dtypes import FLOATS, ITEM
 from ambergrade.family.load import Family, families
 from ambergrade.family.prediction import prediction_type
 from ambergrade.merge.blocks import component
 from ambergrade.merge.formula import Formula
-from ambergrade.merge.header import FLOATS, ITEM
 from ambergrade.merge.mixture import Applied, Mixture, mixer
 from ambergrade.merge.nodes import SCOPES, Call, nodes
 
@@ -28,6 +29,7 @@ POLICIES: Mapping[str, str] = {
     "missing": "refuse",
     "nonfinite": "refuse",
     "ema": "drop",
+    "lora": "refuse",
 }
 """The defaults, strict: see CHOICES for what else there is."""
 CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -36,8 +38,9 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "missing": ("refuse", "base", "zero_delta"),  # the base's tensor in its place, or the whole tensor from the base
     "nonfinite": ("refuse",),
     "ema": ("drop", "base"),  # moving averages (model_ema.): left out, or copied from the base
+    "lora": ("refuse", "fitting"),  # modules of a LoRA that cannot be applied: refuse, or leave them out and say which
 }
-DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+DTYPES = {dtype.short: word for word, dtype in dtypes.DTYPES.items() if dtype.short}
 IDS = "position_ids"
 TEMPERATURE = "logit_scale"
 MARKERS = ("v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std")
@@ -310,12 +313,20 @@ class _Maker:
         return tuple(alias for alias in self.formula.models if alias in found)
 
     def without_idle_loras(self, mixture: Mixture, name: str) -> Mixture:
-        kept = [
-            (atom, weight)
-            for atom, weight in mixture.terms
-            if not (isinstance(atom, Applied) and atom.function == "lora" and name not in self.loras[_file(atom)])
-        ]
-        return Mixture(tuple(kept)) if len(kept) < len(mixture.terms) else mixture  # the shared one knows its weights
+        """The mixture without LoRAs that do not change the tensor, in arguments of methods as well."""
+        if mixture.linear:
+            return mixture  # the shared one knows its weights
+        kept: list[tuple[str | Applied, Fraction]] = []
+        for atom, weight in mixture.terms:
+            if isinstance(atom, Applied) and atom.function != "lora":
+                arguments = tuple(self.without_idle_loras(argument, name) for argument in atom.arguments)
+                atom = replace(atom, arguments=arguments)
+                if not any(argument.terms for argument in arguments):
+                    continue  # what is made of a difference that is nothing is nothing
+            elif isinstance(atom, Applied) and name not in self.loras[_file(atom)]:
+                continue
+            kept.append((atom, weight))
+        return Mixture(tuple(kept))
 
     def with_what_is_there(self, mixture: Mixture, name: str, shape: tuple[int, ...]) -> Mixture:
         """The mixture, once the models that lack the tensor are dealt with as policies.missing says."""

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from ambergrade.errors import BadInput, UnknownName
 from ambergrade.family.detect import Layout, detect
-from ambergrade.family.files import DTYPES as WORDS
-from ambergrade.family.files import TORCH
+from ambergrade.family.dtypes import torch_dtypes, words
 from ambergrade.merge.blocks import component
 from ambergrade.merge.checks import check_operands, needs_values, refuse_nonfinite
+from ambergrade.merge.engine import keep_subnormals
 from ambergrade.merge.evaluate import Evaluator, Kept
 from ambergrade.merge.formula import Formula
-from ambergrade.merge.lora import targets
+from ambergrade.merge.lora import check_shapes, targets
 from ambergrade.merge.mixture import Applied, Mixture
 from ambergrade.merge.parts import canonical_parts
 from ambergrade.merge.passes import Live, fused_point
@@ -51,7 +51,7 @@ class ResidentMerge:
         policies: Mapping[str, str] | None = None,
         keep: int | None = None,
     ) -> None:
-        """`inputs` maps each alias, of models and LoRAs, to its tensors (single-file names for models).
+        """`inputs` maps each alias to its tensors: models' under single-file names, LoRAs' as `lora.read_lora` gives.
 
         `keep`: bytes of what methods and LoRAs make without coefficients that are kept between points, in fp32; None is
         half of the memory that is free now.
@@ -76,10 +76,12 @@ class ResidentMerge:
         shapes = {name: tuple(tensor.shape) for name, tensor in self._base.items()}
         self._layout = _layout(shapes)
         self._parts = canonical_parts(self._layout, shapes)
-        self._lora_targets = {
-            alias: targets({name: tuple(tensor.shape) for name, tensor in inputs[alias].items()}, shapes)
-            for alias in formula.loras
-        }
+        self._lora_targets = {}
+        left_out: list[str] | None = [] if self._policies["lora"] == "fitting" else None
+        for alias in formula.loras:
+            entries = {name: tuple(tensor.shape) for name, tensor in inputs[alias].items()}
+            self._lora_targets[alias] = targets(entries, shapes, left_out)
+            check_shapes(self._lora_targets[alias], entries, shapes)
         self._planned: tuple[str, Plan] | None = None
         # Any point with every model in it will do for the checks, and an odd one divides by no zero.
         some = {name: 0.6180339 + 0.1 * place for place, name in enumerate(formula.coefficients)}
@@ -138,17 +140,22 @@ class ResidentMerge:
         """The last plan is kept: a point is assigned, and then asked what it is made of."""
         point = str(sorted(coefficients.items()))  # -0.0 is another point than 0.0
         if self._planned is None or self._planned[0] != point:
-            about = (self.formula, coefficients, self._described)
-            loras = {alias: tuple(found) for alias, found in self._lora_targets.items()}
-            family = self._layout.family if self._layout else None
-            how = {"dtype": self._dtype, "policies": self._policies, "loras": loras, "family": family}
-            self._planned = (point, make_plan(*about, **how))
+            plan = make_plan(
+                self.formula,
+                coefficients,
+                self._described,
+                dtype=self._dtype,
+                policies=self._policies,
+                loras={alias: tuple(found) for alias, found in self._lora_targets.items()},
+                family=self._layout.family if self._layout else None,
+            )
+            self._planned = (point, plan)
         return self._planned[1]
 
     @cached_property
     def _described(self) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
         return {
-            alias: {name: (WORDS[tensor.dtype], tuple(tensor.shape)) for name, tensor in self._inputs[alias].items()}
+            alias: {name: (words()[tensor.dtype], tuple(tensor.shape)) for name, tensor in self._inputs[alias].items()}
             for alias in self._inputs
             if alias not in self.formula.loras
         }
@@ -168,7 +175,7 @@ class ResidentMerge:
 
         torch.set_num_threads(1)  # our threads, not torch's own within each
         try:
-            with ThreadPoolExecutor(threads) as pool:
+            with ThreadPoolExecutor(threads, initializer=keep_subnormals) as pool:
                 for _ in pool.map(one, [task for name, task in plan.tasks.items() if name not in done]):
                     pass
         finally:
@@ -183,7 +190,9 @@ class ResidentMerge:
             return first.to(torch.int64)
         tensors = {alias: self._inputs[alias][task.name] for alias in operands(task, plan.base)}
         if task.mixture.linear:
-            value = torch.empty(task.shape, dtype=TORCH[task.dtype], device=self._device) if out is None else out
+            value = (
+                torch.empty(task.shape, dtype=torch_dtypes()[task.dtype], device=self._device) if out is None else out
+            )
             flat = {alias: tensor.reshape(-1) for alias, tensor in tensors.items()}
             finite = evaluator.linear(task, flat, value.view(-1))
         else:

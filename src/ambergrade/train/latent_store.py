@@ -29,7 +29,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ambergrade.errors import BadInput, BadSetting, MissingObject
-from ambergrade.family.files import Entry, entries, tensor_bytes, write_tensors
+from ambergrade.family.files import entries, tensor_bytes, write_tensors
+from ambergrade.family.header import Entry
 from ambergrade.identity import digest, file_digest, random_seed
 from ambergrade.nouns import CaptionedPicture, CaptionSet
 from ambergrade.train.latents import PictureReader, encode_pictures, group_by_bucket
