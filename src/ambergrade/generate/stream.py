@@ -25,7 +25,7 @@ from ambergrade.family import sdxl
 from ambergrade.family.sdxl import Networks
 from ambergrade.generate.fast import is_compiled
 from ambergrade.generate.text_cache import remembered_text
-from ambergrade.generate.texts import TextEncoder
+from ambergrade.generate.texts import TextEncoder, refuse_undrawable
 from ambergrade.nouns import Picture, Prompt, PromptSet, SamplerSettings
 
 
@@ -42,10 +42,11 @@ def pictures(
 
     `faulty`: yield a picture with its `fault` where the networks give NaN or infinity, instead of raising. `texts`: an
     encoder that several streams of the same text encoders' weights share, so that each prompt is encoded once.
-    Raises UnknownName for a sampler that is not there, BadSetting for settings that cannot be drawn, BadInput for NaN
-    or infinity, with the prompt's id.
+    Raises UnknownName for a sampler that is not there, BadSetting for settings that cannot be drawn, and BadInput with
+    the prompts' ids: before the first picture for what the grammar refuses, later for NaN or infinity.
     """
     _check(sampler)
+    refuse_undrawable((prompt.id, text) for prompt in prompts.prompts for text in (prompt.text, prompt.negative))
     pipeline = sdxl.pipeline(networks, scheduler(sampler.name, networks.scheduler_config))
     pipeline.set_progress_bar_config(disable=True)
     encoder = texts or TextEncoder(networks)
