@@ -35,43 +35,46 @@ class TextEncoder:
 
     def __init__(self, networks: Networks) -> None:
         self._networks = networks
-        self._known: dict[tuple[Weighted, ...], tuple[Tensor, Tensor]] = {}
+        self._known: dict[tuple[tuple[Weighted, ...], int], tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, prompts: Sequence[str], names: Sequence[str] | None = None) -> list[tuple[Tensor, Tensor]]:
+    def __call__(
+        self, prompts: Sequence[str], names: Sequence[str] | None = None, skip: int = 2
+    ) -> list[tuple[Tensor, Tensor]]:
         """For each prompt (75 K + 2, C) states and (P,) pooled; prompts that read alike have the very same ones.
 
+        The states are those of the encoders' layer `skip`, counted from the end.
         `names` are told where a prompt cannot be drawn. Raises BadInput for what the grammar refuses, with the reason,
         and for a prompt that is too long.
         """
         refuse_undrawable(zip(names or prompts, prompts, strict=True))
         read = [read_prompt(prompt) for prompt in prompts]
-        new = {one.windows: one.text for one in read if one.windows not in self._known}
+        new = {one.windows: one.text for one in read if (one.windows, skip) not in self._known}
         plain = {windows: text for windows, text in new.items() if self._is_plain(windows, text)}
         if plain:
-            states, pooled = sdxl.encode_text(self._networks, list(plain.values()))
-            self._known |= {windows: (states[k], pooled[k]) for k, windows in enumerate(plain)}
+            states, pooled = sdxl.encode_text(self._networks, list(plain.values()), -skip)
+            self._known |= {(windows, skip): (states[k], pooled[k]) for k, windows in enumerate(plain)}
         for name, one in zip(names or prompts, read, strict=True):
-            if one.windows not in self._known:
-                self._known[one.windows] = self._windowed(one.windows, name)
-        return [self._known[one.windows] for one in read]
+            if (one.windows, skip) not in self._known:
+                self._known[one.windows, skip] = self._windowed(one.windows, name, skip)
+        return [self._known[one.windows, skip] for one in read]
 
     def windows(self, condition: tuple[Tensor, Tensor]) -> int:
         return (len(condition[0]) - 2) // WINDOW
 
-    def padded(self, condition: tuple[Tensor, Tensor], windows: int) -> tuple[Tensor, Tensor]:
+    def padded(self, condition: tuple[Tensor, Tensor], windows: int, skip: int = 2) -> tuple[Tensor, Tensor]:
         """The condition with empty windows behind it, so that prompt and negative prompt are equally long."""
         states, pooled = condition
         missing = windows - self.windows(condition)
         if missing == 0:
             return condition
-        empty = self([""])[0][0][1:-1]
+        empty = self([""], skip=skip)[0][0][1:-1]
         return torch.cat([states[:-1], *[empty] * missing, states[-1:]]), pooled
 
     def _is_plain(self, windows: tuple[Weighted, ...], text: str) -> bool:
         fits = all(len(_ids(tokenizer, text)) <= WINDOW for tokenizer in self._tokenizers)
         return fits and len(windows) <= 1 and all(weight == 1 for window in windows for _, weight in window)
 
-    def _windowed(self, windows: tuple[Weighted, ...], name: str) -> tuple[Tensor, Tensor]:
+    def _windowed(self, windows: tuple[Weighted, ...], name: str, skip: int) -> tuple[Tensor, Tensor]:
         """States of all windows, weighted: z + (w - 1)·(z - z₀) with z₀ the empty text's state at the same place.
 
         (ComfyUI's reading of a weight; multiplying states and restoring their mean, as in A1111, divides by a mean
@@ -83,12 +86,12 @@ class TextEncoder:
         device = networks.text_encoder.device
         ids = [_stacked(tokenizer, part, count) for tokenizer, (part, _) in zip(self._tokenizers, rows, strict=True)]
         states, pooled = sdxl.encode_tokens(
-            networks.text_encoder, networks.text_encoder_2, ids[0].to(device), ids[1].to(device)
+            networks.text_encoder, networks.text_encoder_2, ids[0].to(device), ids[1].to(device), -skip
         )
         weights = torch.ones(count, WINDOW + 2, device=device, dtype=states.dtype)
         for row, values in enumerate(rows[0][1]):
             weights[row, 1 : 1 + len(values)] = torch.tensor(values, device=device, dtype=states.dtype)
-        empty = self([""])[0][0]
+        empty = self([""], skip=skip)[0][0]
         states = empty + weights[..., None] * (states - empty)
         return torch.cat([states[0, :1], states[:, 1:-1].flatten(0, 1), states[-1, -1:]]), pooled[0]
 
