@@ -231,6 +231,10 @@ class SamplerSettings:
     height: int
     batch: int = 8
     """Pictures per forward pass."""
+    rescale: float = 0.0
+    """How far the spread of guidance is taken back (Lin et al. 2024, equations 15 and 16); 0 is off."""
+    clip_skip: int = 2
+    """The text encoders' layer that is read, from the end, as A1111 counts: 2 is SDXL's own."""
 
 
 @dataclass(frozen=True, eq=False)

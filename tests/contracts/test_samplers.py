@@ -34,6 +34,17 @@ SDXL_NOISE = {
 }
 
 
+def test_no_sampler_spends_its_steps_in_the_noise_above_sigma_14_of_a_zero_terminal_snr_schedule() -> None:
+    """14.6 is where a schedule without zero terminal SNR begins; its end is at 4096 here."""
+    schedule = {**SDXL_NOISE, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    for name in NAMES:
+        made = scheduler(name, {**schedule, "timestep_spacing": "trailing"})
+        made.set_timesteps(28)
+        assert int((made.sigmas > 14.6).sum()) <= 5, name
+    made = scheduler("dpmpp_2m", dict(SDXL_NOISE))
+    assert made.config.use_karras_sigmas  # as ever elsewhere
+
+
 def settings(file: Path) -> SamplerSettings:
     return SamplerSettings(**yaml.safe_load(file.read_text()))
 

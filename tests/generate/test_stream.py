@@ -65,6 +65,33 @@ def test_a_negative_prompt_and_guidance_are_the_stock_pipelines(
     assert abs(unguided - ours).mean() > 2
 
 
+def test_rescaled_guidance_is_the_stock_pipelines(networks: Networks, ours: npt.NDArray[np.int64]) -> None:
+    rescaled = drawn(networks, dataclasses.replace(SETTINGS, rescale=0.7))
+    assert abs(rescaled - stock(networks, guidance_rescale=0.7)).max() <= 1
+    assert abs(rescaled - ours).mean() > 1
+    for wrong in ({"rescale": 1.5}, {"clip_skip": 0}, {"clip_skip": 3}):
+        with pytest.raises(BadSetting, match=f"{next(iter(wrong))} is"):
+            drawn(networks, dataclasses.replace(SETTINGS, **wrong))
+
+
+def test_clip_skip_reads_another_layer_of_both_encoders(networks: Networks, ours: npt.NDArray[np.int64]) -> None:
+    """1 is the last layer before its norm; short, weighted and long texts alike."""
+    ids_1, ids_2 = sdxl.tokenize(networks, ["hair"])
+    states = [
+        encoder(ids, output_hidden_states=True).hidden_states[-1]
+        for encoder, ids in ((networks.text_encoder, ids_1), (networks.text_encoder_2, ids_2))
+    ]
+    encoder = TextEncoder(networks)
+    (plain, _), (heavy, _) = encoder(["hair", "(hair:1.5)"], skip=1)
+    (usual, _), _ = encoder(["hair", "zebra"])
+    empty = encoder([""], skip=1)[0][0]
+    torch.testing.assert_close(plain, torch.cat(states, -1)[0])
+    assert not torch.allclose(plain, usual, atol=1e-3)
+    tokens = slice(1, 1 + len(networks.tokenizer("hair", add_special_tokens=False).input_ids))
+    torch.testing.assert_close(heavy[tokens], (empty + 1.5 * (plain - empty))[tokens], rtol=1e-4, atol=1e-5)
+    assert abs(drawn(networks, dataclasses.replace(SETTINGS, clip_skip=1)) - ours).mean() > 1
+
+
 def test_pictures_do_not_depend_on_the_batch(networks: Networks, ours: npt.NDArray[np.int64]) -> None:
     for batch in (1, 2):
         assert abs(drawn(networks, dataclasses.replace(SETTINGS, batch=batch)) - ours).max() <= 1

@@ -19,6 +19,7 @@ from ambergrade.nouns import Picture, Prompt, PromptSet
 from ambergrade.score import clip
 from ambergrade.score.comparison import remarks
 from ambergrade.score.metrics.clip_score import ClipScore
+from ambergrade.score.metrics.preference import Preference
 from ambergrade.score.scoring import score
 
 
@@ -84,6 +85,31 @@ def test_a_tokenizer_that_loses_the_end_token_is_refused(folders: Any, monkeypat
     monkeypatch.setattr(clip, "_open", {})
     with pytest.raises(BadInput, match="end-of-text"):
         ClipScore(str(folders.clip))
+
+
+def test_the_text_that_was_drawn_is_scored_and_an_empty_one_is_not(folders: Any) -> None:
+    """Spellings that condition equal bits score equally; a text without words asks for nothing."""
+    pixels = np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    texts = [
+        "blue hair, moon",
+        "blue_hair,moon",
+        "(blue hair:1.0), moon",
+        "(blue_hair:1.3), [moon]",
+        "red",
+        "",
+        " , BREAK",
+    ]
+    prompts = PromptSet("t", tuple(Prompt(str(k), text, 0) for k, text in enumerate(texts)))
+    shown = [Picture(prompt.id, 0, pixels) for prompt in prompts.prompts]
+    sheet = score(shown, prompts, [ClipScore(str(folders.clip)), Preference(str(folders.clip))])
+    for column in ("clip_cosine", "clip_margin", "preference"):
+        values = sheet.columns[column]
+        assert len(set(values[:4])) == 1, column
+        assert values[4] != values[0], column
+        assert np.isnan(values[5:]).all(), column
+    for column in ("clip_score", "clip_r1"):
+        assert np.isnan(sheet.columns[column]).tolist() == [False] * 5 + [True] * 2
+    assert sum("2 of 7 pictures not scored" in line for line in remarks(sheet)) == 5
 
 
 def test_each_text_is_encoded_once(folders: Any, prompts: PromptSet, pictures: list[Picture]) -> None:
@@ -216,7 +242,7 @@ def test_the_score_is_that_of_clip_written_out_in_numpy(folders: Any) -> None:
     """Facts, section 7: no line of open_clip's model is on the other side of this comparison."""
     plain, metric = Plain(folders.clip), ClipScore(str(folders.clip), long="head")
     rng = np.random.default_rng(4)
-    texts = ["1girl, red hair", "moon", "", "hat, " * 60]
+    texts = ["1girl, red hair", "moon", "x", "hat, " * 60]
     prompts = {str(k): Prompt(str(k), text, k) for k, text in enumerate(texts)}
     shown = [Picture(str(k), 0, rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for k in range(4)]
     found = metric.rows(shown, prompts)["clip_cosine"]

@@ -109,7 +109,7 @@ def test_a_word_that_works_is_told_from_one_that_only_shuffles(clean: list[np.nd
     """Quality and year as the world draws them are heard; another pose of the same scene is chance."""
     settings = yaml.safe_load(CONF.read_text())
     settings.pop("name")
-    metric = ControlResponse(**settings)
+    metric = ControlResponse(**{**settings, "extractor": "builtin://features"})
     worst, old, again = drawn(16, quality=0.0), drawn(16, year=2005), drawn(16, seed=99)
     quality, year, chance = (contrast_sheet(clean, other, metric) for other in (worst, old, again))
     for found in (quality, year):

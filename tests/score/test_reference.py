@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,50 @@ def test_statistics_of_another_extractor_are_refused(made: Reference, folders: A
         Fid(str(folders.features), str(tmp_path / "folder"))
     made.write(tmp_path / "folder" / f"{feature_source(str(folders.features)).key}.npz")
     assert Fid(str(folders.features), str(tmp_path / "folder")).fingerprint["reference"] == made.digest
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"about": np.array("no json")}, "not a whole"),
+        ({"about": np.array("{}")}, "does not say which extractor"),
+        ({"about": np.array("[1]")}, "does not say which extractor"),
+        ({"mu": np.array(["a"] * 32)}, "not a whole"),
+        ({"mu": np.full(32, np.nan)}, "NaN or infinity"),
+        ({"mu": np.float64(3)}, "do not fit"),
+        ({"features": np.zeros((5, 3), np.float32)}, "do not fit"),
+        ({"features": np.array(["a"])}, "not a whole"),
+        ({"sigma": None}, "need mu and sigma"),
+    ],
+)
+def test_damaged_statistics_are_told(changes: dict[str, Any], told: str, made: Reference, tmp_path: Path) -> None:
+    made.write(tmp_path / "whole.npz")
+    with np.load(tmp_path / "whole.npz") as found:
+        arrays = {**found, **changes}
+    np.savez(tmp_path / "bad.npz", **{name: array for name, array in arrays.items() if array is not None})
+    with pytest.raises(BadInput, match=told):
+        Reference.read(tmp_path / "bad.npz")
+
+
+def test_statistics_without_their_origin_are_advised_with_whole_keys(
+    made: Reference, folders: Any, tmp_path: Path
+) -> None:
+    Reference(made.mean, made.covariance, made.features, None).write(tmp_path / "bare.npz")
+    for metric in (Fid, Kid):
+        with pytest.raises(BadInput, match=r"suite\.metrics\.fid\.trust_reference=true"):
+            metric(str(folders.features), str(tmp_path / "bare.npz"))
+
+
+def test_a_small_file_that_would_fill_the_memory_is_refused_unread(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "bomb.npz", mu=np.zeros(32), sigma=np.zeros((4000, 4000)))
+    assert (tmp_path / "bomb.npz").stat().st_size < 200_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadInput, match="would grow from"):
+            Reference.read(tmp_path / "bomb.npz")
+        assert tracemalloc.get_traced_memory()[1] < 5e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_sheet_carries_its_reference(

@@ -458,7 +458,16 @@ def test_every_spelling_of_a_tag_comes_back_to_its_name(folders: Any) -> None:
     assert canonical_tags("Long Hair, long_hair, [smile], {frown}, <lora:a_b:1>, moon AND hat BREAK scarf") == (
         ("long_hair", "smile", "frown", "moon", "hat", "scarf")
     )
-    assert canonical_tags("(red hair, smile:1.2)") == ("red_hair", "smile")
+    for text, tags in {
+        "(red hair, smile:1.2)": ("red_hair", "smile"),
+        "1girl BREAK red_eyes": ("1girl", "red_eyes"),
+        "(1girl, (red_eyes:1.3), hat:1.2)": ("1girl", "red_eyes", "hat"),
+        "((smile:1.2)), [hat], (dress:-0.5), (moon:0)": ("smile", "hat"),
+        "(hat:1.), (smile:.5), (red_eyes : 1.2 )": ("hat", "smile", "red_eyes"),
+        r"by the sea, (o)_(o), kohaku \(world\)": ("by_the_sea", "(o)_(o)", "kohaku_(world)"),
+        "(smile)(frown)": ("smile", "frown"),
+    }.items():
+        assert canonical_tags(text) == tags, text
     assert canonical_tags(" , ,") == ()
 
 

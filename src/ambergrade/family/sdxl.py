@@ -214,21 +214,24 @@ def tokenize(networks: Networks, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 
 def encode_tokens(
-    text_encoder: nn.Module, text_encoder_2: nn.Module, ids_1: Tensor, ids_2: Tensor
+    text_encoder: nn.Module, text_encoder_2: nn.Module, ids_1: Tensor, ids_2: Tensor, layer: int = -2
 ) -> tuple[Tensor, Tensor]:
-    """(B, T, C1+C2) penultimate states of both encoders without final norm, and (B, P) pooled of the second."""
+    """(B, T, C1+C2) states of both encoders without final norm, and (B, P) pooled of the second.
+
+    `layer` counts from the end: SDXL was trained with the last layer but one.
+    """
     import torch
 
     first = text_encoder(ids_1, output_hidden_states=True)
     second = text_encoder_2(ids_2, output_hidden_states=True)
-    return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
+    return torch.cat([first.hidden_states[layer], second.hidden_states[layer]], dim=-1), second.text_embeds
 
 
-def encode_text(networks: Networks, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+def encode_text(networks: Networks, texts: Sequence[str], layer: int = -2) -> tuple[Tensor, Tensor]:
     """(B, 77, C1+C2) and (B, P), equal to StableDiffusionXLPipeline.encode_prompt; gradients as the caller has them."""
     device = networks.text_encoder.device
     ids_1, ids_2 = tokenize(networks, texts)
-    return encode_tokens(networks.text_encoder, networks.text_encoder_2, ids_1.to(device), ids_2.to(device))
+    return encode_tokens(networks.text_encoder, networks.text_encoder_2, ids_1.to(device), ids_2.to(device), layer)
 
 
 def pipeline(networks: Networks, scheduler: Any) -> StableDiffusionXLPipeline:

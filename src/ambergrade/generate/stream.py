@@ -25,7 +25,7 @@ from ambergrade.family import sdxl
 from ambergrade.family.sdxl import Networks
 from ambergrade.generate.fast import is_compiled
 from ambergrade.generate.text_cache import remembered_text
-from ambergrade.generate.texts import TextEncoder
+from ambergrade.generate.texts import TextEncoder, refuse_undrawable
 from ambergrade.nouns import Picture, Prompt, PromptSet, SamplerSettings
 
 
@@ -42,10 +42,11 @@ def pictures(
 
     `faulty`: yield a picture with its `fault` where the networks give NaN or infinity, instead of raising. `texts`: an
     encoder that several streams of the same text encoders' weights share, so that each prompt is encoded once.
-    Raises UnknownName for a sampler that is not there, BadSetting for settings that cannot be drawn, BadInput for NaN
-    or infinity, with the prompt's id.
+    Raises UnknownName for a sampler that is not there, BadSetting for settings that cannot be drawn, and BadInput with
+    the prompts' ids: before the first picture for what the grammar refuses, later for NaN or infinity.
     """
-    _check(sampler)
+    _check(sampler, networks)
+    refuse_undrawable((prompt.id, text) for prompt in prompts.prompts for text in (prompt.text, prompt.negative))
     pipeline = sdxl.pipeline(networks, scheduler(sampler.name, networks.scheduler_config))
     pipeline.set_progress_bar_config(disable=True)
     encoder = texts or TextEncoder(networks)
@@ -83,7 +84,11 @@ def _draw(
     Prompts of other lengths are drawn apart: padding a short one to its neighbour's windows would change its picture.
     """
     names = [prompt.id for prompt in batch]
-    given = encoder([*(prompt.text for prompt in batch), *(prompt.negative for prompt in batch)], [*names, *names])
+    given = encoder(
+        [*(prompt.text for prompt in batch), *(prompt.negative for prompt in batch)],
+        [*names, *names],
+        sampler.clip_skip,
+    )
     pairs = list(zip(given[: len(batch)], given[len(batch) :], strict=True))
     windows = [max(encoder.windows(one) for one in pair) for pair in pairs]
     drawn: list[Tensor | None] = [None] * len(batch)
@@ -91,7 +96,7 @@ def _draw(
         places = [k for k, windows_of in enumerate(windows) if windows_of == count]
         if is_compiled(networks):  # another batch shape would be compiled anew
             places += places[-1:] * (sampler.batch - len(places))
-        conditions = [[encoder.padded(one, count) for one in pairs[k]] for k in places]
+        conditions = [[encoder.padded(one, count, sampler.clip_skip) for one in pairs[k]] for k in places]
         pixels = _draw_alike(pipeline, networks, [batch[k] for k in places], sampler, conditions)
         for k, picture in zip(places, pixels, strict=True):
             drawn[k] = picture
@@ -119,6 +124,7 @@ def _draw_alike(
             generator=[torch.Generator("cpu").manual_seed(prompt.seed) for prompt in batch],
             num_inference_steps=sampler.steps,
             guidance_scale=sampler.guidance,
+            guidance_rescale=sampler.rescale,
             width=sampler.width,
             height=sampler.height,
             output_type="pt",
@@ -128,8 +134,13 @@ def _draw_alike(
     return [one if fine else None for one, fine in zip(pixels, sound, strict=True)]
 
 
-def _check(sampler: SamplerSettings) -> None:
+def _check(sampler: SamplerSettings, networks: Networks) -> None:
     complaints = []
+    layers = min(e.config.num_hidden_layers for e in (networks.text_encoder, networks.text_encoder_2))
+    if not 1 <= sampler.clip_skip <= layers:
+        complaints.append(f"clip_skip is {sampler.clip_skip}, 1 to {layers} are there, and 2 is SDXL's own")
+    if not 0 <= sampler.rescale <= 1:
+        complaints.append(f"rescale is {sampler.rescale}, from 0 (off) to 1 is meant")
     if sampler.steps < 1:
         complaints.append(f"steps is {sampler.steps}, at least 1 is needed")
     if sampler.batch < 1:

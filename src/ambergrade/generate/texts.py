@@ -1,13 +1,11 @@
-"""A booru prompt as the plain text that training captions are made of, and as what the UNet attends to.
+"""Prompts as what the UNet attends to: windows of 75 tokens, as SDXL trainers cut them, and weights.
 
-Underscores, escaped parentheses and weights `(tag:1.2)` are read. Plain parentheses stay: they belong to names, as in
-`kohaku (world)`, and captions are full of them. Longer prompts are cut into windows of 75 tokens as SDXL trainers do.
+`ambergrade.prompts` reads what is written. `BREAK` begins a new window; a longer text is cut into as many as it needs.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,47 +14,20 @@ from torch import Tensor
 from ambergrade.errors import BadInput
 from ambergrade.family import sdxl
 from ambergrade.family.sdxl import Networks
+from ambergrade.prompts import Weighted, read_prompt
 
 WINDOW = 75
 """Tokens of text between begin and end."""
 MOST_WINDOWS = 8
 """600 tokens; beyond, cross-attention costs more than the rest of the UNet."""
-Weighted = tuple[tuple[str, float], ...]
-
-_WEIGHTED = re.compile(r"(?<!\\)\(((?:[^()\\]|\\.|\([^()]*\))*?)\s*:\s*(\d+(?:\.\d+)?|\.\d+)\s*\)")
-_OPEN, _CLOSE = "\ue000", "\ue001"
 
 
-def plain_text(prompt: str) -> str:
-    r"""`prompt` with booru spelling taken out: underscores to spaces, `\(` to `(`, one comma and space between tags.
-
-    Names of three characters or fewer keep their underscores, as in the captions (HakuBooru's rule): they are faces.
-
-    >>> plain_text(r"1girl, long_hair,kohaku_\(world\), (red_eyes:1.2), ^_^, ")
-    '1girl, long hair, kohaku (world), red eyes, ^_^'
-    """
-    return "".join(text for text, _ in weighted_text(prompt))
-
-
-def weighted_text(prompt: str) -> Weighted:
-    r"""The plain text in pieces with their weights.
-
-    >>> weighted_text("1girl, (long_hair, smile:1.3), hat")
-    (('1girl, ', 1.0), ('long hair, smile', 1.3), (', hat', 1.0))
-    """
-    weights = [float(weight) for _, weight in _WEIGHTED.findall(prompt)]
-    marked = _WEIGHTED.sub(_OPEN + r"\1" + _CLOSE, prompt)
-    tags = [tag.strip().replace(r"\(", "(").replace(r"\)", ")") for tag in marked.split(",")]
-    spelled = ", ".join(_spelled(tag) for tag in tags if tag.strip(_OPEN + _CLOSE))
-    pieces, found = re.split(f"[{_OPEN}{_CLOSE}]", spelled), []
-    for number, piece in enumerate(pieces):  # every second piece stood between the marks
-        if piece:
-            found.append((piece, weights[number // 2] if number % 2 else 1.0))
-    return tuple(found)
-
-
-def _spelled(tag: str) -> str:
-    return tag.replace("_", " ") if len(tag.strip(_OPEN + _CLOSE)) > 3 else tag
+def refuse_undrawable(prompts: Iterable[tuple[str, str]]) -> None:
+    """Raise BadInput naming every (name, text) that the grammar refuses, with the reasons."""
+    told = [f"Prompt '{name}': {reason}." for name, text in prompts for reason in read_prompt(text).refused]
+    if told:
+        more = [f"… and {len(told) - 12} more"] if len(told) > 12 else []
+        raise BadInput("These prompts cannot be drawn as they are written:\n  " + "\n  ".join(told[:12] + more))
 
 
 class TextEncoder:
@@ -64,56 +35,63 @@ class TextEncoder:
 
     def __init__(self, networks: Networks) -> None:
         self._networks = networks
-        self._known: dict[str, tuple[Tensor, Tensor]] = {}
+        self._known: dict[tuple[tuple[Weighted, ...], int], tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, prompts: Sequence[str], names: Sequence[str] | None = None) -> list[tuple[Tensor, Tensor]]:
-        """For each prompt (75 K + 2, C) states and (P,) pooled; `names` are told where a prompt is too long."""
-        new = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self._known))
-        plain = [text for text in new if self._is_plain(text)]
+    def __call__(
+        self, prompts: Sequence[str], names: Sequence[str] | None = None, skip: int = 2
+    ) -> list[tuple[Tensor, Tensor]]:
+        """For each prompt (75 K + 2, C) states and (P,) pooled; prompts that read alike have the very same ones.
+
+        The states are those of the encoders' layer `skip`, counted from the end.
+        `names` are told where a prompt cannot be drawn. Raises BadInput for what the grammar refuses, with the reason,
+        and for a prompt that is too long.
+        """
+        refuse_undrawable(zip(names or prompts, prompts, strict=True))
+        read = [read_prompt(prompt) for prompt in prompts]
+        new = {one.windows: one.text for one in read if (one.windows, skip) not in self._known}
+        plain = {windows: text for windows, text in new.items() if self._is_plain(windows, text)}
         if plain:
-            states, pooled = sdxl.encode_text(self._networks, [plain_text(text) for text in plain])
-            self._known |= {text: (states[k], pooled[k]) for k, text in enumerate(plain)}
-        for text in new:
-            if text not in self._known:
-                name = dict(zip(prompts, names or prompts, strict=True))[text]
-                self._known[text] = self._windowed(weighted_text(text), name)
-        return [self._known[prompt] for prompt in prompts]
+            states, pooled = sdxl.encode_text(self._networks, list(plain.values()), -skip)
+            self._known |= {(windows, skip): (states[k], pooled[k]) for k, windows in enumerate(plain)}
+        for name, one in zip(names or prompts, read, strict=True):
+            if (one.windows, skip) not in self._known:
+                self._known[one.windows, skip] = self._windowed(one.windows, name, skip)
+        return [self._known[one.windows, skip] for one in read]
 
     def windows(self, condition: tuple[Tensor, Tensor]) -> int:
         return (len(condition[0]) - 2) // WINDOW
 
-    def padded(self, condition: tuple[Tensor, Tensor], windows: int) -> tuple[Tensor, Tensor]:
+    def padded(self, condition: tuple[Tensor, Tensor], windows: int, skip: int = 2) -> tuple[Tensor, Tensor]:
         """The condition with empty windows behind it, so that prompt and negative prompt are equally long."""
         states, pooled = condition
         missing = windows - self.windows(condition)
         if missing == 0:
             return condition
-        empty = self([""])[0][0][1:-1]
+        empty = self([""], skip=skip)[0][0][1:-1]
         return torch.cat([states[:-1], *[empty] * missing, states[-1:]]), pooled
 
-    def _is_plain(self, prompt: str) -> bool:
-        pieces = weighted_text(prompt)
-        fits = all(len(_ids(tokenizer, plain_text(prompt))) <= WINDOW for tokenizer in self._tokenizers)
-        return fits and all(weight == 1 for _, weight in pieces)
+    def _is_plain(self, windows: tuple[Weighted, ...], text: str) -> bool:
+        fits = all(len(_ids(tokenizer, text)) <= WINDOW for tokenizer in self._tokenizers)
+        return fits and len(windows) <= 1 and all(weight == 1 for window in windows for _, weight in window)
 
-    def _windowed(self, pieces: Weighted, name: str) -> tuple[Tensor, Tensor]:
+    def _windowed(self, windows: tuple[Weighted, ...], name: str, skip: int) -> tuple[Tensor, Tensor]:
         """States of all windows, weighted: z + (w - 1)·(z - z₀) with z₀ the empty text's state at the same place.
 
         (ComfyUI's reading of a weight; multiplying states and restoring their mean, as in A1111, divides by a mean
         that may be near zero.) Begin of the first, text of all, end of the last; pooled of the first.
         """
         networks = self._networks
-        rows = [_rows(tokenizer, pieces, name) for tokenizer in self._tokenizers]
+        rows = [_rows(tokenizer, windows, name) for tokenizer in self._tokenizers]
         count = max(len(ids) for ids, _ in rows)
         device = networks.text_encoder.device
         ids = [_stacked(tokenizer, part, count) for tokenizer, (part, _) in zip(self._tokenizers, rows, strict=True)]
         states, pooled = sdxl.encode_tokens(
-            networks.text_encoder, networks.text_encoder_2, ids[0].to(device), ids[1].to(device)
+            networks.text_encoder, networks.text_encoder_2, ids[0].to(device), ids[1].to(device), -skip
         )
         weights = torch.ones(count, WINDOW + 2, device=device, dtype=states.dtype)
         for row, values in enumerate(rows[0][1]):
             weights[row, 1 : 1 + len(values)] = torch.tensor(values, device=device, dtype=states.dtype)
-        empty = self([""])[0][0]
+        empty = self([""], skip=skip)[0][0]
         states = empty + weights[..., None] * (states - empty)
         return torch.cat([states[0, :1], states[:, 1:-1].flatten(0, 1), states[-1, -1:]]), pooled[0]
 
@@ -122,18 +100,18 @@ class TextEncoder:
         return self._networks.tokenizer, self._networks.tokenizer_2
 
 
-def _rows(tokenizer: Any, pieces: Weighted, name: str) -> tuple[list[list[int]], list[list[float]]]:
-    """Token ids and their weights, 75 a window."""
-    ids: list[int] = []
-    weights: list[float] = []
-    for text, weight in pieces:
-        found = _ids(tokenizer, text)
-        ids += found
-        weights += [weight] * len(found)
-    if len(ids) > WINDOW * MOST_WINDOWS:
-        raise BadInput(f"Prompt '{name}' has {len(ids)} tokens; at most {WINDOW * MOST_WINDOWS} are drawn. Shorten it.")
-    starts = range(0, max(len(ids), 1), WINDOW)
-    return [ids[k : k + WINDOW] for k in starts], [weights[k : k + WINDOW] for k in starts]
+def _rows(tokenizer: Any, windows: tuple[Weighted, ...], name: str) -> tuple[list[list[int]], list[list[float]]]:
+    """Token ids and their weights, 75 a row; every window begins a new row."""
+    rows: list[list[tuple[int, float]]] = []
+    for pieces in windows:
+        tokens = [(number, weight) for text, weight in pieces for number in _ids(tokenizer, text)]
+        rows += [tokens[k : k + WINDOW] for k in range(0, max(len(tokens), 1), WINDOW)]
+    if len(rows) > MOST_WINDOWS:
+        raise BadInput(
+            f"Prompt '{name}' has {sum(map(len, rows))} tokens in {len(rows)} windows of {WINDOW}; "
+            f"at most {MOST_WINDOWS} are drawn. Shorten it."
+        )
+    return [[number for number, _ in row] for row in rows], [[weight for _, weight in row] for row in rows]
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from ambergrade.errors import BadSetting
 from ambergrade.nouns import PromptSet
+from ambergrade.prompts import plain_text
 
 MARK = "@"
 
@@ -45,8 +46,8 @@ def pairs(prompt_ids: Sequence[str], seeds: Sequence[int]) -> dict[str, list[tup
 
 def _with_word(text: str, word: str, words: Sequence[str]) -> str:
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    spelled = {other.replace("_", " ") for other in words} | {word.replace("_", " ")}
-    places = [k for k, part in enumerate(parts) if part.replace("_", " ") in spelled]
+    spelled = {plain_text(other) for other in (*words, word)}
+    places = [k for k, part in enumerate(parts) if plain_text(part) in spelled]
     first = places[0] if places else len(parts)
     rest = [part for k, part in enumerate(parts) if k not in places]
     return ", ".join([*rest[:first], word, *rest[first:]])

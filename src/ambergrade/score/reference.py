@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,9 @@ if TYPE_CHECKING:  # whoever reads a sheet needs no networks' libraries, which t
     from ambergrade.score.features import FeatureSource
 
 Floats = npt.NDArray[np.float64]
+LARGEST_UNASKED = 64 * 2**20
+"""Bytes that any file may unpack to; beyond, no more than MOST_SWELLING times its size."""
+MOST_SWELLING = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,19 +84,39 @@ class Reference:
 
     @classmethod
     def read(cls, path: Path) -> Reference:
-        """Read what `write`, pytorch-fid or TTUR wrote. Raises BadInput for another file."""
+        """Read what `write`, pytorch-fid or TTUR wrote. Raises BadInput for another, damaged or swelling file."""
         try:
+            _refuse_swelling(path)
             with np.load(path, allow_pickle=False) as found:
-                arrays = {name: found[name] for name in found.files}
-        except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
-            raise BadInput(f"{path} is not a whole .npz file: {str(error)[:200]}") from error
-        if not {"mu", "sigma"} <= arrays.keys():
-            raise BadInput(f"{path} holds {sorted(arrays)}; reference statistics need mu and sigma.")
-        mean, covariance = arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64)
-        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+                names = set(found.files)
+                if not {"mu", "sigma"} <= names:
+                    raise BadInput(f"{path} holds {sorted(names)}; reference statistics need mu and sigma.")
+                mean, covariance = found["mu"].astype(np.float64), found["sigma"].astype(np.float64)
+                features = found["features"].astype(np.float32) if "features" in names else None
+                about = json.loads(str(found["about"])) if "about" in names else None
+        except (zipfile.BadZipFile, zlib.error, ValueError, TypeError, KeyError, OSError, EOFError) as error:
+            raise BadInput(f"{path} is not a whole .npz file of numbers: {str(error)[:200]}") from error
+        d = len(mean) if mean.ndim == 1 else -1
+        if covariance.shape != (d, d):
             raise BadInput(f"{path}: mu {mean.shape} and sigma {covariance.shape} do not fit each other.")
-        about = json.loads(str(arrays["about"])) if "about" in arrays else None
-        return cls(mean, covariance, arrays.get("features"), about)
+        if features is not None and (features.ndim != 2 or features.shape[1] != d or len(features) < 2):
+            raise BadInput(f"{path}: features {features.shape} do not fit mu {mean.shape}.")
+        if not all(np.isfinite(x).all() for x in (mean, covariance, features) if x is not None):
+            raise BadInput(f"{path} holds NaN or infinity. Build the statistics again.")
+        if about is not None and not (isinstance(about, dict) and isinstance(about.get("extractor"), dict)):
+            raise BadInput(f"{path}: `about` does not say which extractor made it. Build the statistics again.")
+        return cls(mean, covariance, features, about)
+
+
+def _refuse_swelling(path: Path) -> None:
+    """Raise BadInput for a compressed file that would fill the memory: features hardly compress."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    packed = path.stat().st_size
+    if unpacked > LARGEST_UNASKED and unpacked > MOST_SWELLING * packed:
+        raise BadInput(
+            f"{path} would grow from {packed / 1e6:.1f} to {unpacked / 1e6:.0f} MB: such a file is no statistics."
+        )
 
 
 def build_reference(source: FeatureSource, files: Sequence[Path], *, batch: int = 32) -> Reference:
@@ -134,7 +158,7 @@ def find_reference(
     if found.about is None and not trust:
         raise BadInput(
             f"{path} does not say which network and which resize made it (pytorch-fid's files do not).\n"
-            "Set trust_reference=true if you know that they are this extractor's."
+            "Build them again (action=reference); FID alone can trust them: suite.metrics.fid.trust_reference=true."
         )
     if found.about is not None and canonical_json(found.about["extractor"]) != canonical_json(source.fingerprint):
         unlike = [key for key, value in source.fingerprint.items() if found.about["extractor"].get(key) != value]

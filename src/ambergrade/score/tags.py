@@ -6,27 +6,21 @@ import re
 from collections.abc import Mapping, Sequence
 
 from ambergrade.nouns import RATINGS
+from ambergrade.prompts import read_prompt
 
-_EXTRA = re.compile(r"<[^<>]*:[^<>]*>")
-"""`<lora:name:0.8>`: it names a file, not something to be seen."""
-_WORDS = re.compile(r"\b(?:BREAK|AND)\b")
+_ARTIST = re.compile(r"^artist:\s*", re.IGNORECASE)
 _ALIASES = {"blond_hair": "blonde_hair"} | {f"gray_{what}": f"grey_{what}" for what in ("hair", "eyes", "background")}
 """Other spellings of one tag, as Danbooru resolves them."""
-_WEIGHT = re.compile(r":[+-]?\d+(?:\.\d+)?$")
 
 
 def canonical_tags(text: str) -> tuple[str, ...]:
-    r"""The tags of a prompt: weights, emphasis brackets, escapes, case, `artist:` and repetitions taken out.
-
-    A bracket or a colon that belongs to a tag stays: `kohaku (world)`, `:d`, `>_<`, `:)`.
+    r"""The tags of a prompt (`ambergrade.prompts`), each once, in lower case, with underscores, less `artist:`.
 
     >>> canonical_tags(r"1girl, (long hair:1.2), kohaku_\(world\), [[smile]], <lora:x:0.8>, artist:inkmoth BREAK :d")
     ('1girl', 'long_hair', 'kohaku_(world)', 'smile', 'inkmoth', ':d')
     """
-    cleaned = _WORDS.sub(",", _EXTRA.sub(",", text)).replace("\n", ",")
-    found = [_canonical(part) for part in cleaned.split(",")]
-    found = [_ALIASES.get(tag, tag) for tag in found]
-    return tuple(dict.fromkeys(tag for tag in found if tag))
+    spelled = [re.sub(r"_*\s[\s_]*", "_", _ARTIST.sub("", tag).strip()).lower() for tag in read_prompt(text).tags]
+    return tuple(dict.fromkeys(_ALIASES.get(tag, tag) for tag in spelled if tag))
 
 
 def closed(implied: Mapping[str, Sequence[str]]) -> dict[str, frozenset[str]]:
@@ -65,26 +59,3 @@ def rating_of(tags: Sequence[str], words: Mapping[str, Sequence[str]]) -> str:
         if mine and (mine <= set(tags) or (mine - elsewhere) & set(tags)):
             found.append((len(mine & set(tags)), strictness, rating))
     return max(found)[2] if found else "general"
-
-
-def _canonical(part: str) -> str:
-    tag = part.strip()
-    while (inner := _without_emphasis(tag)) != tag:
-        tag = inner
-    tag = tag.replace("\\(", "(").replace("\\)", ")")
-    tag = re.sub(r"^(?:artist:|by )\s*", "", tag, flags=re.IGNORECASE)
-    return re.sub(r"[\s_]+", "_", tag.strip()).lower() if re.search(r"\w\s+\w|\w\s*\(", tag) else tag.strip().lower()
-
-
-def _without_emphasis(tag: str) -> str:
-    """One layer of `(tag:1.2)`, `(tag)`, `[tag]` or `{tag}` less; brackets inside a name or a face stay."""
-    for opening, closing in ("()", "[]", "{}"):
-        # An odd bracket may open several tags: "(red hair, smile:1.2)" was cut at the comma.
-        wraps = tag.startswith(opening) and tag.endswith(closing) and not tag.endswith("\\" + closing) and len(tag) > 3
-        if wraps and re.search(r"\w", tag):
-            return _WEIGHT.sub("", tag[1:-1]).strip()
-        if tag.startswith(opening) and closing not in tag and re.match(r"\W\w{2}", tag):
-            return tag[1:].strip()
-        if tag.endswith(closing) and opening not in tag and re.search(r"\w{2}(?::[\d.]+)?\W$", tag):
-            return _WEIGHT.sub("", tag[:-1]).strip()
-    return tag

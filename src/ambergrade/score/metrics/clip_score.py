@@ -11,6 +11,7 @@ import numpy.typing as npt
 from ambergrade.errors import BadSetting
 from ambergrade.identity import random_seed
 from ambergrade.nouns import Picture, Prompt
+from ambergrade.prompts import plain_text
 from ambergrade.score.scoring import Metric
 from ambergrade.score.sheet import ScoreSheet
 
@@ -30,6 +31,8 @@ class ClipScore(Metric):
     `clip_cosine` is 100·cos before the clamp. `clip_margin` is the score less the same picture's mean score against 8
     other prompts of the set: the anime-domain offset is gone and chance is 0. `clip_r1` is 1 where the picture's own
     prompt scores best among 100. `clip_truncated` and `clip_tokens_lost` say what the scorer did not read.
+    The text is what the encoder was shown (`ambergrade.prompts`): without weights and escapes, with spaces. An empty
+    prompt asks for nothing: NaN.
     A text longer than the encoder's room: `chunk` cuts it at commas and takes the token-weighted mean of the parts'
     cosines; `head` keeps its beginning with the end-of-text token that texts are pooled at.
     """
@@ -57,23 +60,25 @@ class ClipScore(Metric):
         self._long = long
         self._texts: dict[str, tuple[torch.Tensor, int]] = {}
         self._others: tuple[Mapping[str, Prompt], dict[str, torch.Tensor]] | None = None
-        self.fingerprint: Mapping[str, Any] = {**self._clip.fingerprint, "long": long}
+        self.fingerprint: Mapping[str, Any] = {**self._clip.fingerprint, "long": long, "text": "as it is drawn"}
 
     def rows(self, pictures: Sequence[Picture], prompts: Mapping[str, Prompt]) -> Mapping[str, npt.NDArray[Any]]:
         """Scores in points 0 to 100, shares as 0 or 1, tokens lost as a count: (n,) each."""
         import torch
 
         images = self._clip.images([picture.pixels for picture in pictures])
-        own = torch.stack([self._text(prompts[picture.prompt_id].text)[0] for picture in pictures])
+        texts = [plain_text(prompts[picture.prompt_id].text) for picture in pictures]
+        own = torch.stack([self._text(text)[0] for text in texts])
         cosines = 100 * (images * own).sum(1).double().cpu().numpy()
-        lost = np.array([self._text(prompts[picture.prompt_id].text)[1] for picture in pictures], dtype=np.float64)
+        cosines[[not text for text in texts]] = np.nan
+        lost = np.array([self._text(text)[1] for text in texts], dtype=np.float64)
         margin, first = np.full(len(pictures), np.nan), np.full(len(pictures), np.nan)
         for row, picture in enumerate(pictures):
             others = self._other_texts(picture.prompt_id, prompts)
             if len(others):
                 against = 100 * (others @ images[row]).double().cpu().numpy()
-                margin[row] = max(cosines[row], 0) - np.maximum(against[:OTHERS], 0).mean()
-                first[row] = float(cosines[row] > against.max())
+                margin[row] = np.maximum(cosines[row], 0) - np.maximum(against[:OTHERS], 0).mean()
+                first[row] = float(cosines[row] > against.max()) if texts[row] else np.nan
         return {
             "clip_score": np.maximum(cosines, 0),
             "clip_cosine": cosines,
@@ -125,8 +130,8 @@ class ClipScore(Metric):
             self._others = prompts, {}
         kept = self._others[1]
         if prompt_id not in kept:
-            own = prompts[prompt_id].text
-            texts = sorted({prompt.text for prompt in prompts.values()} - {own})
+            own = plain_text(prompts[prompt_id].text)
+            texts = sorted({plain_text(prompt.text) for prompt in prompts.values()} - {own, ""})
             rng = np.random.Generator(np.random.Philox(key=random_seed(0, "other prompts", own)))
             chosen = rng.permutation(len(texts))[: AMONG - 1]
             vectors = [self._text(texts[k])[0] for k in chosen]

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from ambergrade.errors import BadSetting
 from ambergrade.nouns import Picture, Prompt
+from ambergrade.prompts import plain_text
 from ambergrade.score.scoring import Metric
 from ambergrade.score.sheet import ScoreSheet
 
@@ -18,6 +19,8 @@ SCALES = ("logit", "cosine")
 
 class Preference(Metric):
     """`preference` = s·cos(f_I, f_T) of an open_clip folder, not clamped; the text is cut at the encoder's room.
+
+    The text is what the encoder was shown (`ambergrade.prompts`); an empty prompt is NaN.
 
     `logit`: s is the model's own temperature, as PickScore's (Kirstain et al. 2023, section 3), so that the sigmoid of
     a difference is the chance that the picture is preferred. `cosine`: s = 1, as HPS v2.1's (Wu et al. 2023).
@@ -38,18 +41,26 @@ class Preference(Metric):
         self._clip = open_clip_folder(model, resize_mode, device=device)
         self._prefix = prefix
         self._scale = float(self._clip.model.logit_scale.exp()) if scale == "logit" else 1.0
-        self.fingerprint: Mapping[str, Any] = {**self._clip.fingerprint, "scale": scale, "prefix": prefix}
+        self.fingerprint: Mapping[str, Any] = {
+            **self._clip.fingerprint,
+            "scale": scale,
+            "prefix": prefix,
+            "text": "as it is drawn",
+        }
 
     def rows(self, pictures: Sequence[Picture], prompts: Mapping[str, Prompt]) -> Mapping[str, npt.NDArray[Any]]:
         """(n,) scores, and 1 where the prompt did not fit the text encoder."""
         import torch
 
-        texts = [self._prefix + prompts[picture.prompt_id].text for picture in pictures]
+        asked = [plain_text(prompts[picture.prompt_id].text) for picture in pictures]
+        texts = [self._prefix + text for text in asked]
         images = self._clip.images([picture.pixels for picture in pictures])
         cosines = (images * torch.stack([self._clip.text(text) for text in texts])).sum(1)
         cut = {text: float(self._clip.length(text) > self._clip.room) for text in dict.fromkeys(texts)}
         return {
-            "preference": self._scale * cosines.double().cpu().numpy(),
+            "preference": np.where(
+                [bool(text) for text in asked], self._scale * cosines.double().cpu().numpy(), np.nan
+            ),
             "preference_truncated": np.array([cut[text] for text in texts]),
         }
 
