@@ -29,6 +29,7 @@ from ambergrade.search.load import Search, search
 from ambergrade.search.points import Point
 from ambergrade.search.pool import Pool
 from ambergrade.search.racing import Floats, Judge, Race
+from ambergrade.track.journal import Journal
 
 LONGEST = 30
 """Characters of a point's name before its numbers are rounded."""
@@ -155,6 +156,8 @@ def drive(context: Context, plan: SweepPlan, scorer: PointScorer, where: Evaluat
     else:
         swept = driver.race(plan.rungs, _judge(plan.search.higher_is_better), screened_by=plan.screened_by)
     plan.folder.keep_failures(swept)
+    if swept.failed and context.parent.id:
+        Journal.open(context.root, context.journal.name)  # closes the runs of workers that died
     return swept
 
 

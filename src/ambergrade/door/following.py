@@ -1,4 +1,4 @@
-"""Ends a launcher's worker with the command that started it. A module of its own: a worker imports it before all else."""
+"""Ends a launcher's worker with the command that started it. A light module: a worker imports it before all else."""
 
 from __future__ import annotations
 
