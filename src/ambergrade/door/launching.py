@@ -146,7 +146,9 @@ def _hearing_sigterm(launcher: Launcher) -> Iterator[None]:
         return
     settings, ours = launcher.ray_cfg.init, signal.getsignal(signal.SIGTERM)  # type: ignore[attr-defined]
     settings.setdefault("object_store_memory", 75 << 20)  # bytes: Ray's least, as its launcher sets it
-    import_module("hydra_plugins.hydra_ray_launcher._launcher_util").start_ray(settings)
+    ray = import_module("ray")
+    if not ray.is_initialized():  # else the launcher starts it, and so its handler, later
+        ray.init(**settings)
     heard: list[int] = []
 
     def hear(number: int, frame: FrameType | None) -> None:
@@ -158,7 +160,7 @@ def _hearing_sigterm(launcher: Launcher) -> Iterator[None]:
     try:
         yield
     except (SystemExit, KeyboardInterrupt) as error:
-        import_module("ray").shutdown()  # its workers go now, so that their runs can be closed
+        ray.shutdown()  # its workers go now, so that their runs can be closed
         if heard:
             raise process.Terminated(128 + heard[0]) from error
         raise
