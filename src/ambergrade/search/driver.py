@@ -208,9 +208,7 @@ class Driver:
         for job, outcome in self.evaluate(self._asked()):
             self.search.tell(job.point, outcome.score)
             self._note(Trial(job, outcome))
-        self.trials.sort(
-            key=lambda trial: self._order[trial.job.label]
-        )  # whoever was quicker, and whatever was resumed
+        self.trials.sort(key=lambda trial: self._order[trial.job.label])  # whoever was quicker
         return Swept(tuple(self.trials), self.search.best)
 
     def race(self, rungs: Sequence[int], judge: Judge, *, screened_by: str = "") -> Swept:
