@@ -19,7 +19,7 @@ from ambergrade.door.sweeping import sweeping
 def main(settings: SweepSettings, invocation: Invocation) -> object:
     from ambergrade.chain import points
 
-    return points.score_alone(settings)
+    return points.score_alone(settings, invocation)
 
 
 if __name__ == "__main__":

@@ -401,19 +401,29 @@ def test_a_point_that_cannot_be_merged_is_told_and_the_others_are_drawn(sweep: S
 
 
 @pytest.mark.slow
-def test_from_a_shell_with_points_in_a_process_of_their_own(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [["compute.workers=1"], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=1"]])
+def test_from_a_shell_with_points_in_processes_of_their_own(place: Path, tmp_path: Path, more: list[str]) -> None:
     command = [
         sys.executable,
         "pipelines/sweep.py",
         *arguments(place, tmp_path),
         "merge=plain",
         "coefficients.a=0.4,0.8",
+        *more,
     ]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert set(outcomes(done.stdout)) == {"a 0.4", "a 0.8"}
     assert "leaderboard" not in done.stderr
     assert (folder_of(done.stdout) / "leaderboard.txt").exists()
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlruns' / 'mlflow.db'}")
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    kinds = {run.info.run_id: run.data.tags["ag.kind"] for run in runs}
+    assert sorted(kinds.values()) == ["point", "point", "sweep"]
+    points = [run for run in runs if run.data.tags["ag.kind"] == "point"]
+    assert {kinds[run.data.tags["mlflow.parentRunId"]] for run in points} == {"sweep"}
+    assert {(run.info.status, len(run.data.params)) for run in points} == {("FINISHED", 1)}
+    assert "leaked" not in done.stderr
 
 
 @pytest.mark.slow

@@ -88,6 +88,20 @@ def test_what_was_finished_counts_only_while_it_is_recalled_and_is_not_evaluated
     assert swept.best == ({"a": 2.0}, 9.0)
 
 
+def test_points_come_in_the_order_proposed_whoever_was_quicker_and_whatever_was_resumed():
+    def backwards(jobs):
+        yield from ((job, Outcome(True, job.point["a"])) for job in reversed(list(jobs)))
+
+    order = ["a 5", "a 3", "a 4", "a 1"]
+    whole = Driver(grid(5, 3, 4, 1), backwards, label).sweep()
+    assert [trial.job.label for trial in whole.trials] == order
+    done = {"a 3": Outcome(True, 3.0)}
+    past = [{"a": 5.0}, {"a": 3.0}]
+    resumed = Driver(grid(5, 3, 4, 1), backwards, label, recall=lambda job: done.get(job.label), past=past)
+    resumed.say = lambda text: None
+    assert [trial.job.label for trial in resumed.sweep().trials] == order
+
+
 def test_a_search_that_learns_hears_each_score_before_it_is_asked_again():
     chosen = search("optuna", sampler="tpe", values={"a": {"low": 0, "high": 1}}, trials=5, objective="x")
     told, asks = [], []

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ambergrade.chain.context import Context, Task, torch_device, use_threads
+from ambergrade.chain.context import Context, Task, open_journal, torch_device, use_threads
 from ambergrade.chain.dataset import draw_world
 from ambergrade.chain.point import (
     POINT,
@@ -24,7 +24,7 @@ from ambergrade.chain.point import (
     score_point,
 )
 from ambergrade.chain.point import open_checkpoint as open_anew
-from ambergrade.chain.settings import SweepSettings
+from ambergrade.chain.settings import Invocation, SweepSettings
 from ambergrade.errors import MissingObject, UnknownName
 from ambergrade.identity import digest
 from ambergrade.merge.formula import Formula
@@ -187,17 +187,19 @@ def evaluate(work: PointWork) -> dict[str, object]:
     return _score(work.settings, work.job, journal, above)
 
 
-def score_below(settings: SweepSettings, job: Job, above: Mapping[str, str]) -> dict[str, object]:
+def score_below(
+    settings: SweepSettings, invocation: Invocation, job: Job, above: Mapping[str, str]
+) -> dict[str, object]:
     """Score a point in a launcher's job and journal it below a run, whose id, name and key are given."""
-    journal = _opened(settings.root, settings.name)
+    journal = _process().opened(settings, invocation)
     return _score(settings, job, journal, journal.attached(**above))
 
 
-def score_alone(settings: SweepSettings) -> dict[str, object]:
+def score_alone(settings: SweepSettings, invocation: Invocation) -> dict[str, object]:
     """Score one point that belongs to no sweep."""
     draw_world(settings.data, settings.compute)
     point: Point = dict(settings.merge.coefficients)
-    journal = _opened(settings.root, settings.name)
+    journal = _process().opened(settings, invocation)
     nobody = Run(journal, "", "", "", done=False, resumed=False)
     found = _score(settings, Job(label_of(point), point), journal, nobody)
     print(f"{settings.search.objective} {found['score']:.4f}")
@@ -222,13 +224,12 @@ class _Process:
             self._ref, self._journal = ref, Journal.attach(ref)
         return self._journal
 
+    def opened(self, settings: SweepSettings, invocation: Invocation) -> Journal:
+        if self._journal is None:
+            self._journal = open_journal(settings.root, settings.name, settings, invocation)
+        return self._journal
+
 
 @lru_cache(maxsize=1)
 def _process() -> _Process:
     return _Process()
-
-
-@lru_cache(maxsize=1)
-def _opened(root: Path, name: str) -> Journal:
-    """Of this process."""
-    return Journal.open(root, name)

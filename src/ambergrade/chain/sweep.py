@@ -28,7 +28,8 @@ from ambergrade.search.folder import SweepFolder
 from ambergrade.search.load import Search, search
 from ambergrade.search.points import Point
 from ambergrade.search.pool import Pool
-from ambergrade.search.racing import Floats, Race
+from ambergrade.search.racing import Floats, Judge, Race
+from ambergrade.track.journal import Journal
 
 LONGEST = 30
 """Characters of a point's name before its numbers are rounded."""
@@ -153,9 +154,10 @@ def drive(context: Context, plan: SweepPlan, scorer: PointScorer, where: Evaluat
     if not plan.rungs:
         swept = driver.sweep()
     else:
-        higher = plan.search.higher_is_better
-        swept = driver.race(plan.rungs, lambda *given: _judge(*given, higher), screened_by=plan.screened_by)
+        swept = driver.race(plan.rungs, _judge(plan.search.higher_is_better), screened_by=plan.screened_by)
     plan.folder.keep_failures(swept)
+    if swept.failed and context.parent.id:
+        Journal.open(context.root, context.journal.name)  # closes the runs of workers that died
     return swept
 
 
@@ -163,9 +165,13 @@ def _same(one: Outcome | None, other: Outcome) -> bool:
     return one is not None and one.done and Scored.of(one).identity == Scored.of(other).identity
 
 
-def _judge(scores: Floats, alive: Sequence[int], error: float, higher_is_better: bool) -> tuple[int, ...]:
-    """The points of a rung that are not significantly different from the best (search/racing.py: Judge)."""
-    return winner_set(np.asarray(scores), higher_is_better=higher_is_better, error=error, alive=alive).members
+def _judge(higher_is_better: bool) -> Judge:
+    """Tells the points of a rung that are not significantly different from the best."""
+
+    def members(scores: Floats, alive: Sequence[int], error: float) -> tuple[int, ...]:
+        return winner_set(scores, higher_is_better=higher_is_better, error=error, alive=alive).members
+
+    return members
 
 
 def _tell(context: Context, trial: Trial) -> None:

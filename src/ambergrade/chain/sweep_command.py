@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from ambergrade.chain.context import Context, Task, record_command, use_threads
+from ambergrade.chain.context import Context, Task, open_journal, record_command, use_threads
 from ambergrade.chain.dataset import draw_world
 from ambergrade.chain.point import label_of, read_prompts, write_merge
 from ambergrade.chain.points import PointScorer
@@ -50,7 +50,7 @@ def run(
         return
     print(f"sweep {plan.key[:12]}, {len(plan.search)} points, {plan.folder.root}", flush=True)
     with plan.folder.alone():
-        journal = Journal.open(settings.root, settings.name)
+        journal = open_journal(settings.root, settings.name, settings, invocation)
         try:
             swept = _swept(journal, settings, invocation, plan, scorer, launched(plan))
         except BaseException:

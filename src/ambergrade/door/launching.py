@@ -12,12 +12,9 @@ import fcntl
 import json
 import os
 import signal
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -29,15 +26,13 @@ from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
 
+from ambergrade.door.following import follow
 from ambergrade.search.driver import Job, Outcome, attempt
 from ambergrade.search.folder import SweepFolder, read_outcome, write_outcome
 from ambergrade.track import process
 
 STARTED_AGAIN = (144, -1)
 """Exit codes by which submitit leaves a job that it starts again."""
-GRACE_SECONDS = 10.0
-"""A worker that is asked to end by SIGTERM closes its runs in this time, or is killed."""
-LOOK_SECONDS = 0.3
 
 
 @dataclass
@@ -140,26 +135,6 @@ def end_workers_with_us(launcher: Launcher, owner: Mapping[str, str]) -> None:
         settings |= {"initializer": follow, "initargs": (dict(owner),)}
 
 
-def follow(owner: Mapping[str, str]) -> None:
-    """End this process soon after its owner; a process on another machine cannot be followed and is left alone."""
-    if dict(owner) != process.owner():
-        _follow(json.dumps(dict(owner)))
-
-
-@lru_cache
-def _follow(owner: str) -> None:
-    """Once a process and owner."""
-    threading.Thread(target=_end_with, args=(json.loads(owner),), daemon=True).start()
-
-
-def _end_with(owner: dict[str, str]) -> None:
-    while not process.is_dead(owner):
-        time.sleep(LOOK_SECONDS)
-    os.kill(os.getpid(), signal.SIGTERM)  # open runs are closed, where there are some
-    time.sleep(GRACE_SECONDS)
-    os._exit(1)
-
-
 @contextmanager
 def _hearing_sigterm(launcher: Launcher) -> Iterator[None]:
     """Start Ray where it is the launcher, and take SIGTERM back from it.
@@ -171,7 +146,9 @@ def _hearing_sigterm(launcher: Launcher) -> Iterator[None]:
         return
     settings, ours = launcher.ray_cfg.init, signal.getsignal(signal.SIGTERM)  # type: ignore[attr-defined]
     settings.setdefault("object_store_memory", 75 << 20)  # bytes: Ray's least, as its launcher sets it
-    import_module("hydra_plugins.hydra_ray_launcher._launcher_util").start_ray(settings)
+    ray = import_module("ray")
+    if not ray.is_initialized():  # else the launcher starts it, and so its handler, later
+        ray.init(**settings)
     heard: list[int] = []
 
     def hear(number: int, frame: FrameType | None) -> None:
@@ -183,7 +160,7 @@ def _hearing_sigterm(launcher: Launcher) -> Iterator[None]:
     try:
         yield
     except (SystemExit, KeyboardInterrupt) as error:
-        import_module("ray").shutdown()  # its workers go now, so that their runs can be closed
+        ray.shutdown()  # its workers go now, so that their runs can be closed
         if heard:
             raise process.Terminated(128 + heard[0]) from error
         raise

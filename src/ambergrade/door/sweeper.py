@@ -124,7 +124,7 @@ class Request:
 
     def launched(self, folder: SweepFolder) -> Evaluator | None:
         """The evaluator of a launcher that was chosen."""
-        return self.launcher and Launched(self.launcher, folder, self.overrides, self.slots)
+        return Launched(self.launcher, folder, self.overrides, self.slots) if self.launcher else None
 
 
 @runtime_checkable
@@ -154,7 +154,7 @@ class SweeperBody(Sweeper):
             raise BadSetting("A screening goes before a race.\nGive race=[12,24,40] as well, or leave screen out.")
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.config, self.hydra_context = config, hydra_context
+        self.config, self.hydra_context, self.loader = config, hydra_context, hydra_context.config_loader
         self.task = inspect.unwrap(task_function, stop=lambda task: isinstance(task, SweepTask))
         # A queue's jobs outlive the command on purpose; what they finish, the next command takes as it is.
         queued = "slurm" in str(OmegaConf.select(config, "hydra.runtime.choices.hydra/launcher", default=""))
@@ -181,7 +181,7 @@ class SweeperBody(Sweeper):
         assert self.config is not None
         asked = self.asked
         lines = [f"{key}={value}" for key, value in (asked.params or {}).items()] + list(arguments)
-        overrides = OverridesParser.create(config_loader=self.hydra_context.config_loader).parse_overrides(lines)
+        overrides = OverridesParser.create(config_loader=self.loader).parse_overrides(lines)
         values = asked.search.get("values") or {}
         listed_only = asked.search["name"] == "grid"
         axes = read_axes(overrides, {} if values == "???" else values, asked.space, listed_only=listed_only)
@@ -200,7 +200,7 @@ class SweeperBody(Sweeper):
 
     def _composed(self, lines: list[str]) -> DictConfig:
         assert self.config is not None
-        return self.hydra_context.config_loader.load_sweep_config(self.config, lines)
+        return self.loader.load_sweep_config(self.config, lines)
 
     def _launched_plainly(self, request: Request) -> list[Sequence[JobReturn]]:
         """As Hydra's own sweeper: batches of jobs, whose first error ends the sweep."""

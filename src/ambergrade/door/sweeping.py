@@ -44,7 +44,7 @@ class SweepCommand:
         from ambergrade.chain.points import score_below
 
         job, folder = job_of(place), place if job_of(place).block is None else place.parent
-        return score_below(settings, job, json.loads((folder.parent / "sweep.json").read_text()))
+        return score_below(settings, asked, job, json.loads((folder.parent / "sweep.json").read_text()))
 
     def sweep(self, request: Request) -> None:
         """Run the sweep that a command line asks for."""

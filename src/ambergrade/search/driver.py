@@ -101,7 +101,7 @@ class Swept:
     """What a sweep came to."""
 
     trials: tuple[Trial, ...]
-    """The points in the order in which they ended; of a race each point's last rung."""
+    """The points in the order in which they were proposed; of a race each point's last rung."""
     best: tuple[Point, float] | None
     race: Race | None = None
 
@@ -185,6 +185,8 @@ class Driver:
     """Called when a job has ended, or was found finished."""
     say: Callable[[str], None] = print
     trials: list[Trial] = field(default_factory=list, init=False)
+    _order: dict[str, int] = field(default_factory=dict, init=False)
+    """Label to when its point was proposed first."""
     _drawn: dict[tuple[str, tuple[int, int] | None, bool], Trial] = field(default_factory=dict, init=False)
 
     def sweep(self) -> Swept:
@@ -192,6 +194,7 @@ class Driver:
         unfinished = []
         for point in self.past:
             job = Job(self.label(point), point)
+            self._order.setdefault(job.label, len(self._order))
             outcome = self.recall(job)
             if outcome is None:
                 unfinished.append(point)
@@ -205,6 +208,7 @@ class Driver:
         for job, outcome in self.evaluate(self._asked()):
             self.search.tell(job.point, outcome.score)
             self._note(Trial(job, outcome))
+        self.trials.sort(key=lambda trial: self._order[trial.job.label])  # whoever was quicker
         return Swept(tuple(self.trials), self.search.best)
 
     def race(self, rungs: Sequence[int], judge: Judge, *, screened_by: str = "") -> Swept:
@@ -229,7 +233,7 @@ class Driver:
         for label, point in points.items():
             rows = [row for row in race.rows(label) if row == row]
             self.search.tell(point, sum(rows) / len(rows) if label in race.alive and rows else math.nan)
-        self.trials = list(last.values())
+        self.trials = [last[label] for label in points if label in last]
         return Swept(tuple(self.trials), self.search.best, race)
 
     def _screen(
@@ -271,6 +275,7 @@ class Driver:
 
     def _begun(self, jobs: Iterable[Job]) -> Iterator[Job]:
         for job in jobs:
+            self._order.setdefault(job.label, len(self._order))
             self.begin(job)
             yield job
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
 
@@ -105,7 +105,7 @@ class _Slot:
         self._executor = ProcessPoolExecutor(1, mp_context=spawn, initializer=_follow_the_parent)
         self._process: multiprocessing.process.BaseProcess | None = None
 
-    def submit(self, evaluate: Callable[[T], object], work: T) -> Future[Outcome]:
+    def submit(self, evaluate: Callable[[Any], object], work: object) -> Future[Outcome]:
         others = set(multiprocessing.active_children())
         future = self._executor.submit(_evaluated, evaluate, work)
         if self._process is None:  # it was started just now
