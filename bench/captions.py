@@ -23,10 +23,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ambergrade import config
 from ambergrade.captions.booru import open_booru
 from ambergrade.captions.lines import caption_lines
 from ambergrade.captions.recipe import CaptionRecipe
+from ambergrade.door.compose import compose, plain
 from ambergrade.typed import settings
 
 TAGS, PER_POST, PIECE = 100_000, 31, 100_000
@@ -80,7 +80,7 @@ def measure(database: Path, cache: Path) -> None:
     booru = open_booru(database, cache)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    values = config.plain(config.compose("data", ["action=captions"]))["captions"]
+    values = plain(compose("data", ["action=captions"]))["captions"]
     rows = np.arange(min(len(booru), 500_000))
     start = time.perf_counter()
     count = sum(text is not None for _, text in caption_lines(booru, settings(CaptionRecipe, values), rows))

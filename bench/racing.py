@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ambergrade import config
+from ambergrade.door.compose import compose, plain
 from ambergrade.family import sdxl
 from ambergrade.generate.stream import pictures
 from ambergrade.generate.texts import TextEncoder
@@ -41,6 +41,7 @@ from ambergrade.score.sheet import ScoreSheet
 from ambergrade.score.statistics import prompt_means, winner_set
 from ambergrade.search.racing import Race, Screening, rank_correlation
 from ambergrade.store import Ledger, find_file
+from ambergrade.typed import settings as read_settings
 from ambergrade.world.booru import write_prompts
 
 Point = dict[str, float]
@@ -95,7 +96,7 @@ def main() -> None:
 
 def grid(world: str) -> list[Point]:
     if world == "demo":
-        values = config.plain(config.compose("sweep", ["search=gamma_grid"]))["search"]["values"]
+        values = plain(compose("sweep", ["search=gamma_grid"]))["search"]["values"]
     else:
         values = {"a": [STEP * k for k in (-1, 0, 1, 2, 3)], "b": [STEP * k for k in (-3, -2, -1, 0, 1)]}
     return [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
@@ -123,8 +124,8 @@ def drawn(
     if not left:
         return True
     merge, networks = live(asked)
-    settings = config.plain(config.compose("sweep"))["sampler"]
-    sampler = config.settings(SamplerSettings, settings, where="sampler")
+    settings = plain(compose("sweep"))["sampler"]
+    sampler = read_settings(SamplerSettings, settings, where="sampler")
     sampler = replace(sampler, steps=steps or sampler.steps)
     tagger, encoder = load_metric("tag_adherence", tagger="builtin://tagger"), None
     start, count = time.monotonic(), 0

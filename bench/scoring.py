@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ambergrade import config
+from ambergrade.door.compose import compose, plain
 from ambergrade.family import sdxl
 from ambergrade.generate.fast import drawn_ahead
 from ambergrade.generate.stream import pictures
@@ -23,6 +23,7 @@ from ambergrade.identity import random_seed
 from ambergrade.nouns import PromptSet, SamplerSettings
 from ambergrade.score.scoring import load_metric, score
 from ambergrade.store import find_file
+from ambergrade.typed import settings as read_settings
 from ambergrade.world.booru import write_prompts
 from ambergrade.world.draw import draw
 from ambergrade.world.grammar import sample
@@ -70,9 +71,9 @@ def suite(name: str, folder: Path) -> tuple[list[Any], SamplerSettings]:
     overrides = [f"suite={name}", f"reference={folder}/list.txt", f"reference_pictures={folder}"]
     if name == "sweep":
         overrides += [f"suite.metrics.fid.reference={folder}/list.txt", f"suite.metrics.fid.pictures={folder}"]
-    settings = config.plain(config.compose("evaluate", overrides))
+    settings = plain(compose("evaluate", overrides))
     metrics = [load_metric(**chosen) for chosen in settings["suite"]["metrics"].values()]
-    return metrics, config.settings(SamplerSettings, settings["sampler"], where="sampler")
+    return metrics, read_settings(SamplerSettings, settings["sampler"], where="sampler")
 
 
 if __name__ == "__main__":

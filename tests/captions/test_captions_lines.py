@@ -6,17 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ambergrade import config
 from ambergrade.captions.booru import open_booru, read_posts
 from ambergrade.captions.lines import caption_lines, percentile_table
 from ambergrade.captions.recipe import CaptionRecipe, caption_line
 from ambergrade.captions.selection import Selection, select_rows
+from ambergrade.door.compose import compose, plain
 from ambergrade.errors import BadInput, UnknownName
 from ambergrade.identity import random_seed
 from ambergrade.nouns import Post
+from ambergrade.places import CONF
 from ambergrade.typed import settings
 
-RECIPES = sorted(path.stem for path in (config.CONF / "captions").glob("*.yaml"))
+RECIPES = sorted(path.stem for path in (CONF / "captions").glob("*.yaml"))
 GENERAL = ["1girl", "2boys", "solo", "long_hair", "^_^", "o_o", "bad_hands", "  ", "x", "a_b", "male_focus", "eyes"]
 NAMES = {0: GENERAL, 1: ["amber", "banned_artist"], 2: ["kohaku_(world)"], 3: ["original"]}
 NAMES[4] = ["highres", "bad_id", "translated", "photo_(medium)", "absurdres"]
@@ -34,7 +35,7 @@ DATES = [
 
 
 def recipe(name: str) -> CaptionRecipe:
-    values = config.plain(config.compose("world", ["build=card", f"captions={name}"]))["captions"]
+    values = plain(compose("world", ["build=card", f"captions={name}"]))["captions"]
     return settings(CaptionRecipe, values)
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from ambergrade import config
 from ambergrade.captions.recipe import CaptionRecipe, caption, caption_line, explain
+from ambergrade.door.compose import compose, plain
 from ambergrade.errors import BadSetting
 from ambergrade.nouns import Post
 from ambergrade.typed import settings
@@ -22,7 +22,7 @@ POST = Post(5_500_000, TAGS, "questionable", "2019-05-19T01:30:25.096-04:00", 10
 
 
 def recipe(name: str, **changes: Any) -> CaptionRecipe:
-    values = config.plain(config.compose("world", ["build=card", f"captions={name}"]))["captions"]
+    values = plain(compose("world", ["build=card", f"captions={name}"]))["captions"]
     return settings(CaptionRecipe, {**values, **changes})
 
 

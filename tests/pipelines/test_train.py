@@ -10,16 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from ambergrade import config
 from ambergrade.captions.recipe import CaptionRecipe
 from ambergrade.captions.selection import Selection
+from ambergrade.door.compose import compose, plain
 from ambergrade.errors import BadSetting
+from ambergrade.places import CONF
 from ambergrade.train.plan import DEVICES, cache_gb, memory, plan, train_tflop
 from ambergrade.train.settings import TrainSettings
+from ambergrade.typed import settings as read_settings
 
 REPOSITORY = Path(__file__).parents[2]
 EXPERIMENTS = sorted(
-    path.stem for path in (config.CONF / "experiment").glob("*.yaml") if "pipelines/train.py" in path.read_text()
+    path.stem for path in (CONF / "experiment").glob("*.yaml") if "pipelines/train.py" in path.read_text()
 )
 
 
@@ -29,7 +31,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def composed(*overrides: str) -> dict:
-    return config.plain(config.compose("train", overrides))
+    return plain(compose("train", overrides))
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -39,8 +41,8 @@ def test_every_experiment_is_accepted_and_planned(name: str) -> None:
     for processes in (1, 2, 4):
         assert trainer.accumulation(processes) * trainer.per_pass(processes) * processes == trainer.batch
     assert settings["base"] in settings["models"]
-    config.settings(CaptionRecipe, settings["captions"])
-    config.settings(Selection, {**settings["data"]["selection"], "split": "train"})
+    read_settings(CaptionRecipe, settings["captions"])
+    read_settings(Selection, {**settings["data"]["selection"], "split": "train"})
     assert "dollars" in plan(trainer, 2, "a100")
 
 

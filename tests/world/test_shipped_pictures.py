@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ambergrade import config
+from ambergrade.door.compose import compose, plain
 from ambergrade.family import sdxl
 from ambergrade.generate.stream import pictures
 from ambergrade.identity import random_seed
@@ -13,6 +13,7 @@ from ambergrade.score.comparison import aggregates
 from ambergrade.score.metrics.tag_adherence import TagAdherence
 from ambergrade.score.scoring import score
 from ambergrade.store import find_file
+from ambergrade.typed import settings as read_settings
 from ambergrade.world import grammar
 from ambergrade.world.booru import write_prompts
 
@@ -25,7 +26,7 @@ def test_beta7_shows_the_tags_that_it_is_asked_for(tmp_path: Path) -> None:
     """Other prompts and seeds than the card's. 96 of them know the recall to ±0.02, so the interval must reach 0.85."""
     write_prompts(tmp_path / "prompts.jsonl", seed=random_seed(2026, "not the card's"), count=96)
     prompts = PromptSet.read(tmp_path / "prompts.jsonl")
-    sampler = config.settings(SamplerSettings, config.plain(config.compose("sweep"))["sampler"], where="sampler")
+    sampler = read_settings(SamplerSettings, plain(compose("sweep"))["sampler"], where="sampler")
     networks = sdxl.load(find_file("builtin://beta7.safetensors"), find_file("builtin://sdxl_tiny"))
     unknown = (*grammar.DRAGON, *grammar.ACCESSORIES)
     metric = TagAdherence("builtin://tagger", groups={"known": [t for t in grammar.VISIBLE if t not in unknown]})

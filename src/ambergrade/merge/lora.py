@@ -319,8 +319,8 @@ def _product(leaves: Mapping[str, Tensor], weight: Tensor) -> Tensor:
     # Yeh et al. 2023, LyCORIS, arXiv:2309.14859, section 3. Two whole factors have no rank, and so no scale.
     inner = get("lokr_w1_b", get("lokr_w2_b") if "lokr_t2" not in leaves else leaves["lokr_t2"])
     parts = [get(f"lokr_{part}") for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")]
-    factor = 1.0 if inner is None else scale(len(inner))
-    return _lycoris("lokr").kron_weight(*parts, scale=factor, backend="torch")  # type: ignore[no-any-return]
+    strength = 1.0 if inner is None else scale(len(inner))
+    return _lycoris("lokr").kron_weight(*parts, scale=strength, backend="torch")  # type: ignore[no-any-return]
 
 
 def _rotated(leaves: Mapping[str, Tensor], weight: Tensor) -> Tensor:

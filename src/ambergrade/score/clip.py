@@ -158,7 +158,8 @@ def _tokenizer(folder: Path, text: Mapping[str, Any]) -> Tokenizer:
     length = int(text.get("context_length", 77))
     given = text.get("tokenizer_kwargs") or {}
     if not text.get("hf_tokenizer_name"):
-        return open_clip.SimpleTokenizer(context_length=length, **given)
+        made: Tokenizer = open_clip.SimpleTokenizer(context_length=length, **given)
+        return made
     return _FileTokenizer(folder, length, given.get("clean", "whitespace"), bool(given.get("strip_sep_token")))
 
 

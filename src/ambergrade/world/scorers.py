@@ -155,7 +155,7 @@ def augmented(
     return chosen, torch.cat([softened, pixels[half:]])
 
 
-def scale_features(model: nn.Module, pictures: Pixels) -> None:
+def scale_features(model: Any, pictures: Pixels) -> None:
     """Scale the last block's output, in place, so that a pooled feature's mean square is 1: KID's kernel expects it.
 
     The last operation before the pooling is a ReLU of a sum, so both addends (the block's last normalisation and its
