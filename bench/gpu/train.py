@@ -28,7 +28,8 @@ from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from ambergrade.door.compose import compose, plain
+from ambergrade.door.compose import compose
+from ambergrade.door.compose import plain as plain_settings
 from ambergrade.family import sdxl
 from ambergrade.store import find_file
 from ambergrade.train.flops import StepFlop, peak_flops
@@ -75,7 +76,7 @@ def main() -> None:
 def base7(asked: argparse.Namespace) -> TrainSettings:
     """The preset's settings, short enough to measure."""
     words = ["experiment=base7", f"memory={asked.memory}"]
-    trainer = plain(compose("train", words))["trainer"]
+    trainer = plain_settings(compose("train", words))["trainer"]
     micro = asked.micro or trainer["micro"]
     batch = micro * asked.accumulation
     trainer |= {"images": (asked.steps + WARM) * batch, "batch": batch, "micro": micro, "log_every": batch}
