@@ -111,7 +111,8 @@ class Recipe:
             inputs = {alias: value["weights"] for alias, value in digests.items()}
         files = {alias: value["file"] for alias, value in digests.items() if "file" in value}
         formula = Formula.parse(document["formula"], inputs)
-        given = {**document, "formula": formula, "inputs": inputs, "files": files}
+        policies = {**POLICIES, **document["policies"]}
+        given = {**document, "policies": policies, "formula": formula, "inputs": inputs, "files": files}
         return cls(**given, by_weights=bool(digests) or not inputs)
 
 
