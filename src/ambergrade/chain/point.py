@@ -16,7 +16,6 @@ from ambergrade.chain.context import Context, Stage, Task
 from ambergrade.chain.settings import FamilySettings, MergeFormula, PromptFiles, Suite
 from ambergrade.errors import UnknownName
 from ambergrade.family.digests import model_digests
-from ambergrade.family.files import read_tensors
 from ambergrade.family.load import family
 from ambergrade.generate import stream
 from ambergrade.generate.contact_sheet import write_png
@@ -26,6 +25,7 @@ from ambergrade.merge.engine import merge as merge_files
 from ambergrade.merge.formula import Formula
 from ambergrade.merge.inputs import Digests, default_cache
 from ambergrade.merge.job import Job, open_job
+from ambergrade.merge.lora import read_lora
 from ambergrade.merge.passes import placed
 from ambergrade.merge.recipe import Recipe
 from ambergrade.merge.resident import ResidentMerge
@@ -119,7 +119,7 @@ class LiveMerge:
     def resident(self) -> ResidentMerge:
         read = family(self.live.family.name).read_checkpoint
         inputs = {alias: read(self._models[alias].path) for alias in self.formula.models}
-        inputs |= {alias: read_tensors(path) for alias, path in self.loras.items()}
+        inputs |= {alias: read_lora(path) for alias, path in self.loras.items()}
         inputs = placed(inputs, self.live.device)
         return ResidentMerge(self.formula, inputs, dtype=self.chosen.dtype, policies=self.chosen.policies)
 
