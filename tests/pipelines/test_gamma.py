@@ -133,13 +133,6 @@ def test_the_release_s_recipe_gives_the_release_s_bytes(first: tuple[Path, str],
     assert out.read_bytes() == file.read_bytes()
 
 
-def test_a_point_that_fails_is_told_and_left_out(first: tuple[Path, str]) -> None:
-    told = gamma(first[0], "search.values.a=[0.4,0.8,1e9]", "search.values.b=[0.25]", "search.start=null")
-    assert "a 1e+09, b 0.25" in told
-    assert "1 of 3 points failed" in told
-    assert "model file sha256" in told
-
-
 @pytest.mark.slow
 def test_killed_at_any_moment_it_ends_in_the_same_release(first: tuple[Path, str], tmp_path: Path) -> None:
     for after in (6, 11, 16, 22):
