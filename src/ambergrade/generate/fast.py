@@ -39,7 +39,7 @@ def accelerate(
 
 
 def room_to_compile() -> Any:
-    """A context for drawing, in which PyTorch compiles as many shapes as prompts have lengths; its limit is 8 a thread."""
+    """A context for drawing in which PyTorch compiles as many shapes as prompts have lengths; its own limit is 8."""
     config: Any = torch.compiler.config
     return config.patch(recompile_limit=max(config.recompile_limit, MOST_WINDOWS * KINDS_OF_BLOCK))
 
