@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ import torch
 from ambergrade.errors import BadInput
 from ambergrade.family import sdxl
 from ambergrade.family.sdxl import Networks
+from ambergrade.generate import fast
 from ambergrade.generate.fast import accelerate, drawn_ahead, is_compiled
 from ambergrade.generate.stream import pictures
 from ambergrade.nouns import Picture, Prompt, PromptSet, SamplerSettings
+from ambergrade.score.folders import scoring_mode
 from ambergrade.store import find_file
 
 SETTINGS = SamplerSettings("euler", 2, 3.0, 64, 64, batch=2)
@@ -47,6 +50,19 @@ def test_compiled_blocks_draw_the_same_and_survive_a_swap_without_compiling_agai
     torch._dynamo.reset()
 
 
+def test_prompts_of_every_length_are_drawn_by_compiled_blocks_also_ahead() -> None:
+    """Two widths of blocks in five lengths are more than PyTorch compiles by itself: the fifth length crashed."""
+    networks = sdxl.load(find_file("builtin://beta7.safetensors"), find_file("builtin://sdxl_tiny"))
+    texts = [" BREAK ".join(["1girl"] * count) for count in range(1, 9)]
+    prompts = PromptSet("t", tuple(Prompt(str(k), text, k) for k, text in enumerate(texts)))
+    once = SamplerSettings("euler", 1, 3.0, 32, 32, batch=1)
+    plain = [picture.pixels.astype(int) for picture in pictures(networks, prompts, once, progress=None)]
+    accelerate(networks, dtype=torch.float32, backend="eager")
+    found = [picture.pixels.astype(int) for picture in drawn_ahead(pictures(networks, prompts, once, progress=None))]
+    assert max(abs(one - other).max() for one, other in zip(plain, found, strict=True)) <= 1
+    torch._dynamo.reset()
+
+
 def test_bf16_networks_draw_nearly_the_same_pictures() -> None:
     """The autoencoder in bf16 as well: no NaN, and a rounding of 2^-8 that hardly shows."""
     networks = sdxl.load(find_file("builtin://beta7.safetensors"), find_file("builtin://sdxl_tiny"))
@@ -55,6 +71,48 @@ def test_bf16_networks_draw_nearly_the_same_pictures() -> None:
     assert not is_compiled(networks)
     assert {p.dtype for p in networks.vae.parameters()} == {torch.bfloat16}
     assert abs(drawn(networks) - plain).mean() < 3
+
+
+def test_drawing_ahead_waits_for_the_caller_on_one_stream_and_switches_tf32_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stand-in for CUDA: what is called, in its order."""
+    calls: list[str] = []
+
+    class Stream:
+        def __init__(self) -> None:
+            calls.append("new")
+
+        def wait_stream(self, other: object) -> None:
+            calls.append(f"wait for {other}")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the caller's")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(calls.append("draw")))
+    fast._side_stream.cache_clear()
+
+    def stream() -> Iterator[Picture]:
+        for k in range(3):
+            assert not torch.backends.cudnn.allow_tf32
+            assert torch.get_float32_matmul_precision() == "highest"
+            yield Picture(str(k), k, np.zeros((1, 1, 3), np.uint8))
+
+    before, enabled = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.enabled
+    torch.set_float32_matmul_precision("high")
+    try:
+        for _ in range(2):
+            for _picture in drawn_ahead(stream(), ahead=1):
+                with scoring_mode():
+                    assert torch.backends.cudnn.enabled == enabled
+        assert torch.get_float32_matmul_precision() == "high"
+        assert torch.backends.cudnn.allow_tf32 == before
+        with scoring_mode():
+            assert (torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32) == (enabled, False)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        fast._side_stream.cache_clear()
+    assert calls == ["new", *["wait for the caller's", "draw"] * 2]
 
 
 def test_drawing_ahead_keeps_order_raises_in_place_and_stops_with_its_reader() -> None:

@@ -100,7 +100,7 @@ def test_leaderboard_fits_and_aligns() -> None:
         assert line[header.index("tag_balance") - 1] == " "
     assert "tag_leak" in text.split("\n\n")[1]  # what does not fit stands below
     assert text.split("\n\n")[1].splitlines()[1].endswith(" -")
-    assert lines[-1] == "* best by tag_balance, 95 % intervals; = cannot be told from it"
+    assert lines[-1] == "* best by tag_balance, 95 % intervals; = not significantly different from it"
 
 
 def test_leaderboard_puts_the_better_first_and_the_unscored_last() -> None:
@@ -124,4 +124,5 @@ def test_a_table_says_whose_winner_it_marks_and_where_no_interval_is_known() -> 
     points = {"first": {"m": Measurement(0.5, math.nan, math.nan, 1)}, "second": {"m": Measurement(0.4, 0.3, 0.5, 9)}}
     lines = leaderboard_text(points, ["m"], winner="second", chosen="the sweep's winner").splitlines()
     assert lines[1:3] == ["  first   0.500 [–]", "* second  0.400 [0.300–0.500]"]
-    assert lines[-1] == "* the sweep's winner; sorted by m, 95 % intervals"
+    assert lines[-2] == "* the sweep's winner; sorted by m, 95 % intervals"
+    assert lines[-1].startswith("[–] no interval: fewer than 6 prompts, ")

@@ -14,6 +14,7 @@ from scipy.stats import spearmanr
 
 from ambergrade.errors import BadSetting
 from ambergrade.nouns import Picture, Prompt, PromptSet
+from ambergrade.score.comparison import remarks
 from ambergrade.score.contrast import contrasted, pairs
 from ambergrade.score.metrics.control_response import ControlResponse
 from ambergrade.score.metrics.mosaic import Mosaic, blockiness
@@ -62,6 +63,27 @@ def test_mosaic_is_a_grid_not_noise_blur_or_edges(clean: list[np.ndarray]) -> No
     cropped = np.mean([blockiness(encoded(pixels, "JPEG", 20)[3:, 5:]) for pixels in clean])
     assert cropped == pytest.approx(jpeg, rel=0.25)  # the grid's place is free
     assert np.isnan(blockiness(np.zeros((16, 64, 3), np.uint8)))
+
+
+def test_drawn_patterns_are_left_out_and_block_noise_rises_at_128_pixels(clean: list[np.ndarray]) -> None:
+    """Screentones and enlarged pixel art gave 6 to 12, a JPEG of quality 8 gives 2."""
+    rows, columns = np.mgrid[:128, :128]
+    rng = np.random.default_rng(2)
+    patterns = [np.kron(rng.integers(0, 256, (16, 16, 3)), np.ones((8, 8, 1)))]
+    for period in (4, 8):
+        dot = (rows % period - period / 2 + 0.5) ** 2 + (columns % period - period / 2 + 0.5) ** 2 < (0.3 * period) ** 2
+        patterns += [np.repeat(np.where(dot, 255 - contrast, 255)[..., None], 3, 2) for contrast in (20, 160)]
+    assert np.isnan([blockiness(pattern.astype(np.uint8)) for pattern in patterns]).all()
+    shown = [Picture(str(k), k, pixels.astype(np.uint8)) for k, pixels in enumerate([clean[0], *patterns])]
+    sheet = score(shown, PromptSet("m", tuple(Prompt(str(k), "", k) for k in range(6))), [Mosaic()])
+    assert "mosaic: 5 of 6 pictures not scored (left out, not counted as zero)." in remarks(sheet)
+    blocks, grain = np.kron(rng.normal(size=(16, 16)), np.ones((8, 8))), rng.normal(0, 3, (128, 128))
+    found = [
+        blockiness(np.repeat((128 + s * blocks + grain).clip(0, 255)[..., None], 3, 2).astype(np.uint8))
+        for s in (0, 1, 2, 4)
+    ]
+    assert (np.diff(found) > 0).all()
+    assert np.isfinite([blockiness(encoded(pixels, "JPEG", 8)) for pixels in clean]).all()
 
 
 def test_the_metric_is_the_measure(clean: list[np.ndarray]) -> None:

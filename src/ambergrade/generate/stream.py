@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from ambergrade.errors import BadInput, BadSetting, UnknownName
 from ambergrade.family import sdxl
 from ambergrade.family.sdxl import Networks
-from ambergrade.generate.fast import is_compiled
+from ambergrade.generate.fast import is_compiled, room_to_compile
 from ambergrade.generate.text_cache import remembered_text
 from ambergrade.generate.texts import TextEncoder, refuse_undrawable
 from ambergrade.nouns import Picture, Prompt, PromptSet, SamplerSettings
@@ -115,7 +114,7 @@ def _draw_alike(
         (torch.stack([one[which][0] for one in conditions]), torch.stack([one[which][1] for one in conditions]))
         for which in (0, 1)
     )
-    with nullcontext() if is_compiled(networks) else remembered_text(networks.unet):
+    with room_to_compile() if is_compiled(networks) else remembered_text(networks.unet):
         drawn = pipeline(
             prompt_embeds=states,
             pooled_prompt_embeds=pooled,

@@ -163,19 +163,16 @@ def floor_by_tag(tables: Tables, weights: Floats) -> Floats:
 
 def auroc(p: Floats, positive: Masks) -> float:
     """P(p of an asked picture > p of another), ties half (Mann & Whitney 1947); NaN with one side empty."""
-    above = _above(p[positive], p[~positive])
-    return float(above.mean()) if above.size else float("nan")
+    from sklearn.metrics import roc_auc_score  # a second to import, and sheets are read without it
+
+    return float(roc_auc_score(positive, p)) if positive.any() and not positive.all() else float("nan")
 
 
 def average_precision(p: Floats, positive: Masks) -> float:
-    """Σ (R_k - R_{k-1})·P_k over distinct thresholds, as scikit-learn defines it; NaN where nothing is asked."""
-    if not positive.any():
-        return float("nan")
-    order = np.argsort(-p, kind="stable")
-    hits = np.cumsum(positive[order])
-    last = np.append(np.flatnonzero(np.diff(p[order])), len(p) - 1)  # tied pictures come in together
-    precision, recall = hits[last] / (last + 1), hits[last] / hits[-1]
-    return float(np.sum(np.diff(recall, prepend=0) * precision))
+    """Mean precision over the asked pictures, tied pictures coming in together; NaN where nothing is asked."""
+    from sklearn.metrics import average_precision_score
+
+    return float(average_precision_score(positive, p)) if positive.any() else float("nan")
 
 
 def rogan_gladen(share: Floats, tpr: Floats, fpr: Floats) -> Floats:

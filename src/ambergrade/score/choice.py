@@ -25,7 +25,7 @@ class Choice:
     failed: Mapping[str, tuple[str, ...]]
     """The other points, and the metrics whose margin they miss or cannot be shown to keep."""
     winners: tuple[str, ...]
-    """The eligible points that cannot be told from the best of them by the primary metric."""
+    """The eligible points not significantly different from the best of them by the primary metric."""
 
 
 def choose(

@@ -34,7 +34,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class Winners:
-    """The best point by one column, and the points that cannot be told from it."""
+    """The best point by one column, and the points not significantly different from it."""
 
     column: str
     best: str

@@ -22,12 +22,13 @@ from matplotlib.patches import Rectangle
 
 from ambergrade.errors import BadSetting
 from ambergrade.nouns import Measurement
-from ambergrade.score.statistics import PairedDifference
+from ambergrade.score.statistics import FEWEST, PairedDifference
 from ambergrade.store import written_aside
 
 INK, GREY = "#222222", "#8a8a8a"
 BETTER, WORSE = "#0072B2", "#D55E00"
 TABLE_WIDTH, LONGEST_LABEL = 100, 48
+NO_INTERVAL = f"[–] no interval: fewer than {FEWEST} prompts, too few pictures, or a value that is biased"
 Value = float | str
 Point = tuple[Value, Value]
 
@@ -150,7 +151,8 @@ def leaderboard_text(
 ) -> str:
     """A plain-text table of points with 95 % intervals, best first by the first column, at most 100 columns wide.
 
-    `*` marks the winner, `=` the others that cannot be told from it; `chosen` says whose winner, if not this table's.
+    `*` marks the winner, `=` the others that are not significantly different from it; `chosen` says whose
+    winner, if not this table's.
     Columns that do not fit stand in a second block below.
 
     >>> old, new = Measurement(0.5, 0.4, 0.6, 40), Measurement(0.8, 0.7, 0.9, 40)
@@ -183,7 +185,9 @@ def leaderboard_text(
     note = f"* {chosen}; sorted by {first}{lower}" if chosen else f"* best by {first}{lower}"
     note += ", 95 % intervals"
     if set(winner_set) - {winner}:
-        note += "; = cannot be told from it"
+        note += "; = not significantly different from it"
+    if any("[–]" in cell for column in columns for cell in cells[column]):
+        note += f"\n{NO_INTERVAL}"
     return "\n\n".join([*texts, note])
 
 
@@ -199,7 +203,7 @@ def _cells(column: str, found: Sequence[Measurement | None]) -> list[str]:
     texts = [
         "-"
         if m is None or math.isnan(m.value)
-        else f"{m.value:.{digits}f} [–]"  # too few prompts for an interval
+        else f"{m.value:.{digits}f} [–]"
         if math.isnan(m.low)
         else f"{m.value:.{digits}f} [{m.low:.{digits}f}–{m.high:.{digits}f}]"
         for m in found
@@ -302,7 +306,15 @@ def _heat_map_legend(figure: Figure, card: bool, winner: bool, winner_set: bool)
         handles.append(Line2D([], [], color=INK, marker="*", linestyle="", markersize=11, label="winner"))
     if winner_set:
         handles.append(
-            Rectangle((0, 0), 1, 1, fill=False, edgecolor=WORSE, linewidth=2, label="cannot be told from the winner")
+            Rectangle(
+                (0, 0),
+                1,
+                1,
+                fill=False,
+                edgecolor=WORSE,
+                linewidth=2,
+                label="not significantly different from the winner",
+            )
         )
     if card:
         handles.append(

@@ -154,11 +154,20 @@ def library_versions(*packages: str) -> dict[str, str]:
 
 @contextmanager
 def scoring_mode() -> Iterator[None]:
-    """No gradients, and full fp32 whatever the caller set: TF32 moves features by 1e-3 (facts 5.20)."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """No gradients, and full fp32: TF32 moves features by 1e-3 (facts 5.20).
+
+    The switches are the whole process's. They are left alone where they are set already, as `generate.fast` sets them
+    for as long as another thread draws.
+    """
+    before, tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    changes = before != "highest" or tf32
+    if changes:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
     try:
-        with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.inference_mode():
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if changes:
+            torch.set_float32_matmul_precision(before)
+            torch.backends.cudnn.allow_tf32 = tf32

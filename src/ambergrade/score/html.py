@@ -35,7 +35,7 @@ th{font-weight:600;font-size:13px;color:var(--soft)}td.n,th.n{text-align:right;f
 .card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px}
 .card img{width:100%;image-rendering:auto;border-radius:4px;display:block;margin-bottom:4px}
 .card .two{display:grid;grid-template-columns:1fr 1fr;gap:4px}
-.miss{color:var(--bad);font-weight:600}
+.big{font-size:26px;font-weight:600;margin:0}.miss{color:var(--bad);font-weight:600}
 ul{margin:6px 0;padding-left:20px}details{margin-top:6px}summary{cursor:pointer}
 code{font-size:12px;overflow-wrap:anywhere}
 pre{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px 14px;
@@ -153,7 +153,7 @@ def short(value: float) -> str:
 
 
 def interval(low: float, high: float, signed: bool = False) -> str:
-    return "–" if math.isnan(low) else f"{number(low, signed, high)} … {number(high, signed, low)}"
+    return "[–]" if math.isnan(low) else f"{number(low, signed, high)} … {number(high, signed, low)}"
 
 
 def arrow(higher_is_better: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -13,6 +14,7 @@ from ambergrade.nouns import RATINGS, Measurement, Prompt, PromptSet
 from ambergrade.score.adherence import Tables, per_tag, rating_confusion
 from ambergrade.score.choice import Choice
 from ambergrade.score.comparison import Noise, aggregates, differences, remarks
+from ambergrade.score.figures import NO_INTERVAL
 from ambergrade.score.html import arrow, bar, data, definitions, interval, number, page, short, table
 from ambergrade.score.sheet import ScoreSheet
 from ambergrade.score.statistics import PairedDifference, prompt_means
@@ -49,13 +51,15 @@ def html_report(
         noise: what another batch does to every column (`comparison.kernel_noise`).
     """
     first = primary or next(iter(sheet.columns), "")
-    parts = [f"<h1>{escape(title)}</h1>", definitions(facts)]
+    found = aggregates(sheet, seed=seed)
+    apart = None if baseline is None else differences(sheet, baseline, seed=seed)
+    parts = [f"<h1>{escape(title)}</h1>", _headline(found, apart, first), definitions(facts)]
     if prompts is not None:
         parts.append(_strip(sheet, prompts, find))
     parts.append(_remarks(sheet))
-    parts.append(_aggregates("Scores", aggregates(sheet, seed=seed)))
-    if baseline is not None:
-        parts.append(_differences(differences(sheet, baseline, seed=seed)))
+    parts.append(_aggregates("Scores", found))
+    if apart is not None:
+        parts.append(_differences(apart))
     if prompts is not None and first:
         parts.append(_prompts(sheet, prompts, find, first))
     if "tag_adherence" in sheet.fingerprints:
@@ -68,6 +72,22 @@ def html_report(
     return page(title, parts)
 
 
+def headline(found: Mapping[str, Measurement], primary: str = "") -> list[str]:
+    """The names of up to three numbers to read first: the primary one, the text's fit, the distance from real pictures.
+
+    >>> one = Measurement(0.5, 0.4, 0.6, 40)
+    >>> headline(dict.fromkeys(("clip_cosine", "clip_score", "tag_prob", "fid_corrected", "fid", "kid"), one))
+    ['tag_prob', 'clip_score', 'fid_corrected']
+    """
+    questions = (
+        (primary, "tag_prob", "tag_macro_recall"),
+        ("clip_score", "tag_auroc", "preference"),
+        ("fid_corrected", "mind_corrected", "kid", "cmmd_unbiased"),
+    )
+    given = (next((name for name in names if name in found), "") for names in questions)
+    return list(dict.fromkeys(name for name in given if name))
+
+
 def aggregates_of_contrast(contrast: ScoreSheet, seed: int) -> dict[str, Measurement]:
     """The responses alone: a mean over both poles says nothing."""
     return {name: m for name, m in aggregates(contrast, seed=seed).items() if name.startswith("response_")}
@@ -78,6 +98,18 @@ _CONTRAST = (
     "<code>response_</code> is the share of the change that is common to all prompts: 0 is chance. The rest is the "
     "first word's picture less the second's."
 )
+
+
+def _headline(found: Mapping[str, Measurement], apart: Mapping[str, PairedDifference] | None, primary: str) -> str:
+    cards = []
+    for name in headline(found, primary):
+        m, d = found[name], None if apart is None else apart.get(name)
+        moved = "" if d is None else f"<p class='small {d.verdict}'>{number(d.value, True)} {d.verdict}</p>"
+        cards.append(
+            f"<div class=card><p class='soft small'>{escape(name)} {arrow(m.higher_is_better)}</p>"
+            f"<p class=big>{number(m.value)}</p><p class='soft small'>{interval(m.low, m.high)}</p>{moved}</div>"
+        )
+    return f"<div class=cards>{''.join(cards)}</div>" if cards else ""
 
 
 def _remarks(sheet: ScoreSheet) -> str:
@@ -94,6 +126,8 @@ def _aggregates(heading: str, found: Mapping[str, Measurement], about: str = "")
         for name, m in found.items()
     ]
     note = about or "95 % intervals; the unit is the prompt. ↑ higher is better, ↓ lower is better."
+    if any(math.isnan(m.low) for m in found.values()):
+        note += f" {NO_INTERVAL}."
     head = "<tr><th>score</th><th class=n>value</th><th class=n>95 % interval</th><th></th><th class=n>n</th></tr>"
     return table(heading, note, head, rows)
 
@@ -137,7 +171,8 @@ def html_choice(
     margins: Mapping[str, float],
 ) -> str:
     """Many points against one baseline: `apart` are their simultaneous differences in the primary metric."""
-    ends = min(0.0, *(d.low for d in apart.values())), max(0.0, *(d.high for d in apart.values()))
+    known = [d for d in apart.values() if not math.isnan(d.low)]
+    ends = min(0.0, *(d.low for d in known), 0.0), max(0.0, *(d.high for d in known), 0.0)
     rows = [
         f"<tr><td>{escape(name)}{' ★' if name in choice.winners else ''}</td>"
         f"<td class='n {d.verdict}'>{number(d.value, True)}</td><td class=n>{interval(d.low, d.high, True)}</td>"
@@ -150,8 +185,8 @@ def html_choice(
     head += "<th class=n>adjusted p</th><th>Pareto front</th><th>margins</th></tr>"
     kept = ", ".join(f"{name} by at most {margin:g}" for name, margin in margins.items()) or "none declared"
     note = (
-        f"★ cannot be told from the best by {escape(primary)} among the points that keep every margin. Margins (losses "
-        f"that are still none): {escape(kept)}. Intervals and p hold for all points at once."
+        f"★ not significantly different from the best by {escape(primary)} among the points that keep every margin. "
+        f"Margins (losses that are still none): {escape(kept)}. Intervals and p hold for all points at once."
     )
     title = "Points against the baseline"
     return page(title, [f"<h1>{title}</h1>", definitions(facts), table("Choice", note, head, rows)])
@@ -170,6 +205,7 @@ def _differences(found: Mapping[str, PairedDifference]) -> str:
     head += "<th class=n>p</th><th class=n>detectable</th></tr>"
     note = (
         "Paired on the same prompts and seeds. “Detectable” is the smallest true difference found in 4 of 5 such runs."
+        + (f" {NO_INTERVAL}." if any(math.isnan(d.low) for d in found.values()) else "")
     )
     return table("Against the baseline", note, head, rows)
 

@@ -27,7 +27,7 @@ LONGEST_NAME = 60
 
 @dataclass(frozen=True)
 class Review:
-    """A sweep's points, their scores, and which of them cannot be told from the best."""
+    """A sweep's points, their scores, and which of them are not significantly different from the best."""
 
     title: str
     objective: str
@@ -226,7 +226,7 @@ def _leaderboard(review: Review) -> str:
         cells += [_measured(scores[name]) if name in scores else "<td></td>" for name in review.columns[1:]]
         rows.append(f"<tr{' class=winner' if best else ' class=member' if member else ''}>{''.join(cells)}</tr>")
     note = (
-        f"★ best by {escape(review.objective)}; = cannot be told from it ({len(review.found.members)} of "
+        f"★ best by {escape(review.objective)}; = not significantly different from it ({len(review.found.members)} of "
         f"{len(review.points)} points). Scores with the 95 % interval that each has alone. Behind the best: paired on "
         "the same prompts and seeds, intervals that hold for all points at once. A click on a heading sorts."
     )

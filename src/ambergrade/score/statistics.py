@@ -278,6 +278,15 @@ def simultaneous_differences(
     )
 
 
+def interval_text(low: float, high: float, form: str = ".3f") -> str:
+    """Limits for a line of text; words where there are none.
+
+    >>> interval_text(-0.0131, 1.9, "+.3f"), interval_text(math.nan, math.nan)
+    ('[-0.013, +1.900]', '[no interval]')
+    """
+    return "[no interval]" if math.isnan(low) or math.isnan(high) else f"[{low:{form}}, {high:{form}}]"
+
+
 def false_discovery_q(p: Floats) -> Floats:
     """Benjamini & Hochberg's (1995) q of each p, NaN kept: the share of false ones among all with a q as small."""
     q = np.full(p.shape, np.nan)

@@ -1,6 +1,6 @@
 """Pictures of what a sweep found: a curve over one axis, a contour over two, effects by block, parallel coordinates.
 
-They show means with the intervals that each mean has alone; which points can be told apart is the winner set's word,
+They show means with the intervals that each mean has alone; which points differ significantly is the winner set's word,
 and its members are marked in every picture.
 """
 
@@ -208,7 +208,7 @@ def parallel_coordinates(
     handles = [Line2D([], [], color=INK, linewidth=2.6, label="winner")]
     good, middle = paint.to_rgba(mean)[-1], paint.to_rgba(np.median(mean, keepdims=True))[0]
     if any(sample.member and not sample.winner for sample in samples):
-        handles.append(Line2D([], [], color=good, linewidth=1.8, label="cannot be told from the winner"))
+        handles.append(Line2D([], [], color=good, linewidth=1.8, label="not significantly different from the winner"))
     if not all(sample.member or sample.winner for sample in samples):
         handles.append(Line2D([], [], color=middle, linewidth=1.0, alpha=0.5, label="the rest"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
@@ -422,7 +422,7 @@ def _score_axis(ax: Axes, score_name: str, samples: Sequence[Sample]) -> None:
 def _legend(figure: Figure, samples: Sequence[Sample], more: Sequence[Line2D | Patch]) -> None:
     handles: list[Line2D | Patch] = [Line2D([], [], **_star(), label="winner")]
     if any(sample.member for sample in samples):
-        ring = Line2D([], [], **_dot("none", WORSE), label="cannot be told from the winner")
+        ring = Line2D([], [], **_dot("none", WORSE), label="not significantly different from the winner")
         handles.append(ring)
     figure.legend(handles=[*handles, *more], loc="outside lower center", ncols=3, frameon=False, fontsize=9)
 
