@@ -62,17 +62,6 @@ def test_second_run_finds_every_stage_finished(first: tuple[Path, str]) -> None:
     assert cpu_seconds() - start < 40
 
 
-def test_points_that_fail_are_told_and_left_out_and_a_race_may_decide(first: tuple[Path, str]) -> None:
-    more = ["search.values.a=[0.4,0.8,1e9]", "search.values.b=[0.25,0.5]", "race=[2,4]", "release.version=raced"]
-    told = gamma(first[0], *more)
-    assert "2 of 6 points failed:" in told
-    assert "rung 1, 2 prompts: 6 points drawn" in told
-    (page,) = {line.split()[1] for line in told.splitlines() if line.startswith("review ")}
-    assert "<h2>2 failed</h2>" in Path(page).read_text()
-    (failures,) = (first[0] / "mlruns" / "sweeps").glob("*/failures.txt")
-    assert failures.read_text().count("a 1e+09, b ") == 2
-
-
 def test_mlflow_holds_the_chain(first: tuple[Path, str]) -> None:
     from mlflow import MlflowClient
 
@@ -178,3 +167,15 @@ def test_a_release_that_a_gate_refuses_ends_with_1_and_is_kept(first: tuple[Path
     assert approved.returncode == 0, approved.stderr
     assert "version 1 is the champion now" in approved.stdout
     assert manifest(root) == release
+
+
+# last: it runs another chain in the same root
+def test_points_that_fail_are_told_and_left_out_and_a_race_may_decide(first: tuple[Path, str]) -> None:
+    more = ["search.values.a=[0.4,0.8,1e9]", "search.values.b=[0.25,0.5]", "race=[2,4]", "release.version=raced"]
+    told = gamma(first[0], *more)
+    assert "2 of 6 points failed:" in told
+    assert "rung 1, 2 prompts: 6 points drawn" in told
+    (page,) = {line.split()[1] for line in told.splitlines() if line.startswith("review ")}
+    assert "<h2>2 failed</h2>" in Path(page).read_text()
+    (failures,) = (first[0] / "mlruns" / "sweeps").glob("*/failures.txt")
+    assert failures.read_text().count("a 1e+09, b ") == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -338,10 +339,12 @@ def print_scores(sheet: ScoreSheet, baseline: ScoreSheet | None) -> None:
     """Print every aggregate with its interval, beside the paired difference from a baseline."""
     apart = differences(sheet, baseline) if baseline is not None else {}
     for name, value in aggregates(sheet).items():
-        line = f"  {name:<28}{value.value:9.3f}  [{value.low:.3f}, {value.high:.3f}]  n {value.n}"
+        limits = "[–]" if math.isnan(value.low) else f"[{value.low:.3f}, {value.high:.3f}]"
+        line = f"  {name:<28}{value.value:9.3f}  {limits}  n {value.n}"
         if name in apart:
             d = apart[name]
-            line += f"   {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}] {d.verdict}"
+            limits = "[–]" if math.isnan(d.low) else f"[{d.low:+.3f}, {d.high:+.3f}]"
+            line += f"   {d.value:+.3f} {limits} {d.verdict}"
         print(line)
     for line in remarks(sheet):
         print(f"  note: {line}")

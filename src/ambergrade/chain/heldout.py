@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,7 +48,8 @@ class Finalists:
         lines = [f"Held-out prompts ({len(self.prompts.prompts)}):", table, "", f"Winner minus {self.base}, paired:"]
         for name in self.leaderboard:
             found = self.apart[name]
-            lines.append(f"  {name:<24}{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]  {found.verdict}")
+            limits = "[–]" if math.isnan(found.low) else f"[{found.low:+.3f}, {found.high:+.3f}]"
+            lines.append(f"  {name:<24}{found.value:+.3f} {limits}  {found.verdict}")
         return "\n".join(lines)
 
     @property

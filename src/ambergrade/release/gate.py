@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -98,4 +99,6 @@ def insist(candidate: str, said: Mapping[str, Judgement]) -> None:
 def told(metric: str, found: Measurement, sign: str = "") -> str:
     """Write a number as `tag_prob 0.912 [0.881, 0.940], n 40`; `sign="+"` for differences."""
     form = f"{sign}.3f"
+    if math.isnan(found.low):
+        return f"{metric} {found.value:{form}}, n {found.n}: too few prompts for an interval"
     return f"{metric} {found.value:{form}} [{found.low:{form}}, {found.high:{form}}], n {found.n}"
