@@ -196,8 +196,8 @@ def inception(tmp_path_factory: Any) -> tuple[Path, FidInception]:
     with pytest.raises(AmbergradeError, match="pickle") as caught:
         feature_source(str(folder / "pt_inception.pth"))
     command = shlex.split(str(caught.value).partition("Convert it: ")[2])
-    subprocess.run([sys.executable, *command[1:]], check=True, capture_output=True)
-    return folder / "pt_inception.safetensors", network.eval()
+    subprocess.run([sys.executable, *command[1:]], check=True, capture_output=True, cwd=folder)
+    return folder / command[-1], network.eval()
 
 
 def test_a_local_inception_file_scores_offline_as_pytorch_fid_and_torch_fidelity_do(

@@ -16,7 +16,7 @@ STEP = 8
 CAP = 12.0
 """Grey levels: a larger step is an edge that was drawn, not a block's."""
 PATTERNED = 0.4
-"""Share of steps beyond CAP at one phase, less the weakest phase's, of a drawn grid alone: no JPEG reaches 0.31."""
+"""Share of steps beyond CAP at one phase, less the weakest phase's, of drawn grids alone: no JPEG reaches 0.31."""
 
 
 class Mosaic(Metric):
