@@ -18,7 +18,7 @@ from ambergrade.world import grammar
 from ambergrade.world.booru import write_prompts
 
 FLOOR = 0.85
-"""What beta7's macro recall must be; 0.872 [0.852, 0.887] is measured on the card's 100 prompts."""
+"""What beta7's macro recall must be; 0.881 [0.867, 0.892] is measured on the card's 100 prompts."""
 
 
 @pytest.mark.slow
