@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -35,6 +34,7 @@ from ambergrade.score.reference import read_rgb
 from ambergrade.score.report import html_report
 from ambergrade.score.scoring import Metric, load_metric, metric_class, score
 from ambergrade.score.sheet import ScoreSheet, refuse_unlike
+from ambergrade.score.statistics import interval_text
 from ambergrade.store import Finished, Outputs, copy_file, find_file, written_aside
 from ambergrade.track.journal import Run
 from ambergrade.track.lookup import registered_checkpoint
@@ -339,12 +339,10 @@ def print_scores(sheet: ScoreSheet, baseline: ScoreSheet | None) -> None:
     """Print every aggregate with its interval, beside the paired difference from a baseline."""
     apart = differences(sheet, baseline) if baseline is not None else {}
     for name, value in aggregates(sheet).items():
-        limits = "[–]" if math.isnan(value.low) else f"[{value.low:.3f}, {value.high:.3f}]"
-        line = f"  {name:<28}{value.value:9.3f}  {limits}  n {value.n}"
+        line = f"  {name:<28}{value.value:9.3f}  {interval_text(value.low, value.high)}  n {value.n}"
         if name in apart:
             d = apart[name]
-            limits = "[–]" if math.isnan(d.low) else f"[{d.low:+.3f}, {d.high:+.3f}]"
-            line += f"   {d.value:+.3f} {limits} {d.verdict}"
+            line += f"   {d.value:+.3f} {interval_text(d.low, d.high, '+.3f')} {d.verdict}"
         print(line)
     for line in remarks(sheet):
         print(f"  note: {line}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +14,7 @@ from ambergrade.nouns import PromptSet
 from ambergrade.score import figures
 from ambergrade.score.comparison import aggregates, differences
 from ambergrade.score.sheet import ScoreSheet
-from ambergrade.score.statistics import PairedDifference
+from ambergrade.score.statistics import PairedDifference, interval_text
 from ambergrade.store import Finished
 
 
@@ -48,7 +47,7 @@ class Finalists:
         lines = [f"Held-out prompts ({len(self.prompts.prompts)}):", table, "", f"Winner minus {self.base}, paired:"]
         for name in self.leaderboard:
             found = self.apart[name]
-            limits = "[–]" if math.isnan(found.low) else f"[{found.low:+.3f}, {found.high:+.3f}]"
+            limits = interval_text(found.low, found.high, "+.3f")
             lines.append(f"  {name:<24}{found.value:+.3f} {limits}  {found.verdict}")
         return "\n".join(lines)
 

@@ -16,6 +16,7 @@ from ambergrade.score.comparison import aggregates
 from ambergrade.score.figures import Value, leaderboard_text
 from ambergrade.score.review import Review, html_review
 from ambergrade.score.sheet import ScoreSheet
+from ambergrade.score.statistics import interval_text
 from ambergrade.store import written_aside
 from ambergrade.track import ui
 from ambergrade.track.journal import Journal, Run
@@ -87,7 +88,7 @@ def draw(
     notes = {}
     for label in rows:
         score = review.scores[label][review.objective]
-        notes[label] = f"{review.objective} {score.value:.3f}\n{score.low:.3f} to {score.high:.3f}"
+        notes[label] = f"{review.objective} {score.value:.3f}\n{interval_text(score.low, score.high)}"
         if label != review.found.best and label in review.found.members:
             notes[label] += "\nin the winner set"
     pictures["contact sheet"] = folder / "contact_sheet.png"

@@ -21,6 +21,7 @@ from ambergrade.score.pictures import folder_pictures
 from ambergrade.score.reference import build_reference, listed, read_rgb
 from ambergrade.score.report import html_choice, html_report
 from ambergrade.score.sheet import ScoreSheet, refuse_unlike
+from ambergrade.score.statistics import interval_text
 from ambergrade.score.tagger import Tagger, rates_of, write_rates
 from ambergrade.store import Store, find_file, written_aside
 
@@ -59,7 +60,10 @@ def _choose(settings: EvaluateSettings, files: Sequence[str], base: str) -> None
         mark = "*" if label in found.winners else " "
         kept = "misses " + ", ".join(found.failed[label]) if label in found.failed else "keeps the margins"
         front = ", Pareto front" if label in found.front else ""
-        print(f"{mark} {label:<28}{primary} {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}] {d.verdict}; {kept}{front}")
+        print(
+            f"{mark} {label:<28}{primary} {d.value:+.3f} {interval_text(d.low, d.high, '+.3f')} {d.verdict}; "
+            f"{kept}{front}"
+        )
     print(
         f"* not significantly different from the best by {primary} among those that keep every margin; intervals hold"
     )

@@ -18,6 +18,7 @@ from ambergrade.chain.review import Shown, draw, links_of, tell_unlike
 from ambergrade.chain.settings import Invocation, SweepSettings
 from ambergrade.chain.sweep import SweepPlan, SweepResult, drive, pool, result_of, reviewed
 from ambergrade.errors import AmbergradeError, BadInput, BadSetting
+from ambergrade.score.statistics import interval_text
 from ambergrade.search.driver import Evaluator, Job, Swept
 from ambergrade.search.explain import why_new
 from ambergrade.store import Ledger, find_file, write_json
@@ -151,7 +152,7 @@ def _show(
 def _facts(settings: SweepSettings, plan: SweepPlan, shown: Shown, result: SweepResult) -> dict[str, str]:
     best = shown.review.scores[shown.best][settings.search.objective]
     facts = {
-        "winner": f"{shown.best}: {settings.search.objective} {best.value:.3f} [{best.low:.3f}, {best.high:.3f}]",
+        "winner": f"{shown.best}: {settings.search.objective} {best.value:.3f} {interval_text(best.low, best.high)}",
         "winner set": shown.winner_set,
         "formula": settings.merge.formula,
         "swept": "; ".join(f"{key} = {_in_words(spec)}" for key, spec in plan.axes.items()),

@@ -30,6 +30,7 @@ from ambergrade.identity import digest
 from ambergrade.search.driver import Evaluator, Job
 from ambergrade.search.folder import SweepFolder
 from ambergrade.search.load import Search, search
+from ambergrade.search.single import Single
 from ambergrade.track import process
 
 VALUES = ("values", "start")
@@ -91,7 +92,7 @@ class Request:
     def search(self) -> Search:
         """The search, as one that nobody has asked yet."""
         if not self.axes.specs:
-            return search("single", objective=self.settings["objective"])
+            return Single(objective=self.settings["objective"])
         space = f"{self.asked.space}." if self.asked.space else ""
         start = {f"{space}{name}": value for name, value in (self.asked.search.get("start") or {}).items()}
         known = start if start and set(start) == set(self.axes.specs) else None

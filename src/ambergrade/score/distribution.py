@@ -29,7 +29,7 @@ from ambergrade.score.statistics import (
 GROUPS = 50
 """Jackknife groups of prompts, at most."""
 ENOUGH = 4
-"""Pictures a feature from which `fid_corrected`'s interval holds the true distance in 94 to 95 of 100 runs (d = 32)."""
+"""Pictures a feature from which `fid_corrected`'s interval holds the true distance in 92 to 99 of 100 runs (d = 32)."""
 
 
 class SetDistance(Metric):

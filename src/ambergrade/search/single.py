@@ -11,6 +11,3 @@ class Single(Grid):
     def __init__(self, *, objective: str, higher_is_better: bool = True) -> None:
         self.objective, self.higher_is_better = objective, higher_is_better
         self._keep(({},))
-
-
-Search = Single  # the name under which every search module is found
