@@ -114,11 +114,10 @@ def explained(error: Exception, conf: Path) -> str | None:
     if isinstance(error, AmbergradeError):
         return str(error)
     if isinstance(error, OverrideParseException):
-        reason = error.message.removeprefix(f"Error parsing override '{error.override}'").strip()
-        return (
-            f"Cannot read '{error.override}': {_first_lines(reason, 1)}\n"
-            "Write key=value; quote a value with spaces, commas or brackets twice: 'key=\"a, b\"'."
-        )
+        key, equals, value = str(error.override).partition("=")
+        quoted = value.strip("'\"").replace('"', '\\"')
+        mend = f"a value with =, blanks, commas or brackets is quoted twice.\nWrite '{key}=\"{quoted}\"'."
+        return f"Cannot read '{error.override}': {mend if equals else 'there is no =.' + chr(10) + 'Write key=value.'}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.removesuffix(".yaml").rpartition("/")
         place = re.match(r"In '([^']+)'", str(error))
