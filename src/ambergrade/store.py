@@ -105,6 +105,17 @@ def _copy_bytes(source: Path, target: Path) -> None:
             shutil.copyfile(source, target)  # between file systems, or one that cannot
 
 
+def read_json(file: Path) -> Any:
+    """Read a JSON file of ours; None where there is none, or where it is torn, which is told in the log."""
+    try:
+        return json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError):
+        log.warning("%s is torn and counts as not there.", file)
+        return None
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """Put `source` at `target` by hard link, or by copy across filesystems; replaces in one step.
 

@@ -36,5 +36,6 @@ def test_an_adapter_s_own_file_is_an_output(
     trained = train(context, subject)
     assert trained.path.exists()
     (line,) = [line for line in capsys.readouterr().out.splitlines() if f"{kind} file" in line]
+    assert Path(line.split()[-1]).name == f"style-{kind}.safetensors"
     with safe_open(Path(line.split()[-1]), "pt") as file:
         assert any(key.startswith("lora_unet_") for key in file.keys())  # noqa: SIM118

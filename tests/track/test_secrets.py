@@ -139,3 +139,22 @@ def test_nothing_that_mlflow_keeps_holds_a_secret(tmp_path: Path, monkeypatch: p
     (tmp_path / "mlruns" / "mlflow.db-wal").stat()  # is searched too
     for file in (tmp_path / "mlruns").rglob("*"):
         assert not file.is_file() or b"swordfish" not in file.read_bytes(), file
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("https://ghp_abc@github.example/x", "https://***@github.example/x"),
+        ("password: hunter22", "password: ***"),
+        ("run --password hunter22", "run --password ***"),
+        ("Authorization: Bearer abc123", "Authorization: Bearer ***"),
+        ("the password was wrong", "the password was wrong"),
+    ],
+)
+def test_secrets_in_the_words_of_an_error_are_masked(text: str, masked: str) -> None:
+    assert Secrets().text(text) == masked
+
+
+@pytest.mark.parametrize("name", ["sshkey", "hub.pass", "hub.auth", "bearer", "passphrase"])
+def test_more_names_of_secrets(name: str) -> None:
+    assert is_secret(name, "abc")

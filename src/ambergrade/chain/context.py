@@ -53,8 +53,8 @@ class Task:
         return Ledger.identity(self.stage.kind, self.stage.version, self.settings, self.inputs)
 
     def find(self, ledger: Ledger) -> Finished | None:
-        """The finished result, or None where it is not recorded or its bytes are gone."""
-        return ledger.find(self.stage.kind, self.identity)
+        """The finished result, or None where it is not recorded, or its bytes are gone or damaged."""
+        return ledger.find(self.stage.kind, self.identity, verify=True)
 
 
 def _journal_nothing(run: Run, done: Finished) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -21,7 +20,7 @@ from ambergrade.errors import BadInput
 from ambergrade.identity import digest
 from ambergrade.lines import read_lines
 from ambergrade.nouns import CaptionSet
-from ambergrade.store import Finished, Outputs, find_file, write_json
+from ambergrade.store import Finished, Outputs, find_file, read_json, write_json
 from ambergrade.track.journal import Run
 
 DATASET = Stage("dataset", 3)
@@ -45,10 +44,12 @@ def draw_world(data: DataSettings, compute: Compute) -> None:
     start = time.monotonic()
     with folder.with_name(f".{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        there = marker.exists() and json.loads(marker.read_text()) == wanted
+        there = read_json(marker) == wanted
         if not there:
-            if folder.exists() and not marker.exists() and any(folder.iterdir()):
-                raise BadInput(f"{folder} holds other things than a drawn world.\nName a new folder: data.folder=PATH.")
+            unfinished = not marker.exists() and folder.name == digest(wanted)[:12]  # killed before it was marked
+            if folder.exists() and any(folder.iterdir()) and not unfinished:
+                what = "another drawing" if marker.exists() else "other things than a drawn world"
+                raise BadInput(f"{folder} holds {what}.\nName a new folder: data.folder=PATH.")
             write_booru(folder, **wanted, workers=compute.workers)
             write_json(marker, wanted)
     how = "  finished before" if there else f"{time.monotonic() - start:8.1f} s"

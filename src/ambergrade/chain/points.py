@@ -60,7 +60,7 @@ class Scored:
 
     def find(self, ledger: Ledger) -> Finished:
         """The record. Raises MissingObject where it is gone."""
-        done = ledger.find(self.kind, self.identity)
+        done = ledger.find(self.kind, self.identity, verify=True)
         if done is None:
             raise MissingObject(f"{self.kind} {self.identity[:12]}… is not in the record.\nRun the same command again.")
         return done

@@ -161,10 +161,6 @@ def drive(context: Context, plan: SweepPlan, scorer: PointScorer, where: Evaluat
     return swept
 
 
-def _same(one: Outcome | None, other: Outcome) -> bool:
-    return one is not None and one.done and Scored.of(one).identity == Scored.of(other).identity
-
-
 def _judge(higher_is_better: bool) -> Judge:
     """Tells the points of a rung that are not significantly different from the best."""
 

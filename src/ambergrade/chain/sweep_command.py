@@ -21,7 +21,7 @@ from ambergrade.errors import AmbergradeError, BadInput, BadSetting
 from ambergrade.score.statistics import interval_text
 from ambergrade.search.driver import Evaluator, Job, Swept
 from ambergrade.search.explain import why_new
-from ambergrade.store import Ledger, find_file, write_json
+from ambergrade.store import Ledger, find_file, read_json, write_json
 from ambergrade.track import ui
 from ambergrade.track.journal import Journal
 
@@ -213,7 +213,8 @@ def _explain(ledger: Ledger, task: Task) -> None:
 
 
 def _records(ledger: Ledger, kind: str) -> Iterator[dict[str, Any]]:
-    return (json.loads(file.read_text()) for file in sorted((ledger.root / "records" / kind).glob("*.json")))
+    rows = (read_json(file) for file in sorted((ledger.root / "records" / kind).glob("*.json")))
+    return (row for row in rows if row is not None)
 
 
 def _seconds_a_picture(ledger: Ledger, task: Task) -> float:

@@ -17,13 +17,15 @@ from ambergrade.chain.latents import encode
 from ambergrade.chain.point import open_checkpoint
 from ambergrade.chain.settings import DataSettings, FamilySettings
 from ambergrade.errors import BadSetting
+from ambergrade.family.digests import model_digests
 from ambergrade.family.load import Family
 from ambergrade.family.load import family as load_family
 from ambergrade.generate import stream
 from ambergrade.generate.contact_sheet import picture_grid
-from ambergrade.identity import random_seed
+from ambergrade.identity import file_digest, random_seed
+from ambergrade.merge.inputs import Digests, default_cache
 from ambergrade.nouns import CaptionSet, Checkpoint, PromptSet, SamplerSettings
-from ambergrade.store import Finished, Outputs, find_file
+from ambergrade.store import Finished, Outputs, copy_file, find_file
 from ambergrade.track.journal import Run
 from ambergrade.train import lora
 from ambergrade.train.latent_store import LatentStore
@@ -94,6 +96,11 @@ def train(context: Context, subject: Subject) -> Checkpoint:
         run.metrics({f"val_loss_{when}": losses[when]["mean"] for when in ("before", "after")})
         made = subject.loaded.weights_digest(done.files["checkpoint"])
         run.model(name, done.files["checkpoint"], made, parents={subject.base_name: subject.base.digest})
+        if trainer.lora is not None:
+            file = _adapter_file(context, subject, done)
+            digest = model_digests(file, Digests(default_cache())).weights
+            parents = {subject.base_name: subject.base.digest}
+            run.model(file.stem, file, digest, kind=trainer.lora.kind, parents=parents, registered_as=file.stem)
 
     inputs = {
         "base": subject.base.digest,
@@ -111,9 +118,19 @@ def train(context: Context, subject: Subject) -> Checkpoint:
     done = context.run(task, f"train {name}", work, journal=journal, params=params)
     losses = done.values["validation"]
     print(f"    validation loss {losses['before']['mean']:.4f} -> {losses['after']['mean']:.4f}")
-    if "lora" in done.files:
-        print(f"    {trainer.lora and trainer.lora.kind} file  {done.files['lora']}")
+    if trainer.lora is not None:
+        print(f"    {trainer.lora.kind} file  {_adapter_file(context, subject, done)}")
     return open_checkpoint(done.files["checkpoint"], subject.base.family)
+
+
+def _adapter_file(context: Context, subject: Subject, done: Finished) -> Path:
+    """The adapter's own file, under a name that other tools take: mlruns/adapters/<run>/<name>-<kind>.safetensors."""
+    assert subject.trainer.lora is not None
+    name = f"{subject.name}-{subject.trainer.lora.kind}.safetensors"
+    file = context.ledger.root / "adapters" / done.identity[:12] / name
+    if not file.exists() or file_digest(file) != done.digests["lora"]:
+        copy_file(done.files["lora"], file)
+    return file
 
 
 def _latents(context: Context, subject: Subject, weights: Mapping[str, torch.Tensor]) -> LatentStore:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 
 from ambergrade.errors import AmbergradeError, unknown_name
-from ambergrade.places import CONF, PIPELINES
+from ambergrade.places import CONF, PIPELINES, project
 
 OPTIONS = ("merge", "verify", "digest")
 """Verbs that take a file and ordinary options (door/files.py)."""
@@ -45,6 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except AmbergradeError as error:
         print(error, file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        print(f"{error.filename or ''}: {error.strerror}", file=sys.stderr)
         return 1
 
 
@@ -111,8 +117,9 @@ def _help() -> str:
 
 
 _COMPLETION = {
-    "bash": "complete -o nospace -C 'ambergrade --complete' ambergrade\n",
-    "zsh": "autoload -U +X bashcompinit && bashcompinit\ncomplete -o nospace -C 'ambergrade --complete' ambergrade\n",
+    "bash": "complete -o default -o nospace -C 'ambergrade --complete' ambergrade\n",
+    "zsh": "autoload -U +X bashcompinit && bashcompinit\n"
+    "complete -o default -o nospace -C 'ambergrade --complete' ambergrade\n",
 }
 
 
@@ -129,7 +136,9 @@ def complete(line: str) -> list[str]:
     group, equals, _ = last.partition("=")
     if equals:
         last = last.rpartition("=")[2]  # bash begins a new word at each `=`
-        known = [f"{path.stem} " for path in sorted((CONF / group).glob("*.yaml"))]
+        mine = project()
+        folders = [CONF, mine / "conf"] if mine else [CONF]
+        known = sorted({f"{path.stem} " for folder in folders for path in (folder / group).glob("*.yaml")})
     else:
         groups = re.findall(r"(?m)^  - (?:optional )?(\w+): ", text)
         known = [

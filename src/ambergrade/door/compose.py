@@ -29,6 +29,13 @@ VERSION_BASE: dict[str, str] = (
     {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
 )  # 1.4 warns of it
 
+DISK_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EIO),
+    *(errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.ENOENT, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+}
+"""What a disk or a path can refuse: told in a line, never as a traceback."""
+
 OmegaConf.register_new_resolver("default_root", lambda: str(default_root()), replace=True)
 OmegaConf.register_new_resolver("digest", lambda value: digest(_container(value))[:12], replace=True)
 
@@ -62,7 +69,12 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 def read(cls: type[T], cfg: DictConfig) -> T:
     """Read a pipeline's settings from its composed configuration. Raises BadSetting with every complaint at once."""
-    return settings(cls, {key: value for key, value in plain(_without_hydra(cfg)).items() if key != "hydra"})
+    return settings(cls, plain_settings(cfg))
+
+
+def plain_settings(cfg: DictConfig) -> dict[str, Any]:
+    """A pipeline's configuration as plain values, without Hydra's own part."""
+    return plain(_without_hydra(cfg))
 
 
 def secret_keys(cfg: DictConfig) -> tuple[str, ...]:
@@ -129,9 +141,9 @@ def explained(error: Exception, conf: Path) -> str | None:
         if key:
             return f"{key}: {_first_lines(str(error), 3)}"
         return "\n".join(part for part in (_first_lines(str(error), 7), _first_lines(str(cause or ""), 1)) if part)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}.\nName a folder that can be written, or make room: root=DIR."
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        named = f"{error.filename}: " if error.filename else ""
+        return f"{named}{error.strerror}.\nName a folder that can be written, or make room: root=DIR."
     if isinstance(error, yaml.YAMLError):
         return f"A yaml file cannot be read: {_first_lines(str(error), 7)}"
     return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # a file's name may be no text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    given = _parser().parse_args(arguments)
+    given = _parser().parse_args(_coefficients_first(list(sys.argv[1:] if arguments is None else arguments)))
     try:
         return int(given.run(given))
     except AmbergradeError as error:
@@ -34,6 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # no right to read, too long a name, a full disk
         print(f"{str(error.filename or '')[:200]}: {error.strerror}", file=sys.stderr)
         return 1
+
+
+def _coefficients_first(arguments: list[str]) -> list[str]:
+    """The words with `a=0.9` beside the recipe, wherever among the options they were written."""
+    numbers = [word for word in arguments[2:] if re.fullmatch(r"[\w.]+=[-+.\d][^/]*", word)]
+    return [*arguments[:2], *numbers, *(word for word in arguments[2:] if word not in numbers)]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -121,7 +128,8 @@ def run_recipe(
     print(f"file     sha256 {sha256}")
     expected = written.result.get("file", sha256)
     if sha256 != expected:
-        raise BadSetting(f"{target} is NOT the released file, whose sha256 is {expected}.")
+        target.unlink()
+        raise BadSetting(f"What was merged is NOT the released file, whose sha256 is {expected}; it was not kept.")
     if written.result:
         print("         the released file's bytes")
 

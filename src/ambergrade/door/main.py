@@ -44,6 +44,7 @@ from ambergrade.door.compose import (
     check_overrides,
     explained,
     open_added,
+    plain_settings,
     read,
     search_path,
     secret_keys,
@@ -51,6 +52,7 @@ from ambergrade.door.compose import (
 from ambergrade.door.help import help_text
 from ambergrade.errors import BadSetting, UnknownName
 from ambergrade.places import CHECKOUT, CONF
+from ambergrade.track.secrets import Secrets
 
 MOST_LINES = 10
 # Hydra's own habits that we do not share: output folders, log files, a root logger of its own.
@@ -161,7 +163,9 @@ def invocation(cfg: DictConfig) -> Invocation:
     command = Path(words[0]).name if words else ""
     first = [command, *words[1:]] if command == "ambergrade" else ["python", *words]
     line = shlex.join(word.removeprefix(inside) for word in first)
-    return Invocation(line, overrides, secret_keys(cfg))
+    keys = secret_keys(cfg)
+    secrets = Secrets.of(plain_settings(cfg), keys)
+    return Invocation(secrets.text(line), tuple(secrets.overrides(overrides)), keys)
 
 
 def limit_threads(cfg: DictConfig) -> None:

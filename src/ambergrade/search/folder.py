@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from pathlib import Path
 from ambergrade.identity import digest
 from ambergrade.search.driver import Job, Outcome, Swept
 from ambergrade.search.points import Point, plain
-from ambergrade.store import write_json
+from ambergrade.store import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -37,18 +36,18 @@ class SweepFolder:
         """Note that a job was proposed, and forget how it ended before."""
         place = self.place(job)
         (place / "outcome.json").unlink(missing_ok=True)
-        if not (place / "point.json").exists():
+        if read_json(place / "point.json") is None:
             number = sum(1 for _ in self.root.glob("*/point.json"))
             row = {"number": number, "label": job.label, "point": job.point, "block": job.block, "cheap": job.cheap}
             write_json(place / "point.json", row)
 
     def was_begun(self, job: Job) -> bool:
-        return (self.place(job) / "point.json").exists()
+        return read_json(self.place(job) / "point.json") is not None
 
     def past(self) -> list[Point]:
         """The points that were proposed whole, in their order."""
-        rows = [json.loads(file.read_text()) for file in self.root.glob("*/point.json")]
-        return [row["point"] for row in sorted(rows, key=lambda row: row["number"])]
+        rows = [read_json(file) for file in self.root.glob("*/point.json")]
+        return [row["point"] for row in sorted(filter(None, rows), key=lambda row: row["number"])]
 
     def outcome(self, job: Job) -> Outcome | None:
         """How a job ended; None where it did not."""
@@ -85,7 +84,7 @@ class SweepFolder:
 
 def job_of(place: Path) -> Job:
     """The job whose folder this is."""
-    row = json.loads((place / "point.json").read_text())
+    row = read_json(place / "point.json")
     block = row["block"]
     return Job(row["label"], row["point"], None if block is None else (block[0], block[1]), row["cheap"])
 
@@ -96,8 +95,7 @@ def write_outcome(place: Path, outcome: Outcome) -> None:
 
 def read_outcome(place: Path) -> Outcome | None:
     """The outcome of a job's folder; None where there is none."""
-    file = place / "outcome.json"
-    if not file.exists():
+    row = read_json(place / "outcome.json")
+    if row is None:
         return None
-    row = json.loads(file.read_text())
     return Outcome(row["done"], row["value"], row["reason"], row["trace"], row["seconds"])

@@ -8,7 +8,6 @@ lines name the old one is rebuilt from its own artifacts.
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -18,7 +17,7 @@ from typing import Any
 
 from ambergrade.errors import BadInput, BadSetting
 from ambergrade.nouns import Measurement
-from ambergrade.store import Store, link_or_copy
+from ambergrade.store import Store, link_or_copy, read_json
 from ambergrade.track import lines, process, registry
 from ambergrade.track.database import (
     MlflowClient,
@@ -211,7 +210,7 @@ class _Rebuilding:
         """Return the pictures that a stage's record names, if the store has them."""
         store = Store(self.root / "mlruns" / "store")
         for file in (self.root / "mlruns" / "records").glob(f"*/{identity}.json"):
-            strip = json.loads(file.read_text())["files"].get("pictures")
+            strip = (read_json(file) or {"files": {}})["files"].get("pictures")
             if strip and store.holds(strip):
                 return store.path(strip)
         return None
@@ -272,7 +271,10 @@ class _Rebuilding:
         journal = self.journal("records")
         with journal.run("stages of the records", key="records", kind="records") as parent:
             for file in untold:
-                record, end = json.loads(file.read_text()), file.stat().st_mtime
+                record, end = read_json(file), file.stat().st_mtime
+                if record is None:
+                    self.done.missing.append(f"{file.name} is torn")
+                    continue
                 about = {"key": record["identity"], "kind": record["stage"], "params": _point(record)}
                 times = {"start": end - record["seconds"], "end": end}
                 with journal.run(_title(record), parent=parent, **about, **times) as run:

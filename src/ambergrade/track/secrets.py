@@ -19,12 +19,18 @@ MASK = "***"
 SHORTEST = 6
 """Characters; a shorter secret value is masked where it is set, and not searched for in other text."""
 
-STRONG = re.compile(r"passw|secret|credential|api_?key|auth_?token", re.IGNORECASE)
+STRONG = re.compile(r"passw|passphrase|secret|credential|bearer|ssh_?key|api_?key|auth_?token", re.IGNORECASE)
 """Marks a secret wherever it stands in a name."""
-WORDS = {"token", "tokens", "key", "keys", "pwd"}
+WORDS = {"token", "tokens", "key", "keys", "pwd", "pass", "auth"}
 """Mark a secret as a whole word of a name, as in `api_key`; `monkey` and `tokenizer` are none."""
 NUMBER = re.compile(r"[-+.\d]{1,8}(e[-+]?\d+)?", re.IGNORECASE)
-URI_PASSWORD = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^/\s:@]*):[^/\s]+@", re.IGNORECASE)
+URI_PASSWORD = re.compile(
+    r"(\b[a-z][a-z0-9+.-]*://)(?:([^/\s:@]*):[^/\s]+|(?:gh[a-z]|hf|glpat)[-_]\w{3,})@", re.IGNORECASE
+)
+"""`scheme://user:password@host`, and a token in the user's place."""
+_SAID = r"passwords?|passphrase|bearer|--(?:password|token|api-key)"
+FREE = re.compile(rf"((?:{_SAID})(?:\s*:\s*|\s+))(?!\*)(\S*\d\S*)", re.IGNORECASE)
+"""`password: abc` and `Bearer abc` in the words of an error."""
 _WORD = r"passw|secret|credential|(?:api|access|private|auth)[-_]?(?:key|token)|(?<![a-z])token(?![a-z])"
 _NAME = rf"[\w./-]*(?:{_WORD})[\w./-]*"
 ASSIGNED = re.compile(rf"({_NAME}\s*=\s*)(\"[^\"]*\"|'[^']*'|[^\s,;&'\"\]}})]+)", re.IGNORECASE)
@@ -119,7 +125,8 @@ class Secrets:
         """Mask known secrets, passwords in addresses, and `name=value` with a secret's name; the text stays UTF-8."""
         for value in sorted(self.values, key=len, reverse=True):
             text = text.replace(value, MASK)
-        text = URI_PASSWORD.sub(rf"\1:{MASK}@", text)
+        text = URI_PASSWORD.sub(_without_password, text)
+        text = FREE.sub(rf"\1{MASK}", text)
         text = ASSIGNED.sub(_masked, text)
         return text.encode(errors="replace").decode()
 
@@ -128,6 +135,11 @@ class Secrets:
         if equals and value and self.is_secret(name.lstrip("+~"), value):
             return f"{name}={MASK}"
         return ENTRY.sub(_masked, self.text(text))
+
+
+def _without_password(found: re.Match[str]) -> str:
+    user = "" if found[2] is None else f"{found[2]}:"
+    return f"{found[1]}{user}{MASK}@"
 
 
 def _masked(found: re.Match[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -79,10 +79,10 @@ def train(
         optimizer.load_state_dict(kept["optimizer"])
         schedule.load_state_dict(kept["schedule"])
         for targets, sources in ((weights, kept["weights"]), (average, kept["average"])):
-            torch._foreach_copy_([target.data for target in targets], sources)
+            _copy(targets, sources)
     saved = time.monotonic()
     for step in tqdm(range(first, steps), "autoencoder", steps, initial=first, unit="step", disable=None):
-        torch._foreach_copy_([copy.data for copy in copies], [weight.data for weight in weights])
+        _copy(copies, weights)
         real = _crops(pictures, random_seed(seed, "vae batch", step), batch, crop).to(device)
         generator = torch.Generator(device).manual_seed(random_seed(seed, "vae noise", step))
         with torch.set_grad_enabled(not decoder_only):
@@ -100,7 +100,8 @@ def train(
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
-        torch._foreach_lerp_(average, [weight.data for weight in weights], 1 - min(ema, (step + 1) / (step + 10)))
+        for mean_weight, weight in zip(average, weights, strict=True):
+            mean_weight.lerp_(weight.data, 1 - min(ema, (step + 1) / (step + 10)))
         if time.monotonic() - saved > 120 or step + 1 == steps:
             aside = state.with_suffix(".part")
             torch.save(
@@ -121,6 +122,13 @@ def train(
             on_log(step + 1, shown.cpu(), {"pixel": pixel.item(), "edge": edge.item(), "colour": colour.item()})
     vae.load_state_dict({**vae.state_dict(), **dict(zip(trained, average, strict=True))})
     return vae.cpu().eval()
+
+
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Give tensors, parameters among them, the values of others."""
+    with torch.no_grad():
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
 
 
 def _crops(pictures: Pixels, seed: int, batch: int, crop: int) -> Tensor:
