@@ -137,9 +137,9 @@ def explained(error: Exception, conf: Path) -> str | None:
         return unknown_name(f"Option of '{group}'" if group else "Config", option, options(group, conf), hint)
     if isinstance(error, HydraException | OmegaConfBaseException):
         cause = error.__cause__
-        key = getattr(error, "full_key", None)
-        if key:
-            return f"{key}: {_first_lines(str(error), 3)}"
+        where = getattr(error, "full_key", None)
+        if where:
+            return f"{where}: {_first_lines(str(error), 3)}"
         return "\n".join(part for part in (_first_lines(str(error), 7), _first_lines(str(cause or ""), 1)) if part)
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         named = f"{error.filename}: " if error.filename else ""
