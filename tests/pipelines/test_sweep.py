@@ -367,7 +367,7 @@ def test_dry_tells_hits_and_cost_and_why_what_made_a_point_new(sweep: Sweep) -> 
     told = sweep("merge=unet_only", "coefficients.a=0.3,0.7", "why='a 0.7'")
     assert "coefficients.a: 0.7 (nearest finished point:" in told
     told = sweep("merge=unet_only", "coefficients.a=0.3", "sampler.guidance=3.5", "why='a 0.3'")
-    assert re.search(r"sampler\.guidance: 3\.5 \(nearest finished point: [47]\.0\)", told)  # euler, or euler_tiny
+    assert re.search(r"sampler\.guidance: 3\.5 \(nearest finished point: \d\.0\)", told)  # by whichever sampler
     assert "is no point of this sweep" in sweep("merge=unet_only", "coefficients.a=0.3,0.6", "why='a 9'", fails=True)
 
 
