@@ -67,7 +67,7 @@ class CaptionedPicture:
     post_id: int
     file_name: str
     sha256: str
-    """Of the picture file's bytes."""
+    """The sha256 of the picture file's bytes."""
     caption: Caption
     original_size: tuple[int, int]
     """(width, height) of the original upload, pixels: SDXL's first micro-condition."""
@@ -148,7 +148,7 @@ class Prompt:
     id: str
     text: str
     seed: int
-    """Of this picture's own generator."""
+    """The seed of this picture's own generator."""
     negative: str = ""
     tags: tuple[str, ...] = ()
     """Asked for: raw, underscored tag names."""

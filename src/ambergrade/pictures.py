@@ -23,7 +23,7 @@ FORMATS = (
 )
 """Pillow's names. Those that start other programs (EPS, WMF) or hold a picture of another size inside (ICO) are not."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".avif", ".bmp", ".tif", ".tiff")
-"""Of the files that are taken for pictures in a folder without a database, lower case."""
+"""Suffixes of the files that count as pictures in a folder without a database, lower case."""
 MOST_PIXELS = 89_478_485
 """268 MB as RGB: from here on Pillow itself warns of decompression bombs."""
 TURNS = {

@@ -28,6 +28,8 @@ from ambergrade.errors import AmbergradeError, BadSetting, MissingObject, Unknow
 from ambergrade.identity import canonical_json, digest, file_digest
 
 log = logging.getLogger(__name__)
+TICK_NS = 50_000_000  # more than the longest tick of a kernel that stamps files
+MOST_REMEMBERED = 10_000
 
 BUILTIN = Path(__file__).parent / "world" / "weights"
 
@@ -109,11 +111,11 @@ def read_json(file: Path) -> Any:
     """Read a JSON file of ours; None where there is none, or where it is torn, which is told in the log."""
     try:
         return json.loads(file.read_bytes())
-    except FileNotFoundError:
-        return None
+    except OSError:
+        pass
     except (ValueError, RecursionError):
         log.warning("%s is torn and counts as not there.", file)
-        return None
+    return None
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -226,18 +228,9 @@ class Digests:
 
     def _read(self) -> dict[str, str]:
         """Read the cache file; one that is missing, torn or foreign is an empty one."""
-        try:
-            found = json.loads(self.cache.read_text()) if self.cache is not None else {}
-        except (OSError, ValueError, RecursionError):
-            return {}
-        if not isinstance(found, dict):
-            return {}
-        return {key: sha256 for key, sha256 in found.items() if isinstance(sha256, str) and len(sha256) == 64}
-
-
-TICK_NS = 50_000_000
-"""Nanoseconds; more than the longest tick of a kernel that stamps files."""
-MOST_REMEMBERED = 10_000
+        found = read_json(self.cache) if self.cache is not None else None
+        known = found if isinstance(found, dict) else {}
+        return {key: sha256 for key, sha256 in known.items() if isinstance(sha256, str) and len(sha256) == 64}
 
 
 def _fingerprint(found: os.stat_result) -> str:

@@ -30,7 +30,7 @@ from ambergrade.nouns import RATINGS, TAG_TYPES, Post
 
 UNKNOWN_RATING = "unknown"
 LAYOUT = 2
-"""Of the cache; raise it when the files change."""
+"""The cache's version; raise it when the files change."""
 COLUMNS: Mapping[str, Any] = {
     "rating": np.int8,
     "score": np.int32,

@@ -219,7 +219,7 @@ def explain(post: Post, recipe: CaptionRecipe) -> list[tuple[str, str, str]]:
 
 
 def upload_year(created_at: str) -> int:
-    """Of a date that begins `YYYY-`; 0 for any other text."""
+    """Return the year of a date that begins `YYYY-`; 0 for any other text."""
     match = re.match(r"([0-9]{4})-", created_at)
     return int(match[1]) if match else 0
 

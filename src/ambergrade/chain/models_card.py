@@ -35,7 +35,7 @@ FIRST = 50_000
 """Scenes from here on were drawn for no training."""
 SCENES, PROMPTS, REFERENCES = 1000, 100, 384
 GROUPS = 50
-"""Of the jackknife that takes the bias out of a Fréchet distance."""
+"""Groups of the jackknife that takes the bias out of a Fréchet distance."""
 SKILLS = {"dragon": grammar.DRAGON, "accessories": grammar.ACCESSORIES}
 
 

@@ -49,7 +49,7 @@ class Scored:
     seconds: float
     """What drawing and scoring took when it was done."""
     kind: str
-    """Of the stage: `point`, or `rung` of a race."""
+    """The stage's kind: `point`, or `rung` of a race."""
     identity: str
 
     @classmethod

@@ -42,7 +42,7 @@ class Compute:
 
     device: Literal["auto", "cpu", "cuda"] = "cpu"
     threads: int | None = None
-    """Of each process; null leaves torch's choice."""
+    """Threads of each process; null leaves torch's choice."""
     workers: int = 1
 
     def __post_init__(self) -> None:
@@ -80,7 +80,7 @@ class DataSettings:
     selection: Selection
     draw: Drawing | None = None
     folder: str | None = None
-    """Of what is drawn."""
+    """The folder that what is drawn lies in."""
     reference: str | None = None
     reference_pictures: str | None = None
     leave_out: str | None = None
@@ -152,7 +152,7 @@ class Common:
     root: Path
     """Holds mlruns/ with all results."""
     name: str
-    """Of the MLflow experiment."""
+    """The name of the MLflow experiment."""
 
 
 @dataclass(frozen=True)

@@ -47,11 +47,11 @@ class SweepResult:
     failures: Mapping[str, str] = field(default_factory=dict)
     """Label to its whole reason."""
     left: Mapping[str, str] = field(default_factory=dict)
-    """Of a race: label to when and how it fell behind."""
+    """In a race, label to when and how it fell behind."""
     jobs: Mapping[str, Job] = field(default_factory=dict)
     """Label to the job that was done last."""
     race: str = ""
-    """Of a race: what it spent."""
+    """In a race, what it spent."""
 
 
 @dataclass(frozen=True)

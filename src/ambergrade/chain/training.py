@@ -46,7 +46,7 @@ class Subject:
     """What a training works on: who is trained, on what, and how its progress is shown."""
 
     name: str
-    """Of what comes out."""
+    """The name of what comes out."""
     base: Checkpoint
     base_name: str
     family: FamilySettings

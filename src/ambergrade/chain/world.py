@@ -49,7 +49,7 @@ class VaeSettings:
 
 @dataclass(frozen=True)
 class ScorerSettings:
-    """Of the tagger, the features and the CLIP model."""
+    """Declares the settings of the tagger, the features and the CLIP model."""
 
     steps: int
     seed: int

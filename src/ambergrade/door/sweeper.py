@@ -73,7 +73,7 @@ class Request:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Of the search, without its values."""
+        """The search's settings, without its values."""
         return {"objective": "", **{key: self.asked.search[key] for key in self.asked.search if key not in VALUES}}
 
     @property

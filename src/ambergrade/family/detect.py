@@ -15,7 +15,7 @@ from ambergrade.family.load import Family, families
 __all__ = ["EMA", "Layout", "detect", "ema_name", "families", "naming_hint", "require"]
 
 ENOUGH = 0.9
-"""Of the keys of the components found, so many must be there: a few missing are a fault, many another family."""
+"""The share of the found components' keys that must be there: a few missing are a fault, many another family."""
 EMA = "model_ema."
 
 

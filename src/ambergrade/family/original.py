@@ -35,7 +35,7 @@ def _renamed(keys: Iterable[str], names: Names) -> dict[str, str]:
 
 
 def _inverse(names: Names) -> dict[str, str]:
-    """Of several names for one module the first wins."""
+    """Where one module has several names, the first wins."""
     return {new: old for old, new in reversed(list(names.items()))}
 
 

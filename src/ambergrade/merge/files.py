@@ -37,7 +37,7 @@ __all__ = ["RECIPE", "RecipeFile", "Verdict", "from_values", "read_recipe", "rec
 
 KEYS = ("formula", "models", "coefficients", "dtype", "policies", "out", "overwrite", "result", "ancestors")
 MOST_BYTES = 1 << 20
-"""Of a recipe file. A release's holds what its inputs were merged from, if they were."""
+"""The longest recipe file. A release's holds what its inputs were merged from, if they were."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class RecipeFile:
     out: Path | None
     overwrite: bool
     result: Mapping[str, Any]
-    """Of a release: `name`, `bytes` and the digests `file` and `weights` of the merged file; empty otherwise."""
+    """A release's `name`, `bytes` and the digests `file` and `weights` of the merged file; empty otherwise."""
     ancestors: Mapping[str, Any]
     """See `Recipe.ancestors`."""
     source: Path | None = None

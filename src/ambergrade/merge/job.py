@@ -36,7 +36,7 @@ class Repeated:
 
     recipe: Recipe
     bytes: int
-    """Of the whole file; 0 where that is not known."""
+    """Bytes of the whole file; 0 where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Job:
 
     @property
     def bytes_in(self) -> int:
-        """Of all distinct input files."""
+        """Add up the bytes of all distinct input files."""
         return sum(sum(self.inputs[owner].sizes) for owner in dict.fromkeys(self.owner.values()))
 
     def recipe(self, files: Mapping[str, str], known: Digests) -> Recipe:

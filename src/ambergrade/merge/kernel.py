@@ -29,7 +29,7 @@ Value: TypeAlias = Any
 """Of LLVM: what an instruction makes."""
 LANES = 16
 _ONE, _DIGITS, _SIGN = 1023, 52, 1 << 63
-"""Of float64: the exponent's bits of 1.0, the stored digits, and the sign."""
+"""The layout of float64: the exponent's bits of 1.0, the stored digits, and the sign."""
 _LOCK = threading.Lock()
 
 

@@ -66,7 +66,7 @@ class Mixture:
 
     @functools.cached_property
     def weights(self) -> Weights:
-        """Of the terms, in their order."""
+        """The terms' factors, in their order."""
         return Weights(tuple(weight for _, weight in self.terms))
 
     def only(self, alias: str) -> bool:

@@ -33,7 +33,7 @@ _NUMBER = re.compile(r"(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3})?")
 _NAME = re.compile(r"[^\W\d]\w*")
 _TEXT = re.compile(r"\"([^\"\n]*)\"|'([^'\n]*)'")
 MOST_CHARACTERS, MOST_LINES, MOST_NODES, MOST_DEPTH = 100_000, 200, 500, 50
-"""Of a formula, a formula, a line, and parentheses: far beyond what people publish, far below what costs time."""
+"""The largest formula, line and nesting: far beyond what people publish, far below what costs time."""
 MOST_NUMBER = Fraction(10) ** 300
 
 

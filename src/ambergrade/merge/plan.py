@@ -62,7 +62,7 @@ class Task:
 
     name: str
     dtype: str
-    """Of the output."""
+    """The output's dtype."""
     shape: tuple[int, ...]
     mixture: Mixture
     """A copy is the one model with weight 1."""

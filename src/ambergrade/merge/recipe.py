@@ -19,7 +19,7 @@ RECIPE = "ambergrade.recipe"
 FIRST_POLICIES = frozenset({"vae", "cosmetic", "missing", "nonfinite", "ema"})
 """Always told. Later ones are told where they are no default, so that they change no earlier digest and header."""
 MOST_NUMBER = 1e300
-"""Of a coefficient."""
+"""The largest coefficient, either sign."""
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ class ReleaseContents:
     """Anything that names inputs by digest."""
     summary: str = ""
     checkpoint_sha256: str | None = None
-    """Of the file, as a record says it; other bytes are refused. None: it is not known."""
+    """The file's sha256, as a record says it; other bytes are refused. None: it is not known."""
 
     def __post_init__(self) -> None:
         for what, text in (("name", self.name), ("version", self.version)):

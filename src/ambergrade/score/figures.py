@@ -233,7 +233,7 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def scale(values: npt.NDArray[np.float64]) -> Normalize:
-    """Of colours, from the lowest to the highest value; also where they are one."""
+    """Return the norm of colours, from the lowest to the highest value; also where they are one."""
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     return Normalize(low, high if high > low else low + 1e-9)
 

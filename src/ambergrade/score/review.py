@@ -33,7 +33,7 @@ class Review:
     objective: str
     """The column that decides."""
     columns: tuple[str, ...]
-    """Of the leaderboard; the objective first."""
+    """The leaderboard's columns, the objective first."""
     points: Mapping[str, Mapping[str, Value]]
     """Label to axis to value; every point has the same axes."""
     scores: Mapping[str, Mapping[str, Measurement]]
@@ -241,7 +241,7 @@ def _measured(found: Measurement, drawn: str = "") -> str:
 
 
 def _ends(measured: Iterable[Measurement]) -> tuple[float, float]:
-    """Of the scale that all rows share."""
+    """Return the ends of the scale that all rows share."""
     known = [m for m in measured if not math.isnan(m.low)]
     return min((m.low for m in known), default=0.0), max((m.high for m in known), default=1.0)
 

@@ -55,7 +55,7 @@ class Sample:
     score: Measurement
     winner: bool = False
     member: bool = False
-    """Of the winner set."""
+    """Whether it is in the winner set."""
 
 
 def curve(samples: Sequence[Sample], path: Path, *, axis: str, score_name: str = "score", title: str = "") -> Path:

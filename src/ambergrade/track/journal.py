@@ -63,7 +63,7 @@ class Journal:
         self.experiment_id = experiment_id
         self.root = root
         self.name = name
-        """Of the experiment."""
+        """The experiment's name."""
         self.secrets = secrets or Secrets()
         """What is masked in all that is journaled."""
         self.troubles: list[str] = []

@@ -36,7 +36,7 @@ from ambergrade.nouns import CaptionedPicture, CaptionSet
 from ambergrade.train.latents import PictureReader, encode_pictures, group_by_bucket
 
 VERSION = 2
-"""Of the store: raise it when the same picture would give other latents. Before 2, files were not checked."""
+"""The store's version: raise it when the same picture would give other latents. Before 2, files were not checked."""
 SHARD = 1 << 30
 """Bytes of latents in a file: 8192 pictures of 1024²."""
 CHANNELS, SHRINK = 4, 8

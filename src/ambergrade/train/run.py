@@ -19,7 +19,7 @@ from ambergrade.train.state import read_state, write_state
 from ambergrade.train.validation import ValidationLoss
 
 QUARTERS = ("0-249", "250-499", "500-749", "750-999")
-"""Of a schedule of a thousand steps, by which a row tells the loss; of others the same shares."""
+"""The steps of a schedule of a thousand by which a row tells the loss; of other schedules the same shares."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class LogRow:
     grad_norm: float
     """Before clipping."""
     lr: dict[str, float]
-    """Of the last step, by part."""
+    """The last step's, by part."""
     by_timestep: dict[str, float] = field(default_factory=dict)
     """The loss by quarter of the schedule (`0-249`: little noise), of the quarters that were drawn."""
     images_per_second: float = field(default=0.0, compare=False)

@@ -69,7 +69,7 @@ class Step(NamedTuple):
 
     loss: float
     norm: float
-    """Of the gradient, before clipping."""
+    """The gradient's norm, before clipping."""
     parts: Tensor
     """Losses by quarter of the schedule, as `by_quarter` gives them."""
 

@@ -62,7 +62,7 @@ class Scene:
     quality: float = 1.0
     """0 worst … 1 best; drawn as blur, noise and 8×8 mosaic."""
     seed: int = 0
-    """Of pose jitter, background details and defects."""
+    """The seed of pose jitter, background details and defects."""
 
 
 CHARACTERS: Mapping[str, tuple[Mapping[str, str], frozenset[str]]] = {
