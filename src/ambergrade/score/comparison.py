@@ -29,7 +29,7 @@ class Noise:
     """Mean |change| of a picture's number."""
     largest: float
     mean: PairedDifference
-    """The difference of the means over prompts: an A/A row, which should be undecided and far below what is detectable."""
+    """The difference of the means: an A/A row, which should be undecided and far below what is detectable."""
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ class ControlResponse(Metric):
 
     @classmethod
     def differences(cls, sheet: ScoreSheet, baseline: ScoreSheet, *, seed: int) -> dict[str, PairedDifference]:
-        """Compare the responses: does this model hear the word better than the baseline, on the same prompts and seeds?"""
+        """Compare the responses: does this model hear the word better than the baseline, same prompts and seeds?"""
         found = {}
         theirs = pairs(baseline.prompt_ids, baseline.seeds)
         for axis, rows in pairs(sheet.prompt_ids, sheet.seeds).items():
