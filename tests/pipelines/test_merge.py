@@ -118,5 +118,5 @@ def test_mistakes_are_told_in_a_few_lines(tmp_path: Path, cache: Path) -> None:
     told = run("merge", f"out={out}", cache=cache, fails=True)  # the group's formula, and no file for base7
     assert "models.base7=PATH" in told
     told = run("verify", f"model={file}", cache=cache, fails=True)
-    assert "models=DIR" in told
+    assert "No value for: models" in told
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]

@@ -62,6 +62,7 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
         # not OmegaConf.missing_keys: it fails on a reference to a missing value
         missing = [key for key, value in _leaves(_container(cfg, resolve=False)) if value == "???"]
         if missing:
+            missing = [key.removesuffix("_path") for key in missing]  # as `as_written` lets them be given
             given = " ".join(f"{key}=…" for key in missing[:3])
             raise BadSetting(f"No value for: {', '.join(missing)}.\nGive it on the command line: {given}")
         return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
