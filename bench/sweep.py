@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=25)
     parser.add_argument("--plain", type=Path, default=None, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    values = A, B[: -(-asked.points // len(A))]
+    values = A, B[: max(2, -(-asked.points // len(A)))]
     if asked.plain:
         plain(asked.plain, values)
         return

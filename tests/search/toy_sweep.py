@@ -88,11 +88,18 @@ class Toy:
 
     def sweep(self, request):
         cfg, root = request.config, Path(request.config.root)
-        key = request.key(lambda made: {"y": made.y, "of": made.of})
+
+        def made_of(job):
+            made = request.composed(request.overrides(job))
+            return {"y": made.y, "of": made.of}
+
+        key = request.key(made_of)
         folder = request.folder(key)
-        pool = Pool(
-            evaluate, lambda job: (OmegaConf.to_container(request.compose(job)), folder.place(job)), cfg.workers
-        )
+
+        def payload(job):
+            return OmegaConf.to_container(request.composed(request.overrides(job))), folder.place(job)
+
+        pool = Pool(evaluate, payload, cfg.workers)
 
         def recall(job):
             outcome = folder.outcome(job)

@@ -98,21 +98,26 @@ class Request:
         known = start if start and set(start) == set(self.axes.specs) else None
         return search(**self.settings, values=self.axes.specs, start=known)
 
-    def compose(self, job: Job) -> DictConfig:
-        """The configuration of a job."""
-        return without_hydra(self.whole(self.overrides(job)))
+    def composed(self, lines: Sequence[str]) -> DictConfig:
+        """The configuration that overrides compose to."""
+        return without_hydra(self.whole(list(lines)))
 
     def overrides(self, job: Job) -> list[str]:
+        """A job as overrides."""
         return [*self.axes.overrides(job.point), *(self.screen if job.cheap else ())]
 
-    def key(self, made_of: Callable[[DictConfig], object]) -> str:
+    def corners(self) -> list[Job]:
+        """One point, and those that differ from it in a single listed value: together they hold every value."""
+        return [Job("", point) for point in self.axes.corners()]
+
+    def key(self, made_of: Callable[[Job], object]) -> str:
         """Name the sweep by its axes, its search (but for the total) and what its points are made of.
 
-        `made_of`: what decides the result of a configuration, digests of files included. It is asked for one point and
-        for all that differ from it in one listed value, since that may name a file or an option that was edited.
+        `made_of`: what decides the result of a job, digests of files included. It is asked for the corners, since any
+        listed value may name a file or an option that was edited.
         """
         what = {
-            "made_of": [made_of(self.compose(Job("", point))) for point in self.axes.corners()],
+            "made_of": [made_of(job) for job in self.corners()],
             "axes": self.axes.specs,
             "search": {key: value for key, value in self.settings.items() if key != "trials"},
             "rungs": self.rungs,

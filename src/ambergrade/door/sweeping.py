@@ -50,22 +50,29 @@ class SweepCommand:
         """Run the sweep that a command line asks for."""
         logging.getLogger().setLevel(logging.WARNING)  # Hydra lets every library's INFO through
         limit_threads(request.config)  # before numpy is imported
-        corners = [Job("", point) for point in request.axes.corners()]
-        settings = [read(SweepSettings, request.compose(job)) for job in corners]  # what is wrong is told here, once
+
+        @functools.lru_cache(maxsize=256)
+        def composed(lines: tuple[str, ...]) -> SweepSettings:
+            return read(SweepSettings, request.composed(lines))
+
+        def settings_of(job: Job) -> SweepSettings:
+            return composed(tuple(request.overrides(job)))
+
+        first, *_ = [settings_of(job) for job in request.corners()]  # what is wrong is told here, once
         print("loading …", flush=True)
         from ambergrade.chain import sweep_command
         from ambergrade.chain.points import PointScorer
         from ambergrade.chain.sweep import SweepPlan
 
         def planned(scorer: PointScorer) -> SweepPlan:
-            key = request.key(lambda cfg: scorer.task(read(SweepSettings, cfg), Job("", {})).identity)
+            key = request.key(lambda job: scorer.task(settings_of(job), Job("", {})).identity)
             return SweepPlan(
                 key=key,
                 folder=request.folder(key),
                 search=request.search(),
                 axes=request.axes.specs,
                 label=request.axes.label,
-                settings_of=lambda job: read(SweepSettings, request.compose(job)),
+                settings_of=settings_of,
                 rungs=request.rungs,
                 screened_by=", ".join(request.screen),
             )
@@ -73,4 +80,4 @@ class SweepCommand:
         def launched(plan: SweepPlan) -> Evaluator | None:
             return request.launched(plan.folder)
 
-        sweep_command.run(settings[0], invocation(request.config), planned, launched)
+        sweep_command.run(first, invocation(request.config), planned, launched)
