@@ -6,19 +6,19 @@ import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from ambergrade.errors import BadSetting, UnknownName
 from ambergrade.identity import random_seed
+from ambergrade.places import CONF
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-FOLDER = Path(__file__).parents[3] / "conf" / "method"
+FOLDER = CONF / "method"
 KINDS = ("model", "difference")
 
 
