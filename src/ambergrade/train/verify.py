@@ -11,7 +11,7 @@ import torch
 from ambergrade.errors import BadSetting
 from ambergrade.family.files import read_tensors
 from ambergrade.identity import file_digest
-from ambergrade.train.settings import PARTS
+from ambergrade.train.settings import PARTS, TrainSettings
 from ambergrade.train.worker import TrainingJob, launch
 
 CLOSE = 1e-6
@@ -38,7 +38,8 @@ def verify_resume(job: TrainingJob, processes: int, kills: Sequence[int], *, cpu
 
     Each killed run goes on from the newest state it had written, which may lie well before the kill.
     """
-    batch, images = int(str(job.settings["batch"])), int(str(job.settings["images"]))
+    trainer = TrainSettings.read(job.settings)
+    batch, images = trainer.batch, trainer.images
     if not kills or not all(batch <= kill < images for kill in kills):
         raise BadSetting(
             f"A run of {images} images can be killed from {batch} to {images - batch}; asked: {list(kills)}."
@@ -74,10 +75,11 @@ def verify_gradients(job: TrainingJob, processes: int, *, cpu: bool = True) -> G
 
     In double precision, so that sums in another order agree to 1e-12 and a missing reduction stands out.
     """
-    folder, batch = Path(job.out), int(str(job.settings["batch"]))
+    trainer = TrainSettings.read(job.settings)
+    folder, batch = Path(job.out), trainer.batch
     once = {**job.settings, "images": batch, "clip": 0.0, "ema": 0.0, "save_every": 0, "precision": "fp32"}
     once["in_backward"] = False  # it leaves no gradient to compare
-    asked = int(str(once["micro"]))
+    asked = trainer.micro
     micro = next((n for n in range(min(asked, batch // processes), 0, -1) if batch % (n * processes) == 0), None)
     if micro is None:
         raise BadSetting(f"batch {batch} cannot be shared by {processes} processes.")
