@@ -2,13 +2,14 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
 
 from ambergrade.errors import BadSetting
 from ambergrade.search.driver import Driver, Job, Outcome, attempt, in_process
-from ambergrade.search.folder import SweepFolder, job_of
+from ambergrade.search.folder import SweepFolder, job_of, write_outcome
 from ambergrade.search.load import search
 
 
@@ -216,6 +217,18 @@ def test_a_folder_keeps_the_points_in_their_order_and_how_each_ended(tmp_path):
     folder.begin(jobs[1])  # drawn anew: how it ended before is forgotten, its number is not
     assert folder.outcome(jobs[1]) is None
     assert folder.past()[1] == {"a": 3.0}
+
+
+def test_an_outcome_that_its_worker_wrote_is_not_written_again(tmp_path):
+    folder, job = SweepFolder(tmp_path), Job("a 1", {"a": 1.0})
+    outcome = Outcome(True, {"score": 1.0, "rows": [1.0]}, seconds=2.0)
+    write_outcome(folder.place(job), outcome)  # as a launcher's worker does
+    file = folder.place(job) / "outcome.json"
+    os.utime(file, ns=(1, 1))
+    folder.keep(job, folder.outcome(job))
+    assert file.stat().st_mtime_ns == 1
+    folder.keep(job, Outcome(True, {"score": 2.0, "rows": [2.0]}, seconds=2.0))
+    assert folder.outcome(job).score == 2.0
 
 
 def test_the_failures_file_holds_every_reason_whole(tmp_path):

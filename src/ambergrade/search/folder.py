@@ -54,8 +54,9 @@ class SweepFolder:
         return read_outcome(self.place(job))
 
     def keep(self, job: Job, outcome: Outcome) -> None:
-        """Note how a job ended."""
-        write_outcome(self.place(job), outcome)
+        """Note how a job ended, where its worker has not done so already: what is finished is written once."""
+        if self.outcome(job) != outcome:
+            write_outcome(self.place(job), outcome)
 
     def keep_failures(self, swept: Swept) -> None:
         """Write every failed point with its whole reason to failures.txt; none: no file."""
