@@ -150,7 +150,7 @@ def publish(
     evaluation, sheets = _evaluation(scoring, candidate, final)
     draft = Draft(
         name=about.name,
-        version=about.version,
+        version=str(about.version),
         summary=about.summary,
         author=about.author,
         license=derived.name,

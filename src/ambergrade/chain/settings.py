@@ -141,7 +141,7 @@ class Suite:
 @dataclass(frozen=True)
 class ReleaseSettings:
     name: str
-    version: str
+    version: str | int
     folder: Path
     license: str | None = None
     """A yaml of conf/license; None: the one that the parents' licences ask for."""
@@ -156,7 +156,7 @@ class ReleaseSettings:
 
     def __post_init__(self) -> None:
         check_name("name", self.name)
-        check_name("version", self.version)
+        check_name("version", str(self.version))
         if self.license is not None:
             load_license(self.license)
 
