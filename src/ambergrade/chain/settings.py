@@ -271,39 +271,6 @@ class SweepSettings(Common):
 
 
 @dataclass(frozen=True)
-class ReleasePipelineSettings(Common):
-    """conf/release.yaml: a release of a finished sweep, or of a model file."""
-
-    family: FamilySettings
-    origins: Mapping[str, Origin]
-    data: DataSettings
-    prompts: PromptFiles
-    sampler: SamplerSettings
-    suite: Suite
-    compute: Compute
-    gates: Mapping[str, Plugin]
-    leaderboard: tuple[str, ...]
-    sheet: int
-    insist: bool
-    release: ReleaseSettings
-    sweep: Path | None = None
-    point: Mapping[str, float] | None = None
-    models: Mapping[str, str] = field(default_factory=dict)
-    model: str | None = None
-    inputs: Path | None = None
-    debug: bool = False
-
-    def __post_init__(self) -> None:
-        if (self.sweep is None) == (self.model is None):
-            raise BadSetting("Give either sweep=FOLDER (a finished sweep) or model=FILE, and not both.")
-        if self.point and self.sweep is None:
-            raise BadSetting("point names a point of a sweep: give sweep=FOLDER too.")
-        for file in (self.sweep, self.inputs, self.model):
-            if file is not None:
-                find_file(str(file))
-
-
-@dataclass(frozen=True)
 class EvaluateSettings(Common):
     """conf/evaluate.yaml: scores of a model or of pictures, and what is done with score sheets."""
 
