@@ -10,7 +10,16 @@ from ambergrade.chain.context import Context, open_journal, record_command, use_
 from ambergrade.chain.dataset import draw_world
 from ambergrade.chain.gates import judge_candidate
 from ambergrade.chain.heldout import Finalists, compare_finalists
-from ambergrade.chain.point import LiveMerge, LiveNetworks, Point, Scoring, label_of, open_checkpoint, read_prompts
+from ambergrade.chain.point import (
+    LiveMerge,
+    LiveNetworks,
+    Point,
+    Scoring,
+    find_originals,
+    label_of,
+    open_checkpoint,
+    read_prompts,
+)
 from ambergrade.chain.release import Candidate, merged, publish, recipe_of
 from ambergrade.chain.release_settings import ReleasePipelineSettings
 from ambergrade.chain.settings import Invocation, MergeFormula, SweepSettings
@@ -189,16 +198,18 @@ _WORDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 def _scored(
     context: Context, settings: ReleasePipelineSettings, scoring: Scoring, subject: Subject, folder: Path
 ) -> Finalists:
+    prompts = read_prompts(settings.prompts, "heldout")
     return compare_finalists(
         context,
         scoring,
         (subject.label, subject.merge, subject.point),
         subject.rivals,
         subject.base,
-        read_prompts(settings.prompts, "heldout"),
+        prompts,
         leaderboard=settings.leaderboard,
         objective=subject.objective or settings.leaderboard[0],
         kept=settings.sheet,
         title=f"{settings.release.name} {settings.release.version}",
         folder=folder,
+        originals=find_originals(settings.prompts, "heldout", prompts.first(settings.sheet).prompts),
     )
