@@ -25,6 +25,7 @@ from ambergrade.chain.release_settings import ReleasePipelineSettings
 from ambergrade.chain.settings import Invocation, MergeFormula, SweepSettings
 from ambergrade.chain.sweep import read_best
 from ambergrade.errors import BadSetting, UnknownName
+from ambergrade.family.dtypes import DTYPES
 from ambergrade.family.header import read_header
 from ambergrade.identity import digest, file_digest
 from ambergrade.merge.files import RECIPE
@@ -164,9 +165,9 @@ def _of_file(settings: ReleasePipelineSettings, live: LiveNetworks) -> Subject:
         parents = dict(find_inputs(wanted, settings.inputs, known, skip=[path]).paths)
     own = settings.origins.get(RELEASED, Origin(license=about.license or UNKNOWN))
     origins = {**settings.origins, RELEASED: own}
-    dtypes = {entry.dtype for entry in header.entries.values() if entry.size}
+    dtypes = {DTYPES[entry.dtype].short for entry in header.entries.values() if entry.size}
     found: Candidate | None = None
-    if about.dtype is not None and dtypes != {_WORDS[about.dtype]}:  # a merge of one model, which only rounds it
+    if about.dtype is not None and dtypes != {about.dtype}:  # a merge of one model, which only rounds it
         sources = {RELEASED: path}
     elif written is None:
         sources = {}
@@ -190,9 +191,6 @@ def _of_file(settings: ReleasePipelineSettings, live: LiveNetworks) -> Subject:
     rivals = {name: (LiveMerge(MergeFormula(name, {}), models, live), dict[str, float]()) for name in models}
     base = written.formula.models[0] if written is not None and written.formula.models[0] in rivals else None
     return Subject(f"released: {about.name}", merge, {}, rivals, base, origins=origins, found=found)
-
-
-_WORDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
 
 def _scored(
