@@ -12,18 +12,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ambergrade.chain.environment import packages
 from ambergrade.errors import AmbergradeError, BadInput, BadSetting, UnknownName
 from ambergrade.family.digests import listed_digests, weights_sha256
 from ambergrade.family.header import read_header
 from ambergrade.merge.files import read_recipe, recipe_of, verify
 from ambergrade.merge.find import find_inputs
 from ambergrade.merge.inputs import Digests, default_cache
-from ambergrade.release.environment import environment
 from ambergrade.release.facts import FACTS, ReleaseFacts, parse_facts, plain, read_facts, write_facts
 from ambergrade.release.papers import papers
 from ambergrade.release.signature import check_signature
 from ambergrade.release.sums import MANIFEST, MOST_BYTES, SUMS, check_sums, read_manifest, read_text
 
+MOST_TENSORS = 20
+"""Lines that tell of tensors."""
 PARENTS = "parents"
 """The folder of a release that holds what it was merged from, where it is bundled."""
 
@@ -235,3 +237,64 @@ def _apart(found: Any, wanted: Any, path: str = "") -> Iterator[tuple[str, str, 
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=True, default=str)
     return text if len(text) <= 160 else text[:156] + " …"
+
+
+def _scores(release: _Opened) -> str:
+    from ambergrade.chain.numbers import unequal  # pyarrow and scipy
+
+    evaluation = release.facts.evaluation
+    if wrong := unequal(evaluation, release.folder):
+        raise _Wrong([f"{FACTS}: {line}" for line in wrong])
+    numbers = sum(len(row) for row in [*evaluation.scores.values(), *evaluation.differences.values()])
+    return f"{numbers:,} numbers with their intervals follow from {len(evaluation.sheets)} score sheets"
+
+
+def _signature(release: _Opened) -> str:
+    signature, key = release.asked.signature, release.asked.key
+    assert signature is not None
+    assert key is not None
+    check_signature(release.folder, signature, key)
+    return f"signed by {key.name}"
+
+
+def _inputs(release: _Opened) -> str:
+    parents = release.facts.parents
+    if not parents:
+        return "none: nobody knows what the weights were made of"
+    if release.models is None:
+        raise BadSetting("The release bundles no parents.\nGive the folder that holds them: --models DIR")
+    wanted = {
+        alias: {kind: sha256 for kind, sha256 in parent.digests.items() if kind != "name"}
+        for alias, parent in parents.items()
+    }
+    names = {parent.name for parent in parents.values() if parent.name}
+    found = find_inputs(wanted, release.models, Digests(default_cache()), names=names, skip=[release.weights])
+    told = ", ".join(f"{alias} {path.name}" for alias, path in found.paths.items())
+    return told + (f"; saved anew, of equal weights: {', '.join(found.resaved)}" if found.resaved else "")
+
+
+def _rebuild(release: _Opened) -> str:
+    facts = release.facts
+    if facts.recipe is None:
+        raise BadInput("Nobody knows how the weights were made, so they cannot be merged again.")
+    if release.models is None:
+        raise BadSetting("The release bundles no parents.\nGive the folder that holds them: --models DIR")
+    found = verify(release.weights, release.models, threads=release.asked.threads)
+    if found.same:
+        return f"{found.bytes_compared:,} bytes are what the recipe gives"
+    lines = [f"{facts.file}: the first difference is at {found.first_difference}"]
+    lines += [f"  {one}" for one in found.differing[:MOST_TENSORS]]
+    if len(found.differing) > MOST_TENSORS:
+        lines.append(f"  and {len(found.differing) - MOST_TENSORS:,} tensors more")
+    here = packages("ambergrade")
+    lines += [f"made with {name} {said}, here {one}" for name, one, said in _apart(here, plain(facts.environment.packages))]
+    raise _Wrong(lines)
+
+
+def _rescore(release: _Opened) -> str:
+    from ambergrade.chain.rescoring import rescored  # torch
+
+    outside, told = rescored(release.folder, release.facts)
+    if outside:
+        raise _Wrong(outside)
+    return told

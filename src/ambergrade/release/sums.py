@@ -153,3 +153,14 @@ def shown(name: str) -> str:
     ('README.md', 'a\\\\nb', 'a\\\\u202eb')
     """
     return "".join(c if c.isprintable() and c != "\\" else ascii(c)[1:-1] for c in name)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the file that a release's facts name. Raises BadInput for a name that leads elsewhere, or to no file."""
+    file = folder / name
+    clean = not Path(name).is_absolute() and ".." not in Path(name).parts and "\0" not in name
+    if not clean or any((folder / step).is_symlink() for step in (name, *Path(name).parents[:-1])):
+        raise BadInput(f"'{shown(name)[:120]}' is no name of a release's file.")
+    if not file.is_file():
+        raise BadInput(f"{shown(name)[:120]} is missing: {folder} is no whole release.")
+    return file
