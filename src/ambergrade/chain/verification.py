@@ -77,7 +77,9 @@ class Asked:
             if name not in names:
                 raise UnknownName("level", name, names)
         if (self.signature is None) != (self.key is None):
-            raise BadSetting("A signature is checked by the signer's public key.\nGive both: --signature FILE --key FILE")
+            raise BadSetting(
+                "A signature is checked by the signer's public key.\nGive both: --signature FILE --key FILE"
+            )
 
 
 @dataclass(frozen=True)
@@ -287,7 +289,9 @@ def _rebuild(release: _Opened) -> str:
     if len(found.differing) > MOST_TENSORS:
         lines.append(f"  and {len(found.differing) - MOST_TENSORS:,} tensors more")
     here = packages("ambergrade")
-    lines += [f"made with {name} {said}, here {one}" for name, one, said in _apart(here, plain(facts.environment.packages))]
+    lines += [
+        f"made with {name} {said}, here {one}" for name, one, said in _apart(here, plain(facts.environment.packages))
+    ]
     raise _Wrong(lines)
 
 
