@@ -197,9 +197,10 @@ def _papers(release: _Opened) -> str:
         wrong.append(f"{MANIFEST} is of {manifest.name} {manifest.version}, {FACTS} of {facts.name} {facts.version}")
     listed = {name: (one.sha256, one.bytes) for name, one in manifest.files.items()}
     known = {name: (one.sha256, one.bytes) for name, one in facts.files.items()}
+    known[facts.file] = (facts.weights.file, facts.weights.bytes)
     for name in sorted(known.keys() | listed.keys() - wanted.keys() - {FACTS}):
         if known.get(name) != listed.get(name):
-            wrong.append(f"{name} is not the file that {FACTS} names" if name in known else f"{name} is in no fact")
+            wrong.append(f"{name} is not the file that {FACTS} names" if name in known else f"{name} is not in {FACTS}")
     if wrong:
         raise _Wrong(wrong)
     return f"{', '.join(sorted(wanted))} follow from {FACTS}"
