@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ambergrade.chain.environment import packages
 from ambergrade.errors import AmbergradeError, BadInput, BadSetting, UnknownName
 from ambergrade.family.digests import listed_digests, weights_sha256
 from ambergrade.family.header import read_header
@@ -22,7 +21,7 @@ from ambergrade.merge.inputs import Digests, default_cache
 from ambergrade.release.facts import FACTS, ReleaseFacts, parse_facts, plain, read_facts, write_facts
 from ambergrade.release.papers import papers
 from ambergrade.release.signature import check_signature
-from ambergrade.release.sums import MANIFEST, MOST_BYTES, SUMS, check_sums, read_manifest, read_text
+from ambergrade.release.sums import MANIFEST, MOST_BYTES, check_sums, inside, read_manifest, read_text
 
 MOST_TENSORS = 20
 """Lines that tell of tensors."""
@@ -244,9 +243,14 @@ def _short(value: Any) -> str:
 
 def _scores(release: _Opened) -> str:
     from ambergrade.chain.numbers import unequal  # pyarrow and scipy
+    from ambergrade.score.sheet import suspected
 
     evaluation = release.facts.evaluation
-    if wrong := unequal(evaluation, release.folder):
+    for name in evaluation.sheets.values():
+        inside(release.folder, name)
+    with suspected("The score sheets"):
+        wrong = unequal(evaluation, release.folder)
+    if wrong:
         raise _Wrong([f"{FACTS}: {line}" for line in wrong])
     numbers = sum(len(row) for row in [*evaluation.scores.values(), *evaluation.differences.values()])
     return f"{numbers:,} numbers with their intervals follow from {len(evaluation.sheets)} score sheets"
@@ -289,6 +293,8 @@ def _rebuild(release: _Opened) -> str:
     lines += [f"  {one}" for one in found.differing[:MOST_TENSORS]]
     if len(found.differing) > MOST_TENSORS:
         lines.append(f"  and {len(found.differing) - MOST_TENSORS:,} tensors more")
+    from ambergrade.chain.environment import packages
+
     here = packages("ambergrade")
     lines += [
         f"made with {name} {said}, here {one}" for name, one, said in _apart(here, plain(facts.environment.packages))

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ambergrade.chain.numbers import trusted
 from ambergrade.errors import BadInput
 from ambergrade.generate.contact_sheet import contact_sheet, write_png
 from ambergrade.nouns import Measurement
@@ -15,7 +14,7 @@ from ambergrade.pictures import read_rgb
 from ambergrade.release.facts import ReleaseFacts, Sample, read_facts
 from ambergrade.release.sums import inside, shown
 from ambergrade.score.comparison import aggregates, differences
-from ambergrade.score.sheet import ScoreSheet
+from ambergrade.score.sheet import ScoreSheet, suspected
 from ambergrade.score.statistics import interval_text
 
 MOST_PICTURES = 8
@@ -94,10 +93,12 @@ def _made_of(one: Version, other: Version) -> Iterator[str]:
 def _scored(one: Version, other: Version) -> Iterator[str]:
     """Yield the scores of both and the paired differences, or why there are none."""
     sheets = {"A": one.sheet, "B": other.sheet}
-    found = {label: trusted(lambda sheet=sheet: aggregates(sheet)) for label, sheet in sheets.items()}
+    with suspected("The score sheets"):
+        found = {label: aggregates(sheet) for label, sheet in sheets.items()}
     unlike, apart = "", {}
     try:
-        apart = trusted(lambda: differences(sheets["B"], sheets["A"]))
+        with suspected("The pair of score sheets"):
+            apart = differences(sheets["B"], sheets["A"])
     except BadInput as error:
         unlike = str(error)
     columns = dict.fromkeys([*one.facts.evaluation.columns, *other.facts.evaluation.columns])
