@@ -4,14 +4,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from ambergrade.chain.environment import environment
-from ambergrade.chain.numbers import numbers
-from ambergrade.release.facts import Draft, Evaluation, Parent, Prompts, Recipe, Sample, Scorer
-from ambergrade.release.licenses import load_license
 from PIL import Image
 
 from ambergrade.chain.context import Context
 from ambergrade.chain.dataset import draw_world
+from ambergrade.chain.environment import environment
+from ambergrade.chain.numbers import numbers
 from ambergrade.chain.settings import Compute, DataSettings, Drawing, GammaSettings
 from ambergrade.door.compose import compose, read
 from ambergrade.door.files import run_recipe
@@ -22,6 +20,8 @@ from ambergrade.identity import digest, random_seed
 from ambergrade.merge.files import from_values, recipe_document
 from ambergrade.nouns import Picture, PromptSet, SamplerSettings
 from ambergrade.release.build import Payload, build_release
+from ambergrade.release.facts import Draft, Evaluation, Parent, Prompts, Recipe, Sample, Scorer
+from ambergrade.release.licenses import load_license
 from ambergrade.score.scoring import load_metric, score
 from ambergrade.score.sheet import ScoreSheet
 from ambergrade.store import BUILTIN

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from ambergrade.chain.context import Context, Stage
+from ambergrade.chain.numbers import measured
 from ambergrade.chain.point import HELDOUT, LiveMerge, LiveNetworks, Scoring, open_checkpoint, score_point
 from ambergrade.chain.settings import MergeFormula
 from ambergrade.nouns import Checkpoint, Measurement, PromptSet
 from ambergrade.release.gate import Evidence, Judgement, judge, load_gates
 from ambergrade.score.comparison import aggregates, differences
 from ambergrade.score.sheet import ScoreSheet
-from ambergrade.score.statistics import PairedDifference
 from ambergrade.store import Finished, Outputs
 from ambergrade.track.journal import Run
 from ambergrade.track.registry import Version
@@ -27,14 +27,14 @@ def judge_candidate(
     name: str,
     candidate: Checkpoint,
     sheet: ScoreSheet,
-    base: ScoreSheet,
+    base: ScoreSheet | None,
     scoring: Scoring,
     live: LiveNetworks,
     prompts: PromptSet,
 ) -> dict[str, Judgement]:
     """Ask every gate about a registered candidate, and move the alias `champion` by what they say, which is returned.
 
-    name: of the registered model. sheet, base: scores of the candidate and of its base on `prompts`.
+    name: of the registered model. sheet, base: scores of the candidate and of its base, if it has one, on `prompts`.
 
     The champion of this root, or the one before it if the candidate is champion already, is scored on the same
     prompts, so that what a gate sees of it is paired like everything else. The verdict is a record (`records/gate`), a
@@ -44,8 +44,11 @@ def judge_candidate(
     loaded = load_gates({label: one.as_mapping for label, one in gates.items()})
     family = live.family.name
     rivals = {one.parameters["than"] for one in gates.values() if "than" in one.parameters}
-    apart: dict[str, Mapping[str, Measurement]] = {"base": measured(differences(sheet, base))}
-    inputs = {"weights": candidate.digest, "scores": sheet.digest, "base": base.digest}
+    apart: dict[str, Mapping[str, Measurement]] = {}
+    inputs = {"weights": candidate.digest, "scores": sheet.digest}
+    if base is not None:
+        apart["base"] = measured(differences(sheet, base))
+        inputs["base"] = base.digest
     champion = context.journal.rival(name, candidate.digest) if "champion" in rivals else None
     if champion is not None:
         other = _champion_sheet(context, champion, scoring, live, prompts)
@@ -97,11 +100,6 @@ def _champion_sheet(
         context, merge, scoring, {}, prompts, "champion", stage=HELDOUT, line=line, journaled_as="evaluation"
     )
     return ScoreSheet.read(done.files["scores"])
-
-
-def measured(apart: Mapping[str, PairedDifference]) -> dict[str, Measurement]:
-    """Paired differences as the numbers that gates take."""
-    return {m: Measurement(d.value, d.low, d.high, d.n, d.higher_is_better) for m, d in apart.items()}
 
 
 def _verdict(done: Finished) -> dict[str, Judgement]:

@@ -16,7 +16,7 @@ from ambergrade.chain.point import label_of, read_prompts, write_merge
 from ambergrade.chain.points import PointScorer
 from ambergrade.chain.review import Shown, draw, links_of, tell_unlike
 from ambergrade.chain.settings import Invocation, SweepSettings
-from ambergrade.chain.sweep import SweepPlan, SweepResult, drive, pool, result_of, reviewed
+from ambergrade.chain.sweep import SweepPlan, SweepResult, drive, keep_best, pool, result_of, reviewed
 from ambergrade.errors import AmbergradeError, BadInput, BadSetting
 from ambergrade.score.statistics import interval_text
 from ambergrade.search.driver import Evaluator, Job, Swept
@@ -113,6 +113,7 @@ def _show(
     print(f"\n{review.table}", flush=True)
     prompts = read_prompts(settings.prompts, "sweep").first(settings.sheet).prompts
     shown = draw(review, folder, result.strips, prompts, settings.sampler)
+    keep_best(result, shown)
     winner = plan.settings_of(result.jobs[shown.best])
     merge, _ = scorer.loaded(winner)
     recipe = merge.recipe(winner.merge.coefficients)

@@ -18,7 +18,8 @@ from ambergrade.family.header import read_header
 from ambergrade.merge.files import read_recipe, recipe_of, verify
 from ambergrade.merge.find import find_inputs
 from ambergrade.merge.inputs import Digests, default_cache
-from ambergrade.release.facts import FACTS, ReleaseFacts, parse_facts, plain, read_facts, write_facts
+from ambergrade.merge.recipe import Recipe
+from ambergrade.release.facts import FACTS, ReleaseFacts, read_facts, write_facts
 from ambergrade.release.papers import papers
 from ambergrade.release.signature import check_signature
 from ambergrade.release.sums import MANIFEST, MOST_BYTES, check_sums, inside, read_manifest, read_text
@@ -173,13 +174,19 @@ def _headers(release: _Opened) -> str:
             read_header(release.folder / name)
     if facts.recipe is not None:
         written = read_recipe(release.folder / "recipe.yaml").recipe
-        own = recipe_of(file)
-        pairs = _apart({**own.full, "header": dict(own.released)}, {**written.full, "header": dict(written.released)})
+        if written is None:
+            raise BadInput("recipe.yaml does not name every input by its weights.")
+        pairs = _apart(_header_of(recipe_of(file)), _header_of(written))
         wrong += [f"{file.name}: the header's {path} is {one}, recipe.yaml says {other}" for path, one, other in pairs]
     if wrong:
         raise _Wrong(wrong)
     told = "of unknown origin" if facts.recipe is None else "the header's recipe is recipe.yaml"
     return f"{len(header.entries):,} tensors, {told}; weights {facts.weights.weights[:12]}"
+
+
+def _header_of(recipe: Recipe) -> dict[str, Any]:
+    """Return all that a header says because of a recipe."""
+    return {**recipe.full, "ancestors": dict(recipe.ancestors), "header": dict(recipe.released)}
 
 
 def _papers(release: _Opened) -> str:
@@ -232,7 +239,7 @@ def _apart(found: Any, wanted: Any, path: str = "") -> Iterator[tuple[str, str, 
     elif isinstance(found, list | tuple) and isinstance(wanted, list | tuple) and len(found) == len(wanted):
         for number, (one, other) in enumerate(zip(found, wanted, strict=True)):
             yield from _apart(one, other, f"{path}[{number}]")
-    elif found != wanted or type(found) is not type(wanted) and isinstance(found, bool) != isinstance(wanted, bool):
+    elif found != wanted or isinstance(found, bool) != isinstance(wanted, bool):
         yield path, _short(found), _short(wanted)
 
 
@@ -297,7 +304,7 @@ def _rebuild(release: _Opened) -> str:
 
     here = packages("ambergrade")
     lines += [
-        f"made with {name} {said}, here {one}" for name, one, said in _apart(here, plain(facts.environment.packages))
+        f"made with {name} {said}, here {one}" for name, one, said in _apart(here, dict(facts.environment.packages))
     ]
     raise _Wrong(lines)
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from ambergrade.errors import BadInput
 from ambergrade.generate.contact_sheet import contact_sheet, write_png
 from ambergrade.nouns import Measurement
-from ambergrade.pictures import read_rgb
 from ambergrade.release.facts import ReleaseFacts, Sample, read_facts
 from ambergrade.release.sums import inside, shown
 from ambergrade.score.comparison import aggregates, differences
+from ambergrade.score.reference import read_rgb
 from ambergrade.score.sheet import ScoreSheet, suspected
-from ambergrade.score.statistics import interval_text
+from ambergrade.score.statistics import PairedDifference, interval_text
 
 MOST_PICTURES = 8
 
@@ -109,7 +109,7 @@ def _scored(one: Version, other: Version) -> Iterator[str]:
         if known:
             arrow = "↑" if known[0].higher_is_better else "↓"
             difference = f"{_told(apart[name], '+')}  {apart[name].verdict}" if name in apart else ""
-            rows.append((f"{name} {arrow}", *map(_told, scores), difference))
+            rows.append((f"{name} {arrow}", _told(scores[0]), _told(scores[1]), difference))
     widths = [max(len(row[k]) for row in rows) for k in range(4)]
     yield from ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
     yield "Brackets are 95 % intervals; ↑ higher is better, ↓ lower."
@@ -117,7 +117,7 @@ def _scored(one: Version, other: Version) -> Iterator[str]:
         yield from ["", "Not paired, so only intervals that lie apart tell the two apart.", *unlike.splitlines()]
 
 
-def _told(found: Measurement | None, sign: str = "") -> str:
+def _told(found: Measurement | PairedDifference | None, sign: str = "") -> str:
     if found is None or math.isnan(found.value):
         return "–"
     return f"{found.value:{sign}.3f} {interval_text(found.low, found.high, f'{sign}.3f')}"

@@ -186,7 +186,8 @@ def _compare(given: argparse.Namespace) -> int:
 
     if given.out is not None:
         refuse_overwrite(given.out, [".png"])
-    print(compare_releases(*given.releases, given.out))
+    one, other = given.releases
+    print(compare_releases(one, other, given.out))
     return 0
 
 
