@@ -100,10 +100,10 @@ def _of_sweep(settings: ReleasePipelineSettings, live: LiveNetworks) -> Subject:
     assert settings.sweep is not None
     best = read_best(settings.sweep)
     swept, point = best.settings, dict(best.settings.merge.coefficients)
-    for name in settings.point:
+    for name in settings.point or {}:
         if name not in point:
             raise UnknownName("point", name, point, "These are the formula's coefficients.")
-    named = {**point, **settings.point}
+    named = {**point, **(settings.point or {})}
     models = _models(swept, settings.models)
     merge = LiveMerge(swept.merge, models, live).of_dtype(settings.release.dtype)
     licenses = {alias: settings.origins.get(alias, Origin()).license for alias in merge.paths}

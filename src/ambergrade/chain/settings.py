@@ -293,7 +293,7 @@ class ReleasePipelineSettings(Common):
     insist: bool
     release: ReleaseSettings
     sweep: Path | None = None
-    point: Mapping[str, float] = field(default_factory=dict)
+    point: Mapping[str, float] | None = None
     models: Mapping[str, str] = field(default_factory=dict)
     model: str | None = None
     inputs: Path | None = None

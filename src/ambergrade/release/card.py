@@ -94,13 +94,17 @@ def with_numbers(recipe: Recipe) -> str:
 
 
 def measured(found: Score | None, sign: str = "") -> str:
-    """Write `value [low, high]`, or a dash where nothing was measured; `sign="+"` for differences.
+    """Write `value [low, high]`, the value alone where there are too few pictures for an interval, a dash for nothing.
+
+    `sign="+"` is for differences.
 
     >>> measured(Score(0.5, 0.41, 0.6, 40))
     '0.500 [0.410, 0.600]'
     """
-    if found is None or found.value is None or found.low is None or found.high is None:
+    if found is None or found.value is None:
         return "–"
+    if found.low is None or found.high is None:
+        return f"{found.value:{sign}.3f}"
     return f"{found.value:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
 
 
