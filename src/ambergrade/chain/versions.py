@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ambergrade.errors import BadInput
 from ambergrade.generate.contact_sheet import contact_sheet, write_png
+from ambergrade.merge.plan import POLICIES
 from ambergrade.nouns import Measurement
 from ambergrade.release.facts import ReleaseFacts, Sample, read_facts
 from ambergrade.release.sums import inside, shown
@@ -46,7 +47,7 @@ class Version:
         made |= {name: f"{value:g}" for name, value in sorted(recipe.coefficients.items())} if recipe else {}
         made |= {alias: _parent(parent.digests) for alias, parent in sorted(facts.parents.items())}
         made["dtype"] = (recipe.dtype if recipe else None) or "its base's"
-        made |= {f"policy {name}": value for name, value in sorted(recipe.policies.items())} if recipe else {}
+        made |= {f"policy {name}": value for name, value in _chosen(recipe.policies)} if recipe else {}
         made |= {"licence": facts.license, "weights": facts.weights.weights[:12], "file": facts.weights.file[:12]}
         if facts.training:
             made["trained"] = f"{facts.training.name} from {facts.training.base}, {facts.training.captions.recipe}"
@@ -55,6 +56,10 @@ class Version:
         made["sampler"] = f"{sampler.name}, {sampler.steps} steps, guidance {sampler.guidance:g}"
         made["size"] = f"{sampler.width}×{sampler.height} px"
         return made
+
+
+def _chosen(policies: Mapping[str, str]) -> list[tuple[str, str]]:
+    return sorted((name, value) for name, value in policies.items() if POLICIES.get(name) != value)
 
 
 def _parent(digests: Mapping[str, str]) -> str:
