@@ -1,4 +1,4 @@
-"""A merge of four small files, all that its release says (`draft`), what goes into it (`payload`), and one that is whole."""
+"""A merge of four small files, all that its release says (`draft`), what goes into it (`payload`), and a sound one."""
 
 from __future__ import annotations
 
