@@ -25,17 +25,25 @@ from ambergrade.score.sheet import ScoreSheet, suspected
 
 MOST_SECONDS, MOST_BYTES = 2.0, 200 << 20
 WORDS = [b"0", b"-1", b"1e999", b"99999999999999999999", b"null", b"true", b"[]", b"{}", b'""', b'"\\ud800"', b"NaN"]
-WORDS += [
-    b'"../../etc/passwd"',
-    b'"/etc/passwd"',
-    b"\x00",
-    b"\xff",
-    b"'",
-    b'"',
-    b"[" * 2000,
-    b'{"a":' * 900,
-    b"\n",
-    b"*a",
+WORDS += [b'"../../etc/passwd"', b'"/etc/passwd"', b"\x00", b"\xff", b"'", b'"', b"\n", b"*a"]
+WORDS += [b"[" * 2000, b'{"a":' * 900]
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    1 << 80,
+    1e300,
+    -0.0,
+    "",
+    "../x",
+    "/etc/passwd",
+    "\u202e\n",
+    [],
+    {},
+    [[]],
+    {"": {}},
+    "x" * 4000,
 ]
 
 
@@ -71,24 +79,6 @@ def with_other_value(text: str, chance: random.Random) -> str:
         if not isinstance(inner, dict | list) or not inner or chance.random() < 0.15:
             break
         here = inner
-    odd = [
-        None,
-        True,
-        -1,
-        0,
-        1 << 80,
-        1e300,
-        -0.0,
-        "",
-        "../x",
-        "/etc/passwd",
-        "\u202e\n",
-        [],
-        {},
-        [[]],
-        {"": {}},
-        "x" * 4000,
-    ]
     here[key] = chance.choice(ODD)
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
