@@ -99,7 +99,7 @@ def verify_release(folder: Path, asked: Asked) -> Iterator[Finding]:
     A level after one that does not hold is still checked, but for merging and drawing again: what that would run is not
     to be trusted then. Raises BadInput where `folder` holds no release at all.
     """
-    if not (folder / FACTS).is_file():
+    if not any((folder / name).is_file() for name in (FACTS, MANIFEST)):
         raise BadInput(f"{folder} is no release: it has no {FACTS}.\nGive a release's folder, or a merged file.")
     release = _Opened(folder, asked)
     models = asked.models or (folder / PARENTS if (folder / PARENTS).is_dir() else None)
@@ -152,8 +152,8 @@ class _Opened:
 
     @property
     def weights(self) -> Path:
-        """The released file; its name comes from the facts, which allow no slash in it."""
-        return self.folder / self.facts.file
+        """The released file."""
+        return inside(self.folder, self.facts.file)
 
 
 def _sums(release: _Opened) -> str:
@@ -171,7 +171,7 @@ def _headers(release: _Opened) -> str:
     wrong = [f"{file.name}: {path} is {found}, {FACTS} says {wanted}" for path, found, wanted in _apart(found, said)]
     for name in sorted(facts.files):
         if name.endswith(".safetensors") and name != file.name:
-            read_header(release.folder / name)
+            read_header(inside(release.folder, name))
     if facts.recipe is not None:
         written = read_recipe(release.folder / "recipe.yaml").recipe
         if written is None:
