@@ -10,7 +10,16 @@ from ambergrade.chain.context import Context, open_journal, record_command, use_
 from ambergrade.chain.dataset import dataset, draw_world, read_sets
 from ambergrade.chain.gates import judge_candidate
 from ambergrade.chain.heldout import Finalists, compare_finalists
-from ambergrade.chain.point import LiveMerge, LiveNetworks, Point, Scoring, label_of, open_checkpoint, read_prompts
+from ambergrade.chain.point import (
+    LiveMerge,
+    LiveNetworks,
+    Point,
+    Scoring,
+    find_originals,
+    label_of,
+    open_checkpoint,
+    read_prompts,
+)
 from ambergrade.chain.release import merged, publish, training
 from ambergrade.chain.review import Shown, draw, links_of
 from ambergrade.chain.settings import GammaSettings, Invocation, SweepSettings
@@ -159,7 +168,8 @@ def _review(settings: GammaSettings, result: SweepResult, folder: Path) -> Shown
     )
     prompts = read_prompts(settings.prompts, "sweep").first(settings.sheet).prompts
     marked = (card[0], card[1]) if len(card) == 2 else None
-    shown = draw(review, folder, result.strips, prompts, settings.sampler, card=marked)
+    originals = find_originals(settings.prompts, "sweep", prompts)
+    shown = draw(review, folder, result.strips, prompts, settings.sampler, card=marked, originals=originals)
     keep_best(result, shown)
     return shown
 
@@ -189,18 +199,20 @@ def _last_word(
         rivals[f"card: {label_of(card)}"] = (merge, card)
     for name in (settings.base, settings.trained):
         rivals[name] = (merge.alone(name), {})
+    prompts = read_prompts(settings.prompts, "heldout")
     return compare_finalists(
         context,
         scoring,
         (f"winner: {label_of(point)}", merge, point),
         rivals,
         settings.base,
-        read_prompts(settings.prompts, "heldout"),
+        prompts,
         leaderboard=settings.leaderboard,
         objective=settings.search.objective,
         kept=settings.sheet,
         title=f"{settings.release.name} {settings.release.version}",
         folder=folder,
+        originals=find_originals(settings.prompts, "heldout", prompts.first(settings.sheet).prompts),
     )
 
 
@@ -226,7 +238,7 @@ def _close(
             "files": str(made.path),
             "base": settings.base,
             "trained": f"{settings.trained}, captions {settings.captions.name}",
-            "winner set": shown.winner_set,
+            "winner set": shown.review.winner_set,
             "prompts": f"{review.scores[shown.best][review.objective].n} for the sweep, each with its own seed; "
             f"{len(final.prompts.prompts)} others for the last word",
             "dashboard": f"{ui.ui_command(settings.root)} (the links need it)",

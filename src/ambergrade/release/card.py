@@ -266,15 +266,17 @@ def _limits(evaluation: Evaluation) -> str:
 def _license(facts: ReleaseFacts) -> str:
     found = facts.licenses[facts.license]
     title = f"[{cell(found.title)}]({found.url})" if found.url else cell(found.title)
-    use = {True: "Commercial use is allowed within its terms.", False: "**Not for commercial use.**"}
-    lines = [
-        f"{title}: {cell(facts.license_why)}. {use.get(found.commercial, '') if found.commercial is not None else ''}"
-    ]
+    told = [f"{title}: {cell(facts.license_why)}."]
+    if found.commercial is not None:
+        told.append("Commercial use is allowed within its terms." if found.commercial else "**No commercial use.**")
+    if found.share_alike:
+        told.append("What is made of this model bears the same licence.")
+    notices = []
     for name, one in facts.licenses.items():
         bearers = [alias for alias, parent in facts.parents.items() if parent.origin.license == name]
         whose = f" (of {', '.join(map(cell, bearers))})" if bearers else ""
-        lines += [f"- {cell(one.title)}{whose}: {cell(notice)}" for notice in one.notices]
-    return "\n".join([lines[0].strip(), *([""] if len(lines) > 1 else []), *lines[1:]])
+        notices += [f"- {cell(one.title)}{whose}: {cell(notice)}" for notice in one.notices]
+    return "\n\n".join(filter(None, [" ".join(told), "\n".join(notices)]))
 
 
 def _check(facts: ReleaseFacts) -> str:
