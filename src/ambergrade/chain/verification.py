@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ambergrade import __version__
 from ambergrade.errors import AmbergradeError, BadInput, BadSetting, UnknownName
 from ambergrade.family.digests import listed_digests, weights_sha256
 from ambergrade.family.header import read_header
@@ -207,6 +208,11 @@ def _papers(release: _Opened) -> str:
     for name in sorted(known.keys() | listed.keys() - wanted.keys() - {FACTS}):
         if known.get(name) != listed.get(name):
             wrong.append(f"{name} is not the file that {FACTS} names" if name in known else f"{name} is not in {FACTS}")
+    if wrong and facts.environment.ambergrade != __version__:
+        made = facts.environment.ambergrade
+        wrong.append(
+            f"The release was made with ambergrade {made}, and this is {__version__}: that one may write otherwise"
+        )
     if wrong:
         raise _Wrong(wrong)
     return f"{', '.join(sorted(wanted))} follow from {FACTS}"
