@@ -11,7 +11,6 @@ overwrite: true                            # default: an `out` that is there alr
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import yaml
 from ambergrade.errors import BadInput, BadSetting, MissingObject, UnknownName
 from ambergrade.family.digests import tensors_sha256
 from ambergrade.identity import canonical_json
+from ambergrade.merge.comparing import Comparing, Differing
 from ambergrade.merge.engine import run
 from ambergrade.merge.find import find_inputs
 from ambergrade.merge.formula import Formula
@@ -64,15 +64,31 @@ class RecipeFile:
     source: Path | None = None
     """The file it was read from."""
 
+    @property
+    def recipe(self) -> Recipe | None:
+        """Return what the merged file's header says; None unless every input is named by its weights."""
+        weights = {alias: digests["weights"] for alias, digests in self.digests.items() if "weights" in digests}
+        if weights.keys() != {*input_names(self.formula, self.policies)}:
+            return None
+        return Recipe(
+            self.formula,
+            self.coefficients,
+            weights,
+            self.dtype,
+            self.policies,
+            {alias: digests["file"] for alias, digests in self.digests.items() if "file" in digests},
+            ancestors=self.ancestors,
+            released=self.result.get("header", {}),
+        )
+
     def job(self, models: Path | None = None) -> Job:
         """Plan the merge from headers alone. `models` is the folder for inputs that are named by digest.
 
         Where all of them are, the file's header will say what the recipe says, even of inputs that were saved anew.
         Raises as `job.open_job` and `find.find_inputs`.
         """
-        released = self.result.get("header", {})
         about: dict[str, Any] = {"coefficients": self.coefficients, "dtype": self.dtype, "policies": self.policies}
-        about |= {"released": released}
+        about |= {"released": self.result.get("header", {})}
         if not self.digests:
             return open_job(self.formula, self.paths, **about)
         if models is None:
@@ -80,21 +96,7 @@ class RecipeFile:
                 f"The recipe names {', '.join(self.digests)} by digest.\nGive the folder that holds them: --models DIR"
             )
         found = find_inputs(self.digests, models, Digests(default_cache()), names=set(self.names.values()))
-        weights = {alias: digests["weights"] for alias, digests in self.digests.items() if "weights" in digests}
-        repeats = None
-        if weights.keys() == {*input_names(self.formula, self.policies)}:
-            files = {alias: digests["file"] for alias, digests in self.digests.items() if "file" in digests}
-            recipe = Recipe(
-                self.formula,
-                self.coefficients,
-                weights,
-                self.dtype,
-                self.policies,
-                files,
-                ancestors=self.ancestors,
-                released=released,
-            )
-            repeats = Repeated(recipe, self.result.get("bytes", 0))
+        repeats = Repeated(self.recipe, self.result.get("bytes", 0)) if self.recipe else None
         return open_job(self.formula, {**self.paths, **found.paths}, **about, repeats=repeats)
 
 
@@ -274,6 +276,8 @@ class Verdict:
     """`byte 123,456, in 'model.diffusion_model.…'`; empty where there is none."""
     resaved: tuple[str, ...] = ()
     """Aliases of inputs that were found by their weights, in other files than the header names."""
+    differing: tuple[Differing, ...] = ()
+    """Tensors of other values, the farthest first."""
 
 
 def verify(model: Path, models: Path, *, threads: int | None = None, cache: Path | None = None) -> Verdict:
@@ -298,14 +302,14 @@ def verify(model: Path, models: Path, *, threads: int | None = None, cache: Path
         released=recipe.released,
     )
     with model.open("rb") as file:
-        sink = _Comparing(file.fileno())
+        sink = Comparing(file.fileno(), job, header)
         run(job, sink, threads=threads, digests=digests)
     extra = header.size != sink.end
     difference = sink.first if sink.first is not None else (min(header.size, sink.end) if extra else None)
     told = "" if difference is None else _told(difference, header)
     if difference is None and HASH in recipe.released and recipe.released[HASH] != f"0x{tensors_sha256(model)}":
         difference, told = 0, f"{HASH} in the header, which is not the hash of the tensors"
-    return Verdict(difference is None, recipe, found.paths, sink.compared, told, found.resaved)
+    return Verdict(difference is None, recipe, found.paths, sink.compared, told, found.resaved, sink.differing)
 
 
 def recipe_of(model: Path) -> Recipe:
@@ -329,25 +333,6 @@ def recipe_document(model: Path, *, formula: str = "", names: Mapping[str, str] 
     document |= {"formula": formula or recipe.formula.text}
     document |= {"models": {alias: {**models[alias], **recipe.model(alias)} for alias in recipe.named}}
     return {**document, "ancestors": dict(recipe.ancestors)} if recipe.ancestors else document
-
-
-class _Comparing:
-    """Takes a merge's bytes and holds them against a file's."""
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-        self.first: int | None = None
-        self.compared = self.end = 0
-
-    def write(self, offset: int, data: memoryview) -> None:
-        there = os.pread(self.descriptor, len(data), offset)
-        if there != data:
-            same = min(len(there), len(data))
-            apart = next((i for i in range(same) if there[i] != data[i]), same)
-            place = offset + apart
-            self.first = place if self.first is None else min(self.first, place)
-        self.compared += len(data)
-        self.end = max(self.end, offset + len(data))
 
 
 def _told(place: int, header: Header) -> str:
