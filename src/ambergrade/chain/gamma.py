@@ -74,6 +74,7 @@ def run(settings: GammaSettings, invocation: Invocation) -> None:
             settings.gates,
             settings.release.name,
             merged,
+            models[settings.base],
             final.sheets[final.winner],
             final.sheets[settings.base],
             scoring,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ambergrade.chain.contestants import keep_drawing
 from ambergrade.chain.context import Context
 from ambergrade.chain.point import LiveMerge, Scoring, label_of
 from ambergrade.chain.points import PointScorer, PointWork, Scored, evaluate, value_of
@@ -91,6 +92,7 @@ def run_sweep(context: Context, settings: SweepSettings, merge: LiveMerge, scori
     rungs = settings.race or ()
     plan = SweepPlan(key, folder, chosen, settings.search.values, label_of, settings_of, rungs)
     scorer.check_objective(settings)
+    keep_drawing(context, folder.root, settings)
     with folder.alone(), evaluator(context, plan, scorer, settings.compute.workers) as where:
         swept = drive(context, plan, scorer, where)
     if swept.failed:
