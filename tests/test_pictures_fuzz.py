@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ambergrade.captions.lint import Limits, examined
+from ambergrade.captions.lint import examined
+from ambergrade.captions.settings import Limits
 from ambergrade.errors import BadInput
 from ambergrade.pictures import FORMATS, MOST_PIXELS, decode_bytes
 

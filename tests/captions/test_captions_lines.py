@@ -9,7 +9,8 @@ import pytest
 from ambergrade.captions.booru import open_booru, read_posts
 from ambergrade.captions.lines import caption_lines, percentile_table
 from ambergrade.captions.recipe import CaptionRecipe, caption_line
-from ambergrade.captions.selection import Selection, select_rows
+from ambergrade.captions.selection import select_rows
+from ambergrade.captions.settings import Selection
 from ambergrade.door.compose import compose, plain
 from ambergrade.errors import BadInput, UnknownName
 from ambergrade.identity import random_seed

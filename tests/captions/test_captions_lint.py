@@ -10,9 +10,10 @@ import pytest
 from PIL import Image, ImageCms, ImageDraw
 
 from ambergrade.captions.files import PictureFiles
-from ambergrade.captions.lint import RULES, Limits, folder_posts, jpeg_quality, lint
+from ambergrade.captions.lint import RULES, folder_posts, jpeg_quality, lint
 from ambergrade.captions.lint_report import write_report
 from ambergrade.captions.repeats import nearly_alike
+from ambergrade.captions.settings import Limits
 from ambergrade.nouns import Post
 
 LANCZOS = Image.Resampling.LANCZOS

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from ambergrade.captions.booru import Booru, open_booru
-from ambergrade.captions.selection import Selection, select_rows
+from ambergrade.captions.selection import select_rows
+from ambergrade.captions.settings import Selection
 from ambergrade.errors import BadSetting
 
 TAGS = [(1, "1girl", 0), (2, "horns", 0), (3, "kohaku", 2), (4, "tail", 0)]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ambergrade.captions.recipe import CaptionRecipe
-from ambergrade.captions.selection import Selection
+from ambergrade.captions.settings import Selection
 from ambergrade.door.compose import compose, plain
 from ambergrade.errors import BadSetting
 from ambergrade.places import CONF

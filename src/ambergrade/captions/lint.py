@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ambergrade.captions.files import OutsideFolder, PictureFiles
 from ambergrade.captions.manifest import each
 from ambergrade.captions.repeats import THUMBNAIL, nearly_alike
+from ambergrade.captions.settings import Limits
 from ambergrade.errors import BadInput
 from ambergrade.nouns import RATINGS, Post
 from ambergrade.pictures import DECODER_ERRORS, SUFFIXES, opened, orientation, profile_name, upright
@@ -52,20 +53,6 @@ IJG_LUMA = (
     "18 22 37 56 68 109 103 77 24 35 55 64 81 104 113 92 49 64 78 87 103 121 120 101 72 92 95 98 112 100 103 99"
 )
 """Luma table of JPEG's annex K, which quality 50 stands for."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """From where on a file counts as damaged."""
-
-    jpeg_quality: int = 90
-    """On libjpeg's scale, read from the file's tables."""
-    grid: float = 0.4
-    """Grey levels of `grid_strength`; sound 128 px drawings stay below 0.3, larger ones far below."""
-    detail: float = 0.06
-    """Of `detail_share`; sound drawings lie above 0.1, anything enlarged 1.5 times smoothly below."""
-    alike: float = 3.0
-    """Mean difference of two 16 x 16 thumbnails, grey levels, up to which they look the same."""
 
 
 @dataclass(frozen=True)

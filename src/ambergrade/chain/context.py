@@ -17,9 +17,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from ambergrade.chain.portable import ENVIRONMENT, is_portable
 from ambergrade.chain.settings import Compute, Invocation
 from ambergrade.errors import BadSetting
-from ambergrade.identity import canonical_json
+from ambergrade.identity import canonical_json, digest
 from ambergrade.store import Finished, Ledger, Outputs
 from ambergrade.track.journal import Journal, Run
 from ambergrade.track.secrets import Secrets
@@ -36,8 +37,12 @@ class Stage:
     version: int
 
     def task(self, settings: object, inputs: Mapping[str, str]) -> Task:
-        """One piece of this work. `settings`: what decides the result. `inputs`: names to digests."""
-        return Task(self, settings, inputs)
+        """One piece of this work. `settings`: what decides the result. `inputs`: names to digests.
+
+        A portable process keeps results of its own, since the same work gives other bits elsewhere.
+        """
+        kernels = {"kernels": digest(ENVIRONMENT)} if is_portable() else {}
+        return Task(self, settings, {**inputs, **kernels})
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ambergrade.captions.lint import Limits
 from ambergrade.captions.recipe import CaptionRecipe
-from ambergrade.captions.selection import Selection
+from ambergrade.captions.settings import Limits, Selection
 from ambergrade.errors import BadSetting, UnknownName
 from ambergrade.nouns import SamplerSettings
 from ambergrade.store import find_file
@@ -44,8 +43,15 @@ class Compute:
     threads: int | None = None
     """Threads of each process; null leaves torch's choice."""
     workers: int = 1
+    portable: bool = False
+    """The same bits on every x86-64 processor with AVX2: see `chain.portable`. This one is part of every identity."""
 
     def __post_init__(self) -> None:
+        if self.portable and (self.device, self.threads) != ("cpu", 1):
+            raise BadSetting(
+                f"compute.portable needs device=cpu and threads=1, found {self.device} and {self.threads}.\n"
+                "Give compute=portable."
+            )
         if (self.threads is not None and self.threads < 1) or self.workers < 1:
             raise BadSetting(f"threads and workers are at least 1, found {self.threads} and {self.workers}.")
 

@@ -37,6 +37,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ambergrade.chain.portable import THREADS, make_portable
 from ambergrade.chain.settings import Invocation
 from ambergrade.door.compose import (
     VERSION_BASE,
@@ -131,7 +132,7 @@ def _hand_to_hydra(
             # Hydra lets every library's INFO through under its own name; only its own lines are worth reading
             logging.getLogger().setLevel(logging.WARNING)
             logging.getLogger("hydra").setLevel(logging.INFO)
-            limit_threads(cfg)
+            prepare_compute(cfg)
             return task(read(cls, cfg), invocation(cfg))
         except (HydraException, OmegaConfBaseException) as error:
             raise RuntimeError(f"The pipeline uses its configuration wrongly: {error}") from error
@@ -168,14 +169,16 @@ def invocation(cfg: DictConfig) -> Invocation:
     return Invocation(secrets.text(line), tuple(secrets.overrides(overrides)), keys)
 
 
-def limit_threads(cfg: DictConfig) -> None:
-    """Give `compute.threads` to numpy too, which asks the environment once, when it is imported.
+def prepare_compute(cfg: DictConfig) -> None:
+    """Choose threads and kernels before torch and numpy are imported, which ask the environment once.
 
     Two processes of two BLAS threads on two cores wait for each other: the demo's second run took three times as long.
     """
     threads = OmegaConf.select(cfg, "compute.threads")
     if threads:
-        os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads)))
+        os.environ.update(dict.fromkeys(THREADS, str(threads)))
+    if OmegaConf.select(cfg, "compute.portable"):
+        make_portable()
 
 
 def tell(text: str) -> NoReturn:

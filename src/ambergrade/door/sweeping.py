@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from ambergrade.chain.settings import Invocation, SweepSettings
 from ambergrade.door.compose import read
-from ambergrade.door.main import invocation, limit_threads, pipeline
+from ambergrade.door.main import invocation, pipeline, prepare_compute
 from ambergrade.door.sweeper import Request
 from ambergrade.search.driver import Evaluator, Job
 from ambergrade.search.folder import job_of
@@ -49,7 +49,7 @@ class SweepCommand:
     def sweep(self, request: Request) -> None:
         """Run the sweep that a command line asks for."""
         logging.getLogger().setLevel(logging.WARNING)  # Hydra lets every library's INFO through
-        limit_threads(request.config)  # before numpy is imported
+        prepare_compute(request.config)
 
         @functools.lru_cache(maxsize=256)
         def composed(lines: tuple[str, ...]) -> SweepSettings:

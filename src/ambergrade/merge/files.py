@@ -11,7 +11,6 @@ overwrite: true                            # default: an `out` that is there alr
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import yaml
 
 from ambergrade.errors import BadInput, BadSetting, MissingObject, UnknownName
 from ambergrade.identity import canonical_json
+from ambergrade.merge.comparing import Comparing, Differing
 from ambergrade.merge.engine import run
 from ambergrade.merge.find import find_inputs
 from ambergrade.merge.formula import Formula
@@ -258,6 +258,8 @@ class Verdict:
     """`byte 123,456, in 'model.diffusion_model.…'`; empty where there is none."""
     resaved: tuple[str, ...] = ()
     """Aliases of inputs that were found by their weights, in other files than the header names."""
+    differing: tuple[Differing, ...] = ()
+    """Tensors of other values, the farthest first."""
 
 
 def verify(model: Path, models: Path, *, threads: int | None = None, cache: Path | None = None) -> Verdict:
@@ -281,12 +283,12 @@ def verify(model: Path, models: Path, *, threads: int | None = None, cache: Path
         repeats=Repeated(recipe, header.size) if found.resaved else None,
     )
     with model.open("rb") as file:
-        sink = _Comparing(file.fileno())
+        sink = Comparing(file.fileno(), job, header)
         run(job, sink, threads=threads, digests=digests)
     extra = header.size != sink.end
     difference = sink.first if sink.first is not None else (min(header.size, sink.end) if extra else None)
     told = "" if difference is None else _told(difference, header)
-    return Verdict(difference is None, recipe, found.paths, sink.compared, told, found.resaved)
+    return Verdict(difference is None, recipe, found.paths, sink.compared, told, found.resaved, sink.differing)
 
 
 def recipe_of(model: Path) -> Recipe:
@@ -310,25 +312,6 @@ def recipe_document(model: Path, *, formula: str = "", names: Mapping[str, str] 
     document |= {"formula": formula or recipe.formula.text}
     document |= {"models": {alias: {**models[alias], **recipe.model(alias)} for alias in recipe.named}}
     return {**document, "ancestors": dict(recipe.ancestors)} if recipe.ancestors else document
-
-
-class _Comparing:
-    """Takes a merge's bytes and holds them against a file's."""
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-        self.first: int | None = None
-        self.compared = self.end = 0
-
-    def write(self, offset: int, data: memoryview) -> None:
-        there = os.pread(self.descriptor, len(data), offset)
-        if there != data:
-            same = min(len(there), len(data))
-            apart = next((i for i in range(same) if there[i] != data[i]), same)
-            place = offset + apart
-            self.first = place if self.first is None else min(self.first, place)
-        self.compared += len(data)
-        self.end = max(self.end, offset + len(data))
 
 
 def _told(place: int, header: Header) -> str:

@@ -15,13 +15,18 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ambergrade.errors import BadInput
+from ambergrade.errors import BadInput, MissingObject
 from ambergrade.identity import canonical_json
 from ambergrade.score.reference import Reference
 from ambergrade.store import written_aside
 
 _HEADER = b"ambergrade.score_sheet"
 _REFERENCE = "reference."
+MOST_BYTES = 2 << 30
+"""Of a sheet's columns; 50,000 pictures with 2048 features each have 0.4 GB."""
+MOST_ROWS = 1_000_000
+_DAMAGED = (pa.ArrowException, OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
+"""What pyarrow, JSON and numpy raise for bytes that `ScoreSheet.write` has not written."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,14 +110,22 @@ class ScoreSheet:
 
     @classmethod
     def read(cls, path: Path) -> ScoreSheet:
-        """Read what `write` wrote. Raises BadInput for another kind of parquet."""
-        table = pq.read_table(path)
-        metadata = table.schema.metadata or {}
-        if _HEADER not in metadata:
+        """Read what `write` wrote, with suspicion. Raises BadInput for anything else, naming the file."""
+        try:
+            table = _read_table(path)
+            sheet = cls._of_table(table, json.loads(table.schema.metadata[_HEADER]))
+        except FileNotFoundError:
+            raise MissingObject(f"No score sheet at {path}.") from None
+        except _DAMAGED as error:
+            told = (str(error).splitlines() or [type(error).__name__])[0][:120]
             raise BadInput(
-                f"{path} is not a score sheet: its header lacks {_HEADER.decode()}.\nScore the pictures again."
-            )
-        header = json.loads(metadata[_HEADER])
+                f"{path} is not a score sheet, or not a whole one: {told}.\nScore the pictures again."
+            ) from None
+        return sheet
+
+    @classmethod
+    def _of_table(cls, table: pa.Table, header: dict[str, Any]) -> ScoreSheet:
+        canonical_json(header).encode()  # refuses infinities, NaN and halves of characters
         feature_names, abouts = header.pop("features"), header.pop("references")
         columns = {name: table.column(name).to_numpy().astype(np.float64) for name in header["higher_is_better"]}
         features = {
@@ -122,7 +135,9 @@ class ScoreSheet:
         prompt_ids, seeds = table.column("prompt_id").to_pylist(), table.column("seed").to_pylist()
         references = {key: _reference(table, key, about) for key, about in abouts.items()}
         header["blank"] = tuple(header.get("blank", ()))
-        return cls(tuple(prompt_ids), tuple(seeds), columns, features, **header, references=references)
+        sheet = cls(tuple(prompt_ids), tuple(seeds), columns, features, **header, references=references)
+        _check_kinds(sheet)
+        return sheet
 
     def _header(self) -> dict[str, Any]:
         return {
@@ -138,6 +153,31 @@ class ScoreSheet:
         }
 
 
+def _read_table(path: Path) -> pa.Table:
+    """Read a parquet file, unless it says of itself that it is no score sheet or too large for one."""
+    with pq.ParquetFile(path) as file:
+        about = file.metadata
+        if _HEADER not in (file.schema_arrow.metadata or {}):
+            raise ValueError(f"its header lacks {_HEADER.decode()}")
+        size = sum(about.row_group(group).total_byte_size for group in range(about.num_row_groups))
+        if size > MOST_BYTES or not 0 < about.num_rows <= MOST_ROWS:
+            raise ValueError(f"it has {about.num_rows:,} rows of {size:,} bytes")
+        return file.read()
+
+
+def _check_kinds(sheet: ScoreSheet) -> None:
+    """Raise TypeError or ValueError where a file's header holds other kinds of values than `write` puts there."""
+    rows = [*map(len, sheet.columns.values()), *map(len, sheet.features.values())]
+    texts = [*sheet.prompt_ids, *sheet.blank, *sheet.faults.values(), sheet.prompts_digest]
+    tables = [sheet.sampler, *sheet.fingerprints.values(), *sheet.constants.values(), sheet.faults]
+    if {*rows} - {sheet.n} or len(sheet.seeds) != sheet.n:
+        raise ValueError("its columns have unequal lengths")
+    if not all(type(text) is str for text in texts) or {*map(type, sheet.seeds)} != {int}:
+        raise TypeError("its prompt ids are no texts, or its seeds no whole numbers")
+    if not all(isinstance(one, dict) for one in tables) or {*map(type, sheet.higher_is_better.values())} - {bool}:
+        raise TypeError("its header is damaged")
+
+
 def _in_first_row(values: npt.NDArray[Any], rows: int) -> pa.ListArray:
     """A whole array as the first row's list; metadata would hold it in base64, twice."""
     offsets = pa.array([0] + [values.size] * rows, pa.int32())
@@ -150,8 +190,8 @@ def _reference(table: pa.Table, key: str, about: Mapping[str, Any] | None) -> Re
         return table.column(whole)[0].values.to_numpy() if whole in table.column_names else None
 
     mean, covariance, features = part("mean"), part("covariance"), part("features")
-    assert mean is not None, key
-    assert covariance is not None, key
+    if mean is None or covariance is None:
+        raise ValueError(f"the reference {key} is not whole")
     d = len(mean)
     return Reference(mean, covariance.reshape(d, d), None if features is None else features.reshape(-1, d), about)
 

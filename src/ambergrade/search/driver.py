@@ -14,12 +14,14 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ambergrade.errors import AmbergradeError
 from ambergrade.search.load import Search
 from ambergrade.search.points import Point
-from ambergrade.search.racing import Judge, Race, Screened, Screening
+
+if TYPE_CHECKING:
+    from ambergrade.search.racing import Judge, Race
 
 T = TypeVar("T")
 
@@ -216,6 +218,8 @@ class Driver:
 
         `screened_by`: what makes pictures cheap, in words, for a screening before the race; empty: none.
         """
+        from ambergrade.search.racing import Race  # numpy: a process chooses its kernels before that
+
         points = {self.label(point): point for point in iter(self.search.ask, None)}
         race = Race(list(points), rungs, judge)
         last: dict[str, Trial] = {}
@@ -240,6 +244,8 @@ class Driver:
         self, race: Race, points: Mapping[str, Point], stop: int, judge: Judge, screened_by: str
     ) -> dict[str, Trial]:
         """Leave out what cheap pictures tell from the best, if their order can be trusted; give what failed of it."""
+        from ambergrade.search.racing import Screening
+
         screening = Screening(points, judge, higher_is_better=self.search.higher_is_better)
         failed = {}
         for trial in self._evaluated([Job(label, point, (0, stop), cheap=True) for label, point in points.items()]):
@@ -251,7 +257,7 @@ class Driver:
         for trial in self._evaluated([Job(label, points[label], (0, stop)) for label in screening.controls()]):
             if trial.outcome.done:
                 screening.check(trial.job.label, trial.outcome.rows)
-        found: Screened = screening.decide()
+        found = screening.decide()
         race.screen(found)
         self.say(f"  screening by {screened_by}, {stop} prompts: {found.text}")
         return failed

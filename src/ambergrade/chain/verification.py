@@ -1,0 +1,237 @@
+"""Checks a release that a stranger holds: level after level, each with an exit code of its own.
+
+The levels that neither draw nor read score sheets need no torch, no pyarrow and nothing but the folder. The folder is
+hostile until it is proven otherwise: no level raises anything but an AmbergradeError for what lies in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ambergrade.errors import AmbergradeError, BadInput, BadSetting, UnknownName
+from ambergrade.family.digests import listed_digests, weights_sha256
+from ambergrade.family.header import read_header
+from ambergrade.merge.files import read_recipe, recipe_of, verify
+from ambergrade.merge.find import find_inputs
+from ambergrade.merge.inputs import Digests, default_cache
+from ambergrade.release.environment import environment
+from ambergrade.release.facts import FACTS, ReleaseFacts, parse_facts, plain, read_facts, write_facts
+from ambergrade.release.papers import papers
+from ambergrade.release.signature import check_signature
+from ambergrade.release.sums import MANIFEST, MOST_BYTES, SUMS, check_sums, read_manifest, read_text
+
+PARENTS = "parents"
+"""The folder of a release that holds what it was merged from, where it is bundled."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """One thing that is checked of a release."""
+
+    name: str
+    code: int
+    """Exit code of the command where this level is the first that does not hold."""
+    says: str
+    """What holds where it does."""
+
+
+LEVELS = tuple(
+    Level(*row)
+    for row in [
+        ("sums", 11, "every listed file is there in its bytes, and no other file, link or folder"),
+        ("headers", 12, "the weights have the digests that the release names, and their header holds recipe.yaml"),
+        ("papers", 13, "every text follows from release.json"),
+        ("scores", 14, "every number follows from the score sheets"),
+        ("signature", 15, "the folder is signed by the key"),
+        ("inputs", 16, "the parents are there, equal by their weights"),
+        ("rebuild", 17, "merging again gives the released bytes"),
+        ("rescore", 18, "drawing and scoring again gives scores within their intervals"),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What of a release shall be checked; sums, headers, papers and scores always are, unless they are skipped."""
+
+    models: Path | None = None
+    """Folder that holds the parents under any names; None: the release's own, where it bundles them."""
+    signature: Path | None = None
+    key: Path | None = None
+    """The signer's public key (PEM)."""
+    rebuild: bool = False
+    rescore: bool = False
+    skip: tuple[str, ...] = ()
+    """Names of levels."""
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        names = [level.name for level in LEVELS]
+        for name in self.skip:
+            if name not in names:
+                raise UnknownName("level", name, names)
+        if (self.signature is None) != (self.key is None):
+            raise BadSetting("A signature is checked by the signer's public key.\nGive both: --signature FILE --key FILE")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a level found."""
+
+    level: Level
+    told: str
+    """In a few words."""
+    wrong: tuple[str, ...] = ()
+    """What does not hold, a line each, files named."""
+
+
+def verify_release(folder: Path, asked: Asked) -> Iterator[Finding]:
+    """Check a release; yield what each level found, cheap ones first.
+
+    A level after one that does not hold is still checked, but for merging and drawing again: what that would run is not
+    to be trusted then. Raises BadInput where `folder` holds no release at all.
+    """
+    if not (folder / FACTS).is_file():
+        raise BadInput(f"{folder} is no release: it has no {FACTS}.\nGive a release's folder, or a merged file.")
+    release = _Opened(folder, asked)
+    models = asked.models or (folder / PARENTS if (folder / PARENTS).is_dir() else None)
+    release = replace(release, models=models)
+    checks: Mapping[str, Callable[[_Opened], str] | None] = {
+        "sums": _sums,
+        "headers": _headers,
+        "papers": _papers,
+        "scores": _scores,
+        "signature": _signature if asked.signature else None,
+        "inputs": _inputs if models or asked.rebuild else None,
+        "rebuild": _rebuild if asked.rebuild else None,
+        "rescore": _rescore if asked.rescore else None,
+    }
+    holds = True
+    for level in LEVELS:
+        check = checks[level.name]
+        if check is None or level.name in asked.skip:
+            continue
+        if level.name in ("rebuild", "rescore") and not holds:
+            yield Finding(level, "not tried, since what it would run does not hold", ("see above",))
+            continue
+        try:
+            yield Finding(level, check(release))
+        except _Wrong as wrong:
+            holds = False
+            yield Finding(level, "does not hold", wrong.lines)
+        except AmbergradeError as error:
+            holds = False
+            yield Finding(level, "does not hold", tuple(str(error).splitlines()))
+
+
+class _Wrong(Exception):
+    """A level does not hold."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        self.lines = tuple(lines)
+        super().__init__("\n".join(lines))
+
+
+@dataclass(frozen=True)
+class _Opened:
+    folder: Path
+    asked: Asked
+    models: Path | None = None
+
+    @property
+    def facts(self) -> ReleaseFacts:
+        return read_facts(self.folder)
+
+    @property
+    def weights(self) -> Path:
+        """The released file; its name comes from the facts, which allow no slash in it."""
+        return self.folder / self.facts.file
+
+
+def _sums(release: _Opened) -> str:
+    if wrong := check_sums(release.folder):
+        raise _Wrong(wrong)
+    files = read_manifest(release.folder).files
+    return f"{len(files) + 2:,} files, {sum(one.bytes for one in files.values()):,} bytes; none is missing or added"
+
+
+def _headers(release: _Opened) -> str:
+    facts, file = release.facts, release.weights
+    header = read_header(file)
+    found = {"bytes": header.size, "weights": weights_sha256(file), "listed": listed_digests(file)}
+    said = {"bytes": facts.weights.bytes, "weights": facts.weights.weights, "listed": dict(facts.weights.listed)}
+    wrong = [f"{file.name}: {path} is {found}, {FACTS} says {wanted}" for path, found, wanted in _apart(found, said)]
+    for name in sorted(facts.files):
+        if name.endswith(".safetensors") and name != file.name:
+            read_header(release.folder / name)
+    if facts.recipe is not None:
+        written = read_recipe(release.folder / "recipe.yaml").recipe
+        own = recipe_of(file)
+        pairs = _apart({**own.full, "header": dict(own.released)}, {**written.full, "header": dict(written.released)})
+        wrong += [f"{file.name}: the header's {path} is {one}, recipe.yaml says {other}" for path, one, other in pairs]
+    if wrong:
+        raise _Wrong(wrong)
+    told = "of unknown origin" if facts.recipe is None else "the header's recipe is recipe.yaml"
+    return f"{len(header.entries):,} tensors, {told}; weights {facts.weights.weights[:12]}"
+
+
+def _papers(release: _Opened) -> str:
+    facts, manifest = release.facts, read_manifest(release.folder)
+    text = read_text(release.folder / FACTS, MOST_BYTES * 4)
+    wrong = [] if write_facts(facts) == text else [f"{FACTS} is not written as a release writes it"]
+    try:
+        wanted = papers(facts)
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, AssertionError) as error:
+        raise BadInput(f"{FACTS} contradicts itself: {type(error).__name__} {str(error)[:120]}.") from None
+    for name, paper in sorted(wanted.items()):
+        wrong += _paper_wrong(name, read_text(release.folder / name, MOST_BYTES * 4), paper)
+    if (manifest.name, manifest.version) != (facts.name, facts.version):
+        wrong.append(f"{MANIFEST} is of {manifest.name} {manifest.version}, {FACTS} of {facts.name} {facts.version}")
+    listed = {name: (one.sha256, one.bytes) for name, one in manifest.files.items()}
+    known = {name: (one.sha256, one.bytes) for name, one in facts.files.items()}
+    for name in sorted(known.keys() | listed.keys() - wanted.keys() - {FACTS}):
+        if known.get(name) != listed.get(name):
+            wrong.append(f"{name} is not the file that {FACTS} names" if name in known else f"{name} is in no fact")
+    if wrong:
+        raise _Wrong(wrong)
+    return f"{', '.join(sorted(wanted))} follow from {FACTS}"
+
+
+def _paper_wrong(name: str, found: str, wanted: str) -> list[str]:
+    """Name what is changed in a paper: by keys in JSON, else the first line."""
+    if found == wanted:
+        return []
+    if name.endswith(".json"):
+        try:
+            pairs = _apart(json.loads(found), json.loads(wanted))
+        except (ValueError, RecursionError):
+            return [f"{name} is no JSON any more"]
+        return [f"{name}: {path} is {one}, {FACTS} gives {other}" for path, one, other in pairs] or [
+            f"{name} is not written as a release writes it"
+        ]
+    lines = zip(found.split("\n"), [*wanted.split("\n"), *[""] * found.count("\n")], strict=False)
+    for number, (one, other) in enumerate(lines, 1):
+        if one != other:
+            return [f"{name}, line {number}: {_short(one)} is not what {FACTS} gives: {_short(other)}"]
+    return [f"{name} ends before its last line"]
+
+
+def _apart(found: Any, wanted: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yield the dotted keys at which two JSON values differ, with both values."""
+    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
+        for key in [*wanted, *(key for key in found if key not in wanted)]:
+            yield from _apart(found.get(key), wanted.get(key), f"{path}.{key}" if path else str(key))
+    elif isinstance(found, list | tuple) and isinstance(wanted, list | tuple) and len(found) == len(wanted):
+        for number, (one, other) in enumerate(zip(found, wanted, strict=True)):
+            yield from _apart(one, other, f"{path}[{number}]")
+    elif found != wanted or type(found) is not type(wanted) and isinstance(found, bool) != isinstance(wanted, bool):
+        yield path, _short(found), _short(wanted)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=True, default=str)
+    return text if len(text) <= 160 else text[:156] + " …"
