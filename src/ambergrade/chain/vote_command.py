@@ -6,13 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
-from ambergrade.chain.contestants import DRAWING, Chosen, Released, is_pictures, of_folders, of_models, of_sweep
 from ambergrade.chain.context import Context, open_journal
 from ambergrade.chain.settings import Compute, FamilySettings, Invocation
-from ambergrade.chain.sheets import labels as labels_of
 from ambergrade.chain.vote import Ballot, count, find_ballot, make_ballot, measured, tell, votes_on
 from ambergrade.errors import BadSetting, MissingObject, UnknownName
 from ambergrade.nouns import PromptSet, SamplerSettings
@@ -22,6 +21,9 @@ from ambergrade.store import Ledger, find_file
 from ambergrade.track.journal import Run
 from ambergrade.track.lookup import run_tagged
 from ambergrade.typed import settings
+
+if TYPE_CHECKING:
+    from ambergrade.chain.contestants import Chosen, Released
 
 QUESTION = "Which picture do you prefer?"
 
@@ -62,12 +64,17 @@ class VoteOptions:
 
 def ask(options: VoteOptions) -> Ballot:
     """Draw what has to be drawn, and make the page. Raises AmbergradeError for what cannot be voted on."""
+    from ambergrade.chain.contestants import DRAWING, Released, read_drawing  # torch, which a result does not need
+
     if not options.subjects:
         raise BadSetting("What is voted on?\nGive a sweep, a release, or two and more models or picture folders.")
     paths = [_path(options.root, subject) for subject in options.subjects]
-    sweep = len(paths) == 1 and (paths[0] / DRAWING).is_file()
     releases = [Released.read(path) for path in paths if (path / "MANIFEST.json").is_file()]
-    subject = _subject(paths[0] if sweep else None, releases)
+    subject: dict[str, str] = {}  # the run that votes are shown on: the sweep's, or the first release's
+    if len(paths) == 1 and (paths[0] / DRAWING).is_file():
+        subject = {"tag": "ag.key", "value": read_drawing(paths[0]).key}
+    elif releases:
+        subject = {"tag": "release.manifest_sha256", "value": releases[0].manifest}
     with _context(options.root, subject, options.device) as context:
         chosen = _chosen(context, options, paths, releases)
         return make_ballot(
@@ -98,6 +105,9 @@ def bring_back(root: Path, answers: Answers) -> None:
 
 def _chosen(context: Context, options: VoteOptions, paths: Sequence[Path], releases: Sequence[Released]) -> Chosen:
     """Whose pictures, of which prompts."""
+    from ambergrade.chain.contestants import DRAWING, is_pictures, of_folders, of_models, of_sweep
+    from ambergrade.chain.sheets import labels as labels_of
+
     prompts = PromptSet.read(find_file(str(options.prompts))) if options.prompts else None
     if len(paths) == 1 and (paths[0] / DRAWING).is_file():
         return of_sweep(context, paths[0], options.point, options.points, prompts, options.count)[0]
@@ -127,27 +137,19 @@ def _chosen(context: Context, options: VoteOptions, paths: Sequence[Path], relea
 
 def _path(root: Path, subject: str) -> Path:
     """A file or folder; or the folder of a sweep that is named by the first letters of its key."""
+    from ambergrade.chain.contestants import DRAWING
+
     path = Path(subject).expanduser()
     if path.exists():
         return path
-    sweeps = [folder for folder in sorted((root / "mlruns").glob("*sweep*/*")) if folder.is_dir()]
-    sweeps += [folder for folder in sorted((root / "mlruns" / "hydra").glob("*/*")) if folder.is_dir()]
-    known = {folder.name: folder for folder in sweeps if (folder / DRAWING).is_file()}
+    sweeps = [*(root / "mlruns" / "sweeps").glob(f"*/{DRAWING}"), *(root / "mlruns" / "hydra").glob(f"*/*/{DRAWING}")]
+    known = {file.parent.name: file.parent for file in sorted(sweeps)}
     found = [folder for name, folder in known.items() if len(subject) >= 4 and name.startswith(subject)]
     if len(found) == 1:
         return found[0]
     if known and "/" not in subject and not path.suffix:
         raise UnknownName("Sweep", subject, known)
     raise MissingObject(f"Nothing at {path}.\nGive a sweep's folder, a release, a model, or a folder of pictures.")
-
-
-def _subject(sweep: Path | None, releases: Sequence[Released]) -> dict[str, str]:
-    """The run that votes are shown on: the sweep's, or the first release's."""
-    if sweep is not None:
-        from ambergrade.chain.contestants import read_drawing
-
-        return {"tag": "ag.key", "value": read_drawing(sweep).key}
-    return {"tag": "release.manifest_sha256", "value": releases[0].manifest} if releases else {}
 
 
 @contextmanager

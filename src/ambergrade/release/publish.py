@@ -1,9 +1,9 @@
 """Puts a release where people find it: a repository on the Hugging Face hub, a folder, or a bucket.
 
-Nothing is sent before it is asked for: `plan` reads the release and what is at its place, `Plan.run` sends what differs.
-A file counts as there by the sha256 of its bytes, never by its name and size alone (two versions' weights have equal
-sizes), so the same command again goes on where it was stopped. MANIFEST.json and SHA256SUMS go last, or, on the hub,
-all in one commit: a half-sent release never looks whole.
+`plan` reads the release and what is at its place and sends nothing, `Plan.run` sends what differs. A file counts as
+there by its bytes' sha256, never by name and size alone (two versions' weights have equal sizes), so the same command
+again goes on where it was stopped. MANIFEST.json and SHA256SUMS go last, or, on the hub, all in one commit: a half-sent
+release never looks whole.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ class Plan:
         words = {None: "new", True: "replaces another", False: "is there"}
         rows = [f"  {words[self.differs[one.name]]:<18}{one.bytes:>15,}  {one.name}" for one in self.files]
         total = sum(file.bytes for file in self.sent)
-        return "\n".join([self.place.told, *rows, f"{len(self.sent)} of {len(self.files)} files, {total:,} bytes to send"])
+        return "\n".join(
+            [self.place.told, *rows, f"{len(self.sent)} of {len(self.files)} files, {total:,} bytes to send"]
+        )
 
     def run(self, *, replace: bool = False) -> None:
         """Send. Raises BadSetting for a file that would replace another where that was not asked for."""
@@ -156,7 +158,7 @@ class _FileSystem:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise NotReached(f"{place} cannot be read: {_first_line(error)}") from error
+            raise NotReached(f"{place} cannot be read: {_short(error)}") from error
 
     def send(self, files: Sequence[File]) -> None:
         for file in tqdm(files, "send", unit="file", disable=None):
@@ -169,7 +171,7 @@ class _FileSystem:
                     self.fs.put_file(str(file.path), place)
             except OSError as error:
                 raise NotReached(
-                    f"{place} cannot be written: {_first_line(error)}\nThe same command again goes on from here."
+                    f"{place} cannot be written: {_short(error)}\nThe same command again goes on from here."
                 ) from error
 
 
@@ -193,7 +195,7 @@ class _Hub:
         except RepositoryNotFoundError:
             return cls(api, name, public, False)
         except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise NotReached(f"The hub does not tell of {name}: {_first_line(error)}") from error
+            raise NotReached(f"The hub does not tell of {name}: {_short(error)}") from error
         if not private and not public:
             raise BadSetting(f"{name} is there and public.\nName a private one, or say that it may be seen: --public")
         return cls(api, name, public, True)
@@ -209,7 +211,7 @@ class _Hub:
         try:
             listed = list(self.api.list_repo_tree(self.name, recursive=True))
         except (HfHubHTTPError, OSError) as error:
-            raise NotReached(f"The hub does not list {self.name}: {_first_line(error)}") from error
+            raise NotReached(f"The hub does not list {self.name}: {_short(error)}") from error
         there = {one.path: one for one in listed if isinstance(one, RepoFile)}
         return {file.name: _other(there[file.name], file) if file.name in there else None for file in files}
 
@@ -221,9 +223,9 @@ class _Hub:
             self.api.create_commit(self.name, operations, commit_message=f"Release, {len(files)} files")
             if self.public:  # only now, when it is whole
                 self.api.update_repo_settings(self.name, private=False)
-        except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
+        except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:  # ValueError: the card's head
             raise NotReached(
-                f"The hub did not take {self.name}: {_first_line(error)}\n"
+                f"The hub did not take {self.name}: {_short(error)}\n"
                 "Log in with `hf auth login` where it asks for that; the same command again sends what is missing."
             ) from error
 
@@ -245,5 +247,5 @@ def _sha256(opened: IO[bytes]) -> str:
     return whole.hexdigest()
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:240] or type(error).__name__

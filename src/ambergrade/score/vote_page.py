@@ -109,7 +109,7 @@ transition:width .12s}
 .side{min-height:0;min-width:0;padding:10px;border:2px solid var(--line);border-radius:12px;background:var(--card);
 cursor:pointer;display:flex;align-items:center;justify-content:center}
 .side:hover,.side:focus-visible{border-color:var(--amber);background:var(--wash);outline:0}
-.side img{max-width:100%;max-height:100%;width:100%;height:100%;object-fit:contain;border-radius:4px}
+.side img{max-width:100%;max-height:100%;width:100%;height:100%;object-fit:contain}
 .side img.small{image-rendering:pixelated}
 #text{margin:10px 0 12px;color:var(--soft);text-align:center;max-height:4.4em;overflow-y:auto;overflow-wrap:anywhere}
 #buttons{display:grid;grid-template-columns:1fr auto 1fr;gap:12px;align-items:center}
@@ -119,7 +119,7 @@ button:hover,a.button:hover{border-color:var(--amber)}button:disabled{opacity:.4
 .main{background:var(--amber)!important;border-color:var(--amber)!important;color:#fff!important;font-weight:600}
 kbd{font:12px ui-monospace,monospace;border:1px solid var(--line);border-bottom-width:2px;border-radius:4px;
 padding:1px 6px;background:var(--card);color:var(--ink)}
-.keys{color:var(--soft);font-size:13px}.right{justify-content:flex-end}
+.keys{color:var(--soft);font-size:13px}.right{justify-content:flex-end;align-items:center}
 #done{max-width:560px;margin:8vh auto;padding:0 24px}#done h2{font-size:22px;margin:0 0 8px}
 #done p{margin:8px 0}#done .row{display:flex;gap:10px;flex-wrap:wrap;margin:18px 0}
 input{font:inherit;padding:8px 12px;border:1px solid var(--line);border-radius:8px;width:100%;background:var(--card)}
