@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -270,3 +271,8 @@ class Release:
     """sha256 of its MANIFEST.json."""
     files: Mapping[str, str] = field(default_factory=dict)
     """Relative name to sha256."""
+
+    @property
+    def model_sha256(self) -> str:
+        """sha256 of the released weights' file."""
+        return next(sha256 for name, sha256 in self.files.items() if re.fullmatch(r"[^/]+\.safetensors", name))

@@ -54,6 +54,25 @@ def settings(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     return cast(T, built)
 
 
+def plain(value: Any) -> Any:
+    """Return a value as JSON holds it and `settings` reads it: the keys of mappings stay in their order, NaN is null.
+
+    >>> plain({"metric": Plugin("fid", {"few": True}), "sides": (8, 16), "root": Path("mlruns")})
+    {'metric': {'name': 'fid', 'few': True}, 'sides': [8, 16], 'root': 'mlruns'}
+    """
+    if isinstance(value, Plugin):
+        return plain(value.as_mapping)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return None if isinstance(value, float) and value != value else value
+
+
 def open_keys(cls: Any, key: str) -> bool:
     """Whether a dotted key lies in a mapping whose keys the dataclass leaves open, as `models.base8` does.
 

@@ -6,54 +6,34 @@ points are merged live again from what their records say; what was drawn for an 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ambergrade.chain.context import Context, Stage
-from ambergrade.chain.point import LiveMerge, LiveNetworks, Point, open_checkpoint
+from ambergrade.chain.point import LiveMerge, LiveNetworks, Point, open_checkpoint, read_prompts
 from ambergrade.chain.settings import FamilySettings, MergeFormula, SweepSettings
+from ambergrade.chain.sweep import read_best
 from ambergrade.chain.vote import Contestant
 from ambergrade.errors import BadInput, BadSetting, MissingObject, UnknownName
 from ambergrade.generate import stream
 from ambergrade.generate.contact_sheet import write_png
 from ambergrade.identity import digest, file_digest
-from ambergrade.merge.files import RecipeFile, read_recipe
 from ambergrade.merge.find import find_inputs
 from ambergrade.merge.formula import Formula
 from ambergrade.merge.inputs import Digests, default_cache
 from ambergrade.nouns import Checkpoint, PromptSet, SamplerSettings
+from ambergrade.release.facts import FACTS, ReleaseFacts, read_facts
 from ambergrade.score.pictures import SUFFIXES, folder_pictures, folder_prompts
 from ambergrade.search.folder import read_outcome
-from ambergrade.store import BUILTIN, Outputs, find_file, read_json, write_json
+from ambergrade.store import BUILTIN, Outputs, find_file, read_json
 from ambergrade.track.journal import Run
 from ambergrade.typed import settings
 
 DRAWN = Stage("drawn", 1)
 """Pictures of one model for people to look at."""
-DRAWING = "drawing.json"
-"""The file of a sweep's folder that says what its points are drawn from."""
-MOST_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """What a sweep's points are drawn from, beside what their records say."""
-
-    experiment: str
-    """Of MLflow."""
-    key: str
-    """Of the run in MLflow that shows the sweep."""
-    objective: str
-    higher_is_better: bool
-    family: FamilySettings
-    models: Mapping[str, str | None]
-    """Alias to file."""
-    heldout: str
-    """The file of prompts that nothing was chosen on."""
-    heldout_count: int | None = None
+BEST = "best.json"
 
 
 @dataclass(frozen=True)
@@ -68,7 +48,7 @@ class Chosen:
 
 def is_pictures(folder: Path) -> bool:
     """Say whether a folder holds pictures to vote on, and is neither a model nor a release."""
-    models = ("model_index.json", "MANIFEST.json", DRAWING)
+    models = ("model_index.json", FACTS, BEST)
     if not folder.is_dir() or any((folder / name).exists() for name in models):
         return False
     return any(path.suffix.lower() in SUFFIXES for path in folder.iterdir())
@@ -110,19 +90,19 @@ def of_models(
 
 def of_sweep(
     context: Context, folder: Path, points: Sequence[str], most: int, prompts: PromptSet | None, count: int
-) -> tuple[Chosen, Drawing]:
+) -> Chosen:
     """Draw points of a sweep: those named as tables name them, else the `most` best by the sweep's objective.
 
     prompts: in place of the sweep's held-out ones. Raises MissingObject for records or models that are gone.
     """
-    about = read_drawing(folder)
-    ranked = _ranked(folder, about.higher_is_better)
+    swept = read_best(folder).settings
+    ranked = _ranked(folder, swept.search.higher_is_better)
     unknown = [label for label in points if label not in ranked]
     if unknown:
         raise UnknownName("Point", unknown[0], ranked, "Points are named as the leaderboard names them.")
     records = {label: ranked[label] for label in points or list(ranked)[:most]}
-    shown = (prompts or PromptSet.read(find_file(about.heldout), "heldout").first(about.heldout_count)).first(count)
-    live, how = LiveNetworks(about.family, context.device), None
+    shown = (prompts or read_prompts(swept.prompts, "heldout")).first(count)
+    live, how = LiveNetworks(swept.family, context.device), None
     opened: dict[str, Checkpoint] = {}
     made: list[Contestant] = []
     for label, (kind, identity) in records.items():
@@ -134,104 +114,52 @@ def of_sweep(
             raise BadSetting("The points were drawn by different samplers, so people would judge those.\nName others.")
         how, formula = sampler, Formula.parse(recipe["formula"], recipe["inputs"])
         opened |= {
-            alias: _opened(about, alias, recipe["inputs"][alias]) for alias in formula.models if alias not in opened
+            alias: _opened(swept, alias, recipe["inputs"][alias]) for alias in formula.models if alias not in opened
         }
         chosen = MergeFormula(recipe["formula"], recipe["coefficients"], recipe["dtype"], recipe["policies"])
         merge = LiveMerge(chosen, opened, live)
         made.append(_drawn(context, merge, recipe["coefficients"], digest(recipe), label, shown, sampler))
     assert how is not None, folder
-    return Chosen(tuple(made), shown, asdict(how)), about
-
-
-def keep_drawing(context: Context, folder: Path, sweep: SweepSettings) -> None:
-    """Write down beside a sweep what its points are drawn from; the run above shows it."""
-    about = Drawing(
-        experiment=context.journal.name,
-        key=context.parent.key,
-        objective=sweep.search.objective,
-        higher_is_better=sweep.search.higher_is_better,
-        family=sweep.family,
-        models=sweep.models,
-        heldout=sweep.prompts.heldout,
-        heldout_count=sweep.prompts.heldout_count,
-    )
-    write_json(folder / DRAWING, asdict(about))
-
-
-def read_drawing(folder: Path) -> Drawing:
-    """Read what a sweep's points are drawn from. Raises BadInput for a folder that does not say it."""
-    found = read_json(folder / DRAWING)
-    if not isinstance(found, Mapping):
-        raise BadInput(f"{folder} is no sweep that can be drawn again: it has no {DRAWING}.\nRun its command again.")
-    return settings(Drawing, found)
+    return Chosen(tuple(made), shown, asdict(how))
 
 
 @dataclass(frozen=True)
 class Released:
-    """What a release folder says for a vote; it may come from anybody."""
+    """A release folder as a vote takes it; it may come from anybody."""
 
-    label: str
-    model: Path
-    recipe: RecipeFile
-    sampler: SamplerSettings
-    prompts: PromptSet | None
-    family: str | None
-    manifest: str
-    """sha256 of its MANIFEST.json, by which its run in MLflow is found."""
+    folder: Path
+    facts: ReleaseFacts
+    prompts: PromptSet
 
     @classmethod
     def read(cls, folder: Path) -> Released:
         """Raises BadInput for a folder that is no release."""
-        recipe = read_recipe(folder / "recipe.yaml")
-        name = str(recipe.result.get("name", ""))
-        model = folder / name
-        if not name or Path(name).name != name or not model.is_file():
-            raise BadInput(f"{folder} is no release: its recipe.yaml names no file that lies beside it.")
-        prompts, facts = folder / "prompts.jsonl", _object(folder / "release.json")
-        family = facts.get("family")
-        return cls(
-            label=folder.resolve().name,
-            model=model,
-            recipe=recipe,
-            sampler=settings(SamplerSettings, _object(folder / "evaluation.json").get("sampler") or {}, "sampler"),
-            prompts=PromptSet.read(prompts, "prompts") if prompts.is_file() else None,
-            family=family if isinstance(family, str) else None,
-            manifest=file_digest(folder / "MANIFEST.json"),
-        )
+        return cls(folder, read_facts(folder), PromptSet.read(folder / "prompts.jsonl", folder.resolve().name))
+
+    @property
+    def model(self) -> Path:
+        """The file of its weights."""
+        return self.folder / self.facts.file
 
     def base(self, folders: Sequence[Path]) -> tuple[str, Path]:
         """Find the first model of its formula, by digest. Raises MissingObject with where it was looked for."""
-        alias = self.recipe.formula.models[0]
-        if alias in self.recipe.paths:
-            return alias, self.recipe.paths[alias]
-        wanted = {alias: self.recipe.digests[alias]}
-        known = Digests(default_cache())
-        places = [folder for folder in (self.model.parent / "parents", *folders, BUILTIN) if folder.is_dir()]
-        for folder in places:
+        recipe = self.facts.recipe
+        if recipe is None:
+            raise BadSetting("Nobody knows what the release was merged from.\nName a model that it is voted against.")
+        alias = Formula.parse(recipe.formula, recipe.models).models[0]
+        digests = {key: text for key, text in recipe.models[alias].digests.items() if key != "name"}
+        places = [folder for folder in (self.folder / "parents", *folders, BUILTIN) if folder.is_dir()]
+        for place in places:
             try:
-                return alias, find_inputs(wanted, folder, known, names=[f"{alias}.safetensors"]).paths[alias]
+                found = find_inputs({alias: digests}, place, Digests(default_cache()), names=[f"{alias}.safetensors"])
             except MissingObject:
                 continue
+            return alias, found.paths[alias]
+        told = next(iter(digests.values()), "unknown")[:12]
         raise MissingObject(
-            f"The release is voted against its base {alias}, sha256 {digest_told(wanted[alias])}, which is in none of "
+            f"The release is voted against its base {alias}, sha256 {told}…, which is in none of "
             f"{', '.join(map(str, places))}.\nGive the folder that holds it: --models DIR, or name another model."
         )
-
-
-def digest_told(digests: Mapping[str, str]) -> str:
-    """The shorter of what a file is known by, to be read."""
-    return next(iter(digests.values()))[:12] + "…"
-
-
-def _object(file: Path) -> Mapping[str, Any]:
-    """A JSON object of a folder that may come from anybody; an empty one where there is none."""
-    if not file.is_file() or file.stat().st_size > 16 * MOST_BYTES:
-        return {}
-    try:
-        found = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{file} is no JSON: {str(error)[:120]}.") from None
-    return found if isinstance(found, dict) else {}
 
 
 def _drawn(
@@ -259,9 +187,9 @@ def _drawn(
     return Contestant(label, made_of, done.files)
 
 
-def _opened(about: Drawing, alias: str, weights: str) -> Checkpoint:
+def _opened(swept: SweepSettings, alias: str, weights: str) -> Checkpoint:
     """Open a model of a sweep. Raises MissingObject where its file is gone or has changed since."""
-    found = open_checkpoint(find_file(about.models.get(alias) or ""), about.family.name)
+    found = open_checkpoint(find_file(swept.models.get(alias) or ""), swept.family.name)
     if found.digest != weights:
         raise MissingObject(f"{found.path} has changed since the sweep: {alias} was {weights[:12]}….\nPut it back.")
     return found

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html import escape
 from pathlib import Path
 
 from ambergrade.chain.context import Context, open_journal, record_command, use_threads
 from ambergrade.chain.dataset import dataset, draw_world, read_sets
-from ambergrade.chain.gates import judge_candidate
+from ambergrade.chain.gates import judge_candidate, licence_of
 from ambergrade.chain.heldout import Finalists, compare_finalists
 from ambergrade.chain.point import (
     LiveMerge,
@@ -20,14 +20,17 @@ from ambergrade.chain.point import (
     open_checkpoint,
     read_prompts,
 )
-from ambergrade.chain.release import Training, Winner, publish
+from ambergrade.chain.release import merged, publish, training
 from ambergrade.chain.review import Shown, draw, links_of
-from ambergrade.chain.settings import GammaSettings, Invocation, MergeFormula, SweepSettings
-from ambergrade.chain.sweep import SweepResult, reviewed, run_sweep
+from ambergrade.chain.settings import GammaSettings, Invocation, SweepSettings
+from ambergrade.chain.sweep import SweepResult, keep_best, reviewed, run_sweep
 from ambergrade.chain.training import Subject, flat, train
 from ambergrade.identity import digest
+from ambergrade.merge.formula import Formula
 from ambergrade.nouns import Checkpoint, Release
+from ambergrade.release.facts import Origin
 from ambergrade.release.gate import insist, load_gates
+from ambergrade.release.licenses import derive
 from ambergrade.score.comparison import aggregates
 from ambergrade.score.html import picture
 from ambergrade.store import find_file
@@ -38,6 +41,9 @@ def run(settings: GammaSettings, invocation: Invocation) -> None:
     """Run the whole chain. Raises Refused at the end where a gate does not pass and `insist` is set."""
     paths = {alias: find_file(source) for alias, source in settings.models.items() if source}
     load_gates({label: one.as_mapping for label, one in settings.gates.items()})
+    origins = {settings.trained: _origin_of_trained(settings), **settings.origins}
+    formula = Formula.parse(settings.merge.formula, {**settings.models, settings.trained: ""})
+    derive({alias: origins.get(alias, Origin()).license for alias in formula.models}, settings.release.license)
     use_threads(settings.compute)
     title = f"{settings.release.name} {settings.release.version}"
     journal = open_journal(settings.root, settings.name, settings, invocation)
@@ -52,7 +58,14 @@ def run(settings: GammaSettings, invocation: Invocation) -> None:
         parent.datasets({"captions": sets[0].digest, "held out": sets[1].digest})
 
         models = {alias: open_checkpoint(path, settings.family.name) for alias, path in paths.items()}
-        training = Training(settings.trained, settings.base, models[settings.base].digest, settings.trainer, sets[0])
+        trained = training(
+            settings.trained,
+            settings.base,
+            models[settings.base].digest,
+            settings.trainer,
+            sets[0],
+            settings.captions,
+        )
         subject = Subject(
             name=settings.trained,
             base=models[settings.base],
@@ -72,18 +85,24 @@ def run(settings: GammaSettings, invocation: Invocation) -> None:
         merge = LiveMerge(settings.merge, models, live)
         folder = settings.root / "mlruns" / "reports" / key[:12]
         result = run_sweep(context, _sweep_settings(settings, models), merge, scoring)
-        shown = _review(settings, result, folder / "sweep")
-        winner = _winner(result, shown, merge)
-        final = _last_word(context, settings, scoring, live, models, winner, folder)
-        made, merged = publish(
-            context, settings.release, settings.family, scoring, winner, final, training, settings.search.objective
+        shown = _review(settings, result, folder / "sweep", parent.key)
+        point, members = _winner(result, shown)
+        merge = merge.of_dtype(settings.release.dtype)
+        final = _last_word(context, settings, scoring, merge, point, folder)
+        candidate = replace(
+            merged(context, merge, point, origins, folder),
+            members=members,
+            objective=settings.search.objective,
+            heat_map=shown.pictures.get("heat map"),
         )
+        made = publish(context, settings.release, settings.family, scoring, candidate, final, trained)
         verdict = judge_candidate(
             context,
             settings.gates,
             settings.release.name,
-            merged,
-            models[settings.base],
+            candidate.checkpoint,
+            candidate.inputs[settings.base],
+            licence_of(made),
             final.sheets[final.winner],
             final.sheets[settings.base],
             scoring,
@@ -95,7 +114,7 @@ def run(settings: GammaSettings, invocation: Invocation) -> None:
     print(f"\n{shown.review.table}\n\n{final.text}\n")
     print(f"contact sheet  {final.contact_sheet}")
     print(f"review         {page}")
-    print(f"release        {made.path}\n               model file sha256 {_model_sha256(made)}")
+    print(f"release        {made.path}\n               model file sha256 {made.model_sha256}")
     print(f"MLflow         {ui.ui_command(settings.root)}\n               ", end="")
     print(ui.deep_link(journal.experiment_id, view=view))
     context.close()
@@ -141,7 +160,7 @@ def _sweep_settings(settings: GammaSettings, models: dict[str, Checkpoint]) -> S
     )
 
 
-def _review(settings: GammaSettings, result: SweepResult, folder: Path) -> Shown:
+def _review(settings: GammaSettings, result: SweepResult, folder: Path, key: str) -> Shown:
     """The winner set, the leaderboard and the pictures of the sweep."""
     review = reviewed(
         result, title=settings.merge.formula, objective=settings.search.objective, columns=settings.leaderboard
@@ -152,39 +171,41 @@ def _review(settings: GammaSettings, result: SweepResult, folder: Path) -> Shown
     prompts = read_prompts(settings.prompts, "sweep").first(settings.sheet).prompts
     marked = (card[0], card[1]) if len(card) == 2 else None
     originals = find_originals(settings.prompts, "sweep", prompts)
-    return draw(review, folder, result.strips, prompts, settings.sampler, card=marked, originals=originals)
+    shown = draw(review, folder, result.strips, prompts, settings.sampler, card=marked, originals=originals)
+    keep_best(result, shown, key)
+    return shown
 
 
-def _winner(result: SweepResult, shown: Shown, merge: LiveMerge) -> Winner:
+def _winner(result: SweepResult, shown: Shown) -> tuple[Point, tuple[Point, ...]]:
+    """The best point, and the points that are not significantly different from it."""
+
     def point(label: str) -> Point:
         return {name: float(value) for name, value in result.points[label].items()}
 
-    members = tuple(point(label) for label in shown.review.found.members)
-    return Winner(merge, point(shown.best), members, shown.pictures.get("heat map"))
+    return point(shown.best), tuple(point(label) for label in shown.review.found.members)
+
+
+def _origin_of_trained(settings: GammaSettings) -> Origin:
+    """Where the fine-tune comes from: it inherits its base's licence."""
+    base = settings.origins.get(settings.base, Origin())
+    return Origin(license=base.license, author=settings.release.author or None, note=f"fine-tuned from {settings.base}")
 
 
 def _last_word(
-    context: Context,
-    settings: GammaSettings,
-    scoring: Scoring,
-    live: LiveNetworks,
-    models: dict[str, Checkpoint],
-    winner: Winner,
-    folder: Path,
+    context: Context, settings: GammaSettings, scoring: Scoring, merge: LiveMerge, point: Point, folder: Path
 ) -> Finalists:
     """Score the winner on held-out prompts, beside the card's point, the fine-tune and the base."""
-    rivals: dict[str, tuple[LiveMerge, Point]] = {}
     card = settings.merge.coefficients
-    if dict(card) != dict(winner.point):
-        rivals[f"card: {label_of(card)}"] = (winner.merge, card)
+    rivals: dict[str, tuple[LiveMerge, Point]] = {}
+    if dict(card) != dict(point):
+        rivals[f"card: {label_of(card)}"] = (merge, card)
     for name in (settings.base, settings.trained):
-        alone = MergeFormula(name, {}, settings.merge.dtype, settings.merge.policies)
-        rivals[name] = (LiveMerge(alone, models, live), {})
+        rivals[name] = (merge.alone(name), {})
     prompts = read_prompts(settings.prompts, "heldout")
     return compare_finalists(
         context,
         scoring,
-        (f"winner: {label_of(winner.point)}", winner.merge, winner.point),
+        (f"winner: {label_of(point)}", merge, point),
         rivals,
         settings.base,
         prompts,
@@ -210,12 +231,12 @@ def _close(
     parent, review, about = context.parent, shown.review, settings.release
     parent.metrics(aggregates(final.sheets[final.winner]))
     parent.picture("held-out contact sheet", final.contact_sheet)
-    parent.tags({"release.model_sha256": _model_sha256(made)})
+    parent.tags({"release.model_sha256": made.model_sha256})
     parent.note(f"```\n{review.table}\n\n{final.text}\n```")
     view = shown.view(parent, "rung" if result.race else "point", list(settings.search.values))
     page = shown.page(
         facts={
-            "release": f"{about.name} {about.version}, model file sha256 {_model_sha256(made)}",
+            "release": f"{about.name} {about.version}, model file sha256 {made.model_sha256}",
             "files": str(made.path),
             "base": settings.base,
             "trained": f"{settings.trained}, captions {settings.captions.name}",
@@ -237,8 +258,3 @@ def _close(
     )
     shown.journal(parent, page)
     return view, page
-
-
-def _model_sha256(made: Release) -> str:
-    """sha256 of the release's model file."""
-    return next(sha256 for name, sha256 in made.files.items() if name.endswith(".safetensors"))

@@ -6,15 +6,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from ambergrade.chain.context import Context, Stage
+from ambergrade.chain.numbers import measured
 from ambergrade.chain.point import HELDOUT, LiveMerge, LiveNetworks, Scoring, open_checkpoint, score_point
 from ambergrade.chain.settings import MergeFormula
 from ambergrade.chain.vote import votes_between
 from ambergrade.errors import BadInput
-from ambergrade.nouns import Checkpoint, Measurement, PromptSet
+from ambergrade.nouns import Checkpoint, Measurement, PromptSet, Release
+from ambergrade.release.facts import read_facts
 from ambergrade.release.gate import Evidence, Judgement, judge, load_gates
+from ambergrade.release.licenses import UNKNOWN
 from ambergrade.score.comparison import aggregates, differences
 from ambergrade.score.sheet import ScoreSheet
-from ambergrade.score.statistics import PairedDifference
 from ambergrade.store import Finished, Outputs
 from ambergrade.track.journal import Run
 from ambergrade.track.registry import Version
@@ -28,17 +30,19 @@ def judge_candidate(
     gates: Mapping[str, Plugin],
     name: str,
     candidate: Checkpoint,
-    base_model: Checkpoint,
+    base_weights: str | None,
+    licence: Judgement,
     sheet: ScoreSheet,
-    base: ScoreSheet,
+    base: ScoreSheet | None,
     scoring: Scoring,
     live: LiveNetworks,
     prompts: PromptSet,
 ) -> dict[str, Judgement]:
     """Ask every gate about a registered candidate, and move the alias `champion` by what they say, which is returned.
 
-    name: of the registered model. base_model: what the candidate is compared with as `base`.
-    sheet, base: scores of the candidate and of its base on `prompts`.
+    name: of the registered model. base_weights: digest of what it is compared with as `base`, if anything.
+    licence: whether its parents' licences allow its own. sheet, base: scores of the candidate and of its base, if it
+    has one, on `prompts`.
 
     The champion of this root, or the one before it if the candidate is champion already, is scored on the same
     prompts, so that what a gate sees of it is paired like everything else. The verdict is a record (`records/gate`), a
@@ -48,15 +52,16 @@ def judge_candidate(
     loaded = load_gates({label: one.as_mapping for label, one in gates.items()})
     family = live.family.name
     rivals = {one.parameters.get(key) for one in gates.values() for key in ("than", "vote")}
-    compared: dict[str, Compared] = {"base": compare(sheet, base)}
-    inputs = {"weights": candidate.digest, "scores": sheet.digest, "base": base.digest}
+    compared = {"base": compare(sheet, base)} if base is not None else {}
+    inputs = {"weights": candidate.digest, "scores": sheet.digest}
+    inputs |= {"base": base.digest} if base is not None else {}
     champion = context.journal.rival(name, candidate.digest) if "champion" in rivals else None
     if champion is not None:
         other = _champion_sheet(context, champion, scoring, live, prompts)
         compared["champion"] = Compared({}, "it could not be scored") if other is None else compare(sheet, other)
         inputs["champion"] = champion.digest
-    opponents = {"base": base_model.digest, **({"champion": champion.digest} if champion is not None else {})}
-    found = {whom: votes_between(context.ledger, candidate.digest, other) for whom, other in opponents.items()}
+    opponents = {"base": base_weights, "champion": champion.digest if champion is not None else None}
+    found = {whom: votes_between(context.ledger, candidate.digest, other) for whom, other in opponents.items() if other}
     votes = {whom: one.share for whom, one in found.items() if one is not None}
     judged = context.journal.version(name, candidate.digest)
     asked = {one.parameters["tag"] for one in gates.values() if "tag" in one.parameters}
@@ -66,7 +71,7 @@ def judge_candidate(
     def work(scratch: object, run: Run) -> Outputs:
         apart = {whom: one.differences for whom, one in compared.items()}
         pairing = {whom: one.unlike for whom, one in compared.items()}
-        made = judge(loaded, Evidence(family, aggregates(sheet), apart, tiny, tags, pairing, votes))
+        made = judge(loaded, Evidence(family, aggregates(sheet), apart, tiny, tags, pairing, votes, licence))
         return Outputs(values={"gates": {label: asdict(one) for label, one in made.items()}})
 
     def journal(run: Run, done: Finished) -> None:
@@ -75,7 +80,7 @@ def judge_candidate(
         run.metrics({"gates_passed": sum(one.passed for one in verdict.values()), "gates": len(verdict)})
 
     settings = {"gates": {label: one.as_mapping for label, one in gates.items()}, "tags": tags, "tiny": tiny}
-    settings |= {"votes": votes} if votes else {}
+    settings |= {"votes": votes, "licence": licence}
     done = context.run(GATE.task({**settings, "family": family}, inputs), "gates", work, journal=journal)
     verdict = _verdict(done)
     for label, one in verdict.items():
@@ -103,6 +108,12 @@ def compare(sheet: ScoreSheet, other: ScoreSheet) -> Compared:
         return Compared({}, "; ".join(line.strip() for line in str(error).splitlines()[1:-1]))
 
 
+def licence_of(made: Release) -> Judgement:
+    """Say whether the licence of a release is known and its parents' licences allow it, as its facts have it."""
+    facts = read_facts(made.path)
+    return Judgement(facts.license != UNKNOWN, f"{facts.license}: {facts.license_why}")
+
+
 def tiny_scorers(metrics: Mapping[str, Plugin], sheet: ScoreSheet) -> dict[str, bool]:
     """Scorer to whether it is one of the embedded world's."""
     return {
@@ -125,11 +136,6 @@ def _champion_sheet(
         context, merge, scoring, {}, prompts, "champion", stage=HELDOUT, line=line, journaled_as="evaluation"
     )
     return ScoreSheet.read(done.files["scores"])
-
-
-def measured(apart: Mapping[str, PairedDifference]) -> dict[str, Measurement]:
-    """Paired differences as the numbers that gates take."""
-    return {m: Measurement(d.value, d.low, d.high, d.n, d.higher_is_better) for m, d in apart.items()}
 
 
 def _verdict(done: Finished) -> dict[str, Judgement]:

@@ -24,11 +24,13 @@ class Finalists:
 
     sheets: Mapping[str, ScoreSheet]
     """By label, the winner's first."""
-    base: str
-    """Label of the base."""
+    base: str | None
+    """Label of the base; None where there is nothing to compare with."""
     prompts: PromptSet
     leaderboard: tuple[str, ...]
     folder: Path
+    done: Mapping[str, Finished]
+    """The records of the scores, by label: their files are `scores` and `pictures`, the first ones side by side."""
 
     @property
     def winner(self) -> str:
@@ -36,16 +38,17 @@ class Finalists:
 
     @cached_property
     def apart(self) -> dict[str, PairedDifference]:
-        """Metric to winner minus base, paired."""
-        return differences(self.sheets[self.winner], self.sheets[self.base])
+        """Metric to winner minus base, paired; nothing where there is no base."""
+        return differences(self.sheets[self.winner], self.sheets[self.base]) if self.base else {}
 
     @cached_property
     def text(self) -> str:
         """The tables as the command prints them."""
         scores = {label: aggregates(sheet) for label, sheet in self.sheets.items()}
         table = figures.leaderboard_text(scores, self.leaderboard, winner=self.winner, chosen="the sweep's winner")
-        lines = [f"Held-out prompts ({len(self.prompts.prompts)}):", table, "", f"Winner minus {self.base}, paired:"]
-        for name in self.leaderboard:
+        lines = [f"Held-out prompts ({len(self.prompts.prompts)}):", table]
+        lines += ["", f"Winner minus {self.base}, paired:"] if self.base else []
+        for name in filter(self.apart.__contains__, self.leaderboard):
             found = self.apart[name]
             limits = interval_text(found.low, found.high, "+.3f")
             lines.append(f"  {name:<24}{found.value:+.3f} {limits}  {found.verdict}")
@@ -65,7 +68,7 @@ def compare_finalists(
     scoring: Scoring,
     winner: tuple[str, LiveMerge, Point],
     rivals: Mapping[str, tuple[LiveMerge, Point]],
-    base: str,
+    base: str | None,
     prompts: PromptSet,
     *,
     leaderboard: tuple[str, ...],
@@ -77,17 +80,18 @@ def compare_finalists(
 ) -> Finalists:
     """Score winner and rivals anew; write held-out table, contact sheet and interval plot into `folder`.
 
-    winner: its label, merge and point. rivals: the same by label; `base` is one of them. kept: pictures a row.
+    winner: its label, merge and point. rivals: the same by label; `base`, if any, is one of them. kept: pictures a row.
     originals: prompt id to a real picture of what it asks for.
     """
     label, merge, point = winner
     entered = {label: (merge, point), **rivals}
     done = {name: _scored(context, scoring, made, at, prompts, name, kept) for name, (made, at) in entered.items()}
     sheets = {name: ScoreSheet.read(found.files["scores"]) for name, found in done.items()}
-    final = Finalists(sheets, base, prompts, leaderboard, folder)
+    known = aggregates(next(iter(sheets.values())))
+    final = Finalists(sheets, base, prompts, tuple(name for name in leaderboard if name in known), folder, done)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "heldout.txt").write_text(final.text + "\n")
-    scores = {name: aggregates(sheet)[objective] for name, sheet in sheets.items()}
+    scores = {name: aggregates(sheet).get(objective) for name, sheet in sheets.items()}
     write_contact_sheet(
         {name: found.files["pictures"] for name, found in done.items()},
         prompts.first(kept).prompts,
@@ -95,12 +99,13 @@ def compare_finalists(
         final.contact_sheet,
         title=title,
         subtitle=f"{prompts.name} prompts, one seed a column",
-        notes={name: f"{objective} {score.value:.3f}" for name, score in scores.items()},
+        notes={name: f"{objective} {score.value:.3f}" for name, score in scores.items() if score},
         marked=label,
         originals=originals,
     )
-    plotted = {name: {label: final.apart[name]} for name in leaderboard}
-    figures.interval_plot(plotted, final.differences_plot, baseline=base)
+    if base:
+        plotted = {name: {label: final.apart[name]} for name in final.leaderboard}
+        figures.interval_plot(plotted, final.differences_plot, baseline=base)
     return final
 
 

@@ -127,11 +127,26 @@ class LiveMerge:
     def recipe(self, point: Point) -> Recipe:
         return Recipe(self.formula, point, self.inputs, self.chosen.dtype, self.chosen.policies)
 
+    @property
+    def paths(self) -> dict[str, Path]:
+        """The file or folder of every input, by alias."""
+        return {alias: self._models[alias].path for alias in self.formula.models} | self.loras
+
     def job(self, point: Point) -> Job:
         """The same merge over files, for writing it down."""
-        paths = {alias: self._models[alias].path for alias in self.formula.models} | self.loras
         dtype, policies = self.chosen.dtype, self.chosen.policies
-        return open_job(self.formula, paths, coefficients=point, dtype=dtype, policies=policies)
+        return open_job(self.formula, self.paths, coefficients=point, dtype=dtype, policies=policies)
+
+    def alone(self, alias: str) -> LiveMerge:
+        """One of its models by itself."""
+        return LiveMerge(MergeFormula(alias, {}, self.chosen.dtype, self.chosen.policies), self._models, self.live)
+
+    def of_dtype(self, dtype: str | None) -> LiveMerge:
+        """The same merge, rounded to another precision; None keeps its own. What lies in memory of this one is left."""
+        if dtype in (None, self.chosen.dtype):
+            return self
+        vars(self).pop("resident", None)  # one merge in memory
+        return LiveMerge(replace(self.chosen, dtype=dtype), self._models, self.live)
 
     def networks(self, point: Point) -> Networks:
         """The live networks with this point's weights in them; no file is written."""

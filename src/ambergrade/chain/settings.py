@@ -15,6 +15,8 @@ from ambergrade.captions.recipe import CaptionRecipe
 from ambergrade.captions.settings import Limits, Selection
 from ambergrade.errors import BadSetting, UnknownName
 from ambergrade.nouns import SamplerSettings
+from ambergrade.release.facts import Origin, check_name
+from ambergrade.release.licenses import load_license
 from ambergrade.store import find_file
 from ambergrade.train.settings import TrainSettings
 from ambergrade.typed import Plugin
@@ -146,9 +148,23 @@ class Suite:
 class ReleaseSettings:
     name: str
     version: str
-    license: str
-    summary: str
     folder: Path
+    license: str | None = None
+    """A yaml of conf/license; None: the one that the parents' licences ask for."""
+    summary: str = ""
+    author: str = ""
+    dtype: Literal["fp32", "fp16", "bf16"] | None = None
+    """None: the merge's own."""
+    diffusers: bool = False
+    """Write the weights as a diffusers folder too."""
+    parents: bool = False
+    """Put copies of the models that it was merged from into it."""
+
+    def __post_init__(self) -> None:
+        check_name("name", self.name)
+        check_name("version", self.version)
+        if self.license is not None:
+            load_license(self.license)
 
 
 @dataclass(frozen=True)
@@ -183,6 +199,7 @@ class GammaSettings(Common):
     sheet: int
     insist: bool
     release: ReleaseSettings
+    origins: Mapping[str, Origin] = field(default_factory=dict)
     race: tuple[int, ...] | None = None
     debug: bool = False
 
@@ -257,6 +274,39 @@ class SweepSettings(Common):
 
     def __post_init__(self) -> None:
         check_formula_models(self.merge, self.models)
+
+
+@dataclass(frozen=True)
+class ReleasePipelineSettings(Common):
+    """conf/release.yaml: a release of a finished sweep, or of a model file."""
+
+    family: FamilySettings
+    origins: Mapping[str, Origin]
+    data: DataSettings
+    prompts: PromptFiles
+    sampler: SamplerSettings
+    suite: Suite
+    compute: Compute
+    gates: Mapping[str, Plugin]
+    leaderboard: tuple[str, ...]
+    sheet: int
+    insist: bool
+    release: ReleaseSettings
+    sweep: Path | None = None
+    point: Mapping[str, float] = field(default_factory=dict)
+    models: Mapping[str, str] = field(default_factory=dict)
+    model: str | None = None
+    inputs: Path | None = None
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.sweep is None) == (self.model is None):
+            raise BadSetting("Give either sweep=FOLDER (a finished sweep) or model=FILE, and not both.")
+        if self.point and self.sweep is None:
+            raise BadSetting("point names a point of a sweep: give sweep=FOLDER too.")
+        for file in (self.sweep, self.inputs, self.model):
+            if file is not None:
+                find_file(str(file))
 
 
 @dataclass(frozen=True)

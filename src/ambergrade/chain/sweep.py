@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ambergrade.chain.contestants import keep_drawing
 from ambergrade.chain.context import Context
 from ambergrade.chain.point import LiveMerge, Scoring, label_of
 from ambergrade.chain.points import PointScorer, PointWork, Scored, evaluate, value_of
+from ambergrade.chain.review import Shown
 from ambergrade.chain.settings import SweepSettings, Values
-from ambergrade.errors import BadSetting
+from ambergrade.errors import BadSetting, MissingObject
 from ambergrade.identity import digest
 from ambergrade.score.figures import Value
 from ambergrade.score.review import Review
@@ -30,7 +30,10 @@ from ambergrade.search.load import Search, search
 from ambergrade.search.points import Point
 from ambergrade.search.pool import Pool
 from ambergrade.search.racing import Floats, Judge, Race
+from ambergrade.store import read_json, write_json
 from ambergrade.track.journal import Journal
+from ambergrade.typed import plain
+from ambergrade.typed import settings as typed_settings
 
 LONGEST = 30
 """Characters of a point's name before its numbers are rounded."""
@@ -55,6 +58,10 @@ class SweepResult:
     """Label to the job that was done last."""
     race: str = ""
     """In a race, what it spent."""
+    folder: Path = Path()
+    """The sweep's own folder."""
+    settings: Mapping[str, SweepSettings] = field(default_factory=dict)
+    """Label to the settings that it was scored with."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,6 @@ def run_sweep(context: Context, settings: SweepSettings, merge: LiveMerge, scori
     rungs = settings.race or ()
     plan = SweepPlan(key, folder, chosen, settings.search.values, label_of, settings_of, rungs)
     scorer.check_objective(settings)
-    keep_drawing(context, folder.root, settings)
     with folder.alone(), evaluator(context, plan, scorer, settings.compute.workers) as where:
         swept = drive(context, plan, scorer, where)
     if swept.failed:
@@ -200,6 +206,8 @@ def result_of(context: Context, plan: SweepPlan, swept: Swept) -> SweepResult:
         left=_left(swept.race) if swept.race is not None else {},
         jobs={label: trial.job for label, trial in trials.items()},
         race=swept.race.text if swept.race is not None else "",
+        folder=plan.folder.root,
+        settings={label: plan.settings_of(trial.job) for label, trial in trials.items()},
     )
 
 
@@ -212,6 +220,45 @@ def reviewed(result: SweepResult, *, title: str, objective: str, columns: Sequen
         return review
     # A race's looks held all points at once; a verdict among its finalists alone would leave out fewer.
     return replace(review, found=replace(review.found, members=tuple(result.points)))
+
+
+@dataclass(frozen=True)
+class Best:
+    """What a finished sweep found, as its folder keeps it in best.json."""
+
+    label: str
+    settings: SweepSettings
+    """Of the best point."""
+    members: tuple[Mapping[str, float], ...]
+    """Coefficients of the points that are not significantly different from it; empty where more than they was swept."""
+    heat_map: Path | None = None
+    key: str = ""
+    """Of the run in MLflow that shows the sweep."""
+
+
+def keep_best(result: SweepResult, shown: Shown, key: str) -> None:
+    """Write best.json into the sweep's folder: what a release of the sweep, or a vote on it, starts from.
+
+    key: of the run in MLflow that shows the sweep.
+    """
+    members = [result.settings[label] for label in shown.review.found.members]
+    best = result.settings[shown.best]
+    names = [name for name in best.merge.coefficients if name in result.points[shown.best]]
+    whole = len(names) == len(result.points[shown.best])
+    points = [{name: one.merge.coefficients[name] for name in names} for one in members] if whole else []
+    found = Best(shown.best, best, tuple(points), shown.pictures.get("heat map"), key)
+    write_json(result.folder / "best.json", plain(found))
+
+
+def read_best(folder: Path) -> Best:
+    """Read what a finished sweep found. Raises MissingObject where no sweep has finished in the folder."""
+    values = read_json(folder / "best.json")
+    if not isinstance(values, dict):
+        raise MissingObject(
+            f"{folder} holds no best.json: it is no sweep's folder, or the sweep is not finished.\n"
+            "Name a folder of mlruns/sweeps; the sweep's command, given again, finishes it."
+        )
+    return typed_settings(Best, values, str(folder / "best.json"))
 
 
 def _rungs(plan: SweepPlan, swept: Swept, trial: Trial) -> list[Scored]:

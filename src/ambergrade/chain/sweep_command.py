@@ -9,14 +9,13 @@ from dataclasses import replace
 import numpy as np
 import yaml
 
-from ambergrade.chain.contestants import keep_drawing
 from ambergrade.chain.context import Context, Task, open_journal, record_command, use_threads
 from ambergrade.chain.dataset import draw_world
 from ambergrade.chain.point import find_originals, label_of, read_prompts, write_merge
 from ambergrade.chain.points import PointScorer
 from ambergrade.chain.review import Shown, draw, links_of, tell_unlike
 from ambergrade.chain.settings import Invocation, SweepSettings
-from ambergrade.chain.sweep import SweepPlan, SweepResult, drive, pool, result_of, reviewed
+from ambergrade.chain.sweep import SweepPlan, SweepResult, drive, keep_best, pool, result_of, reviewed
 from ambergrade.errors import AmbergradeError, BadInput, BadSetting
 from ambergrade.score.statistics import interval_text
 from ambergrade.search.driver import Evaluator, Job, Swept
@@ -81,7 +80,6 @@ def _swept(
         record_command(above, settings, invocation)
         above.datasets({"prompts": read_prompts(settings.prompts, "sweep").digest})
         context = Context(settings.root, journal, above, settings.compute)
-        keep_drawing(context, plan.folder.root, settings)
         with pool(context, plan, settings.compute.workers) as workers:
             swept = drive(context, plan, scorer, launched or workers)
         grown = above.done and any(not trial.before for trial in swept.trials)  # an earlier command finished it
@@ -115,6 +113,7 @@ def _show(
     prompts = read_prompts(settings.prompts, "sweep").first(settings.sheet).prompts
     originals = find_originals(settings.prompts, "sweep", prompts)
     shown = draw(review, folder, result.strips, prompts, settings.sampler, originals=originals)
+    keep_best(result, shown, run.key)
     winner = plan.settings_of(result.jobs[shown.best])
     merge, _ = scorer.loaded(winner)
     recipe = merge.recipe(winner.merge.coefficients)

@@ -75,7 +75,9 @@ class Asked:
             if name not in names:
                 raise UnknownName("level", name, names)
         if (self.signature is None) != (self.key is None):
-            raise BadSetting("A signature is checked by the signer's public key.\nGive both: --signature FILE --key FILE")
+            raise BadSetting(
+                "A signature is checked by the signer's public key.\nGive both: --signature FILE --key FILE"
+            )
 
 
 @dataclass(frozen=True)

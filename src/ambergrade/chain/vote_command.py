@@ -14,8 +14,11 @@ from ambergrade.chain.context import Context, open_journal
 from ambergrade.chain.settings import Compute, FamilySettings, Invocation
 from ambergrade.chain.vote import Ballot, count, find_ballot, make_ballot, measured, tell, votes_on
 from ambergrade.errors import BadSetting, MissingObject, UnknownName
+from ambergrade.identity import file_digest
 from ambergrade.nouns import PromptSet, SamplerSettings
 from ambergrade.places import CONF, project
+from ambergrade.release.facts import FACTS
+from ambergrade.release.sums import MANIFEST
 from ambergrade.score.vote_page import Answers
 from ambergrade.store import Ledger, find_file
 from ambergrade.track.journal import Run
@@ -64,17 +67,18 @@ class VoteOptions:
 
 def ask(options: VoteOptions) -> Ballot:
     """Draw what has to be drawn, and make the page. Raises AmbergradeError for what cannot be voted on."""
-    from ambergrade.chain.contestants import DRAWING, Released, read_drawing  # torch, which a result does not need
+    from ambergrade.chain.contestants import BEST, Released  # torch, which a result does not need
+    from ambergrade.chain.sweep import read_best
 
     if not options.subjects:
         raise BadSetting("What is voted on?\nGive a sweep, a release, or two and more models or picture folders.")
     paths = [_path(options.root, subject) for subject in options.subjects]
-    releases = [Released.read(path) for path in paths if (path / "MANIFEST.json").is_file()]
+    releases = [Released.read(path) for path in paths if (path / FACTS).is_file()]
     subject: dict[str, str] = {}  # the run that votes are shown on: the sweep's, or the first release's
-    if len(paths) == 1 and (paths[0] / DRAWING).is_file():
-        subject = {"tag": "ag.key", "value": read_drawing(paths[0]).key}
+    if len(paths) == 1 and (paths[0] / BEST).is_file():
+        subject = {"tag": "ag.key", "value": read_best(paths[0]).key}
     elif releases:
-        subject = {"tag": "release.manifest_sha256", "value": releases[0].manifest}
+        subject = {"tag": "release.manifest_sha256", "value": file_digest(releases[0].folder / MANIFEST)}
     with _context(options.root, subject, options.device) as context:
         chosen = _chosen(context, options, paths, releases)
         return make_ballot(
@@ -105,31 +109,28 @@ def bring_back(root: Path, answers: Answers) -> None:
 
 def _chosen(context: Context, options: VoteOptions, paths: Sequence[Path], releases: Sequence[Released]) -> Chosen:
     """Whose pictures, of which prompts."""
-    from ambergrade.chain.contestants import DRAWING, is_pictures, of_folders, of_models, of_sweep
+    from ambergrade.chain.contestants import BEST, is_pictures, of_folders, of_models, of_sweep
     from ambergrade.chain.sheets import labels as labels_of
 
     prompts = PromptSet.read(find_file(str(options.prompts))) if options.prompts else None
-    if len(paths) == 1 and (paths[0] / DRAWING).is_file():
-        return of_sweep(context, paths[0], options.point, options.points, prompts, options.count)[0]
+    if len(paths) == 1 and (paths[0] / BEST).is_file():
+        return of_sweep(context, paths[0], options.point, options.points, prompts, options.count)
     if len(paths) > 1 and all(is_pictures(path) for path in paths):
         return of_folders(paths, labels_of([str(path) for path in paths]), prompts, options.count)
     mixed = [str(path) for path in paths if is_pictures(path)]
     if mixed:
         raise BadSetting(f"{mixed[0]} holds pictures, and others are to be drawn.\nGive folders of pictures alone.")
-    released = {one.model.parent.resolve(): one for one in releases}
-    models: dict[str, Path] = {}
-    for label, path in zip(labels_of([str(path) for path in paths]), paths, strict=True):
-        found = released.get(path.resolve())
-        models[found.label if found else label] = found.model if found else path
+    released = {one.folder: one.model for one in releases}
+    named = zip(labels_of([str(path.resolve()) for path in paths]), paths, strict=True)
+    models = {label: released.get(path, path) for label, path in named}
     if len(models) == 1 and releases:
-        folders = [options.models] if options.models else []
-        models |= dict([releases[0].base(folders)])
-    shown = prompts or next((one.prompts for one in releases if one.prompts), None)
+        models |= dict([releases[0].base([options.models] if options.models else [])])
+    shown = prompts or next((one.prompts for one in releases), None)
     if shown is None:
         raise BadSetting("Which prompts shall be drawn?\nGive --prompts FILE.jsonl (keys: id, text, seed).")
-    family = _yaml("family", options.family or next((one.family for one in releases if one.family), None) or "sdxl")
+    family = _yaml("family", options.family or next((one.facts.family for one in releases), "sdxl"))
     sampler = settings(SamplerSettings, _yaml("sampler", options.sampler)) if options.sampler else None
-    sampler = sampler or next((one.sampler for one in releases), None)
+    sampler = sampler or next((one.facts.evaluation.sampler for one in releases), None)
     if sampler is None:
         raise BadSetting("How shall they be drawn?\nGive --sampler, one of conf/sampler.")
     return of_models(context, models, settings(FamilySettings, family), shown.first(options.count), sampler)
@@ -137,12 +138,12 @@ def _chosen(context: Context, options: VoteOptions, paths: Sequence[Path], relea
 
 def _path(root: Path, subject: str) -> Path:
     """A file or folder; or the folder of a sweep that is named by the first letters of its key."""
-    from ambergrade.chain.contestants import DRAWING
+    from ambergrade.chain.contestants import BEST
 
     path = Path(subject).expanduser()
     if path.exists():
         return path
-    sweeps = [*(root / "mlruns" / "sweeps").glob(f"*/{DRAWING}"), *(root / "mlruns" / "hydra").glob(f"*/*/{DRAWING}")]
+    sweeps = [*(root / "mlruns" / "sweeps").glob(f"*/{BEST}"), *(root / "mlruns" / "hydra").glob(f"*/*/{BEST}")]
     known = {file.parent.name: file.parent for file in sorted(sweeps)}
     found = [folder for name, folder in known.items() if len(subject) >= 4 and name.startswith(subject)]
     if len(found) == 1:

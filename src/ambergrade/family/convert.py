@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -76,14 +76,13 @@ def to_folder(checkpoint: Path, folder: Path, config: Path, *, ema: Ema = "drop"
     aside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        _copy_config(config, aside)
+        passive = {name: source for name, source in layout.sources.items() if layout.family.component_of(name) is None}
+        write_config(config, aside, passive)
         for part in layout.family.components:
             plan = renamed(layout.family.to_diffusers(part, shapes), own.__getitem__)
             write(aside / part / WEIGHTS.get(part, "model.safetensors"), opened, plan, {"format": "pt"})
-        passive = {name: source for name, source in layout.sources.items() if layout.family.component_of(name) is None}
         if passive:
             write(aside / PASSIVE_FILE, opened, passive, {})
-        _mark_scheduler(aside, passive)
         aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -134,18 +133,17 @@ def _require_whole(path: Path, layout: Layout) -> None:
         )
 
 
-def _copy_config(config: Path, folder: Path) -> None:
-    """All but weights and pictures: JSON and the text files of tokenizers."""
+def write_config(config: Path, folder: Path, names: Collection[str]) -> None:
+    """Copy what diffusers reads of a pipeline's folder beside its weights: JSON, and the text files of tokenizers.
+
+    The scheduler's config will say what a single file with tensors of these `names` says by empty ones.
+    """
     for file in sorted(config.rglob("*")):
         if file.is_file() and file.suffix in {".json", ".txt"} and ".index." not in file.name:
             target = folder / file.relative_to(config)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
-
-
-def _mark_scheduler(folder: Path, passive: Mapping[str, Source]) -> None:
-    """Write into the folder's scheduler what the single file says by empty tensors."""
     path = folder / "scheduler" / "scheduler_config.json"
-    said = scheduler_settings(passive)
+    said = scheduler_settings(names)
     if said and path.is_file():
         write_json(path, {**read_scheduler(folder), **said})

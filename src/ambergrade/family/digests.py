@@ -199,6 +199,16 @@ def _read(entry: Entry) -> Iterator[bytes]:
             yield data
 
 
+def tensors_sha256(file: Path) -> str:
+    """Compute the sha256 of all bytes after a safetensors file's header: ModelSpec's `hash_sha256`."""
+    hasher = hashlib.sha256()
+    with file.open("rb") as opened:
+        opened.seek(struct.unpack("<Q", opened.read(8))[0], os.SEEK_CUR)
+        while chunk := opened.read(CHUNK):
+            hasher.update(chunk)
+    return hasher.hexdigest()
+
+
 def listed_digests(file: Path) -> dict[str, str]:
     """Compute the digests by which A1111 and Civitai list a safetensors file, by their names there, in lower case.
 

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ambergrade.errors import BadInput, MissingObject
-from ambergrade.family.dtypes import ITEM, words
-from ambergrade.family.header import Entry, read_header
+from ambergrade.family.dtypes import words
+from ambergrade.family.header import Entry, header_bytes, read_header
 from ambergrade.store import written_aside
 
 if TYPE_CHECKING:
@@ -130,22 +128,10 @@ def write_streamed(
 
     `layout` maps names to dtype (as safetensors spells it) and shape; `read(name)` gives the tensor.
     """
-    item = {name: ITEM[dtype] for name, (dtype, _) in layout.items()}
-    order = sorted(layout, key=lambda name: (-item[name], name))
-    header: dict[str, object] = {}
-    offset = 0
-    for name in order:
-        dtype, shape = layout[name]
-        end = offset + math.prod(shape) * item[name]
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    header = {"__metadata__": dict(sorted(metadata.items())), **dict(sorted(header.items()))}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text, offsets = header_bytes(layout, metadata)
     with written_aside(path) as aside, aside.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)))
         file.write(text)
-        for name in order:
+        for name in offsets:  # in the order of the bytes
             tensor = read(name)
             assert (words()[tensor.dtype], tuple(tensor.shape)) == layout[name], name
             file.write(tensor_bytes(tensor))

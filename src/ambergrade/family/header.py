@@ -95,6 +95,29 @@ def read_header(path: Path) -> Header:
         raise BadInput(f"{path.name} is not a whole safetensors file: {error}.\nFetch or write it again.") from None
 
 
+def header_bytes(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """Return the canonical header of a file to be written, and each tensor's offset in the file.
+
+    The header is sorted and padded to 8 bytes; `tensors` maps names to dtype (safetensors' word) and shape. Tensors lie
+    by item size (largest first, so that each is aligned), then by name.
+    """
+    order = sorted(tensors, key=lambda name: (-ITEM[tensors[name][0]], name))
+    described: dict[str, object] = {}
+    offsets: dict[str, int] = {}
+    place = 0
+    for name in order:
+        dtype, shape = tensors[name]
+        offsets[name] = place
+        place += math.prod(shape) * ITEM[dtype]
+        described[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offsets[name], place]}
+    whole = {"__metadata__": dict(sorted(metadata.items())), **dict(sorted(described.items()))}
+    text = json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, {name: 8 + len(text) + offset for name, offset in offsets.items()}
+
+
 def _refuse_others(path: Path, start: bytes) -> None:
     """Call what is often saved under this name by what it is."""
     shown = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()

@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from ambergrade.errors import BadInput, BadSetting, MissingObject, UnknownName
+from ambergrade.family.digests import tensors_sha256
 from ambergrade.identity import canonical_json
 from ambergrade.merge.comparing import Comparing, Differing
 from ambergrade.merge.engine import run
@@ -30,7 +31,7 @@ from ambergrade.merge.inputs import Digests, default_cache
 from ambergrade.merge.job import Job, Repeated, open_job
 from ambergrade.merge.parser import ALIAS
 from ambergrade.merge.plan import input_names
-from ambergrade.merge.recipe import RECIPE, Recipe, are_digests, header_recipe, is_number
+from ambergrade.merge.recipe import HASH, RECIPE, RELEASED, Recipe, are_digests, header_recipe, is_number
 from ambergrade.store import find_file
 
 __all__ = ["RECIPE", "RecipeFile", "Verdict", "from_values", "read_recipe", "recipe_document", "recipe_of", "verify"]
@@ -57,7 +58,7 @@ class RecipeFile:
     out: Path | None
     overwrite: bool
     result: Mapping[str, Any]
-    """A release's `name`, `bytes` and the digests `file` and `weights` of the merged file; empty otherwise."""
+    """A release's `name`, `bytes`, the digests `file` and `weights`, and what its `header` says of it; else empty."""
     ancestors: Mapping[str, Any]
     """See `Recipe.ancestors`."""
     source: Path | None = None
@@ -69,7 +70,9 @@ class RecipeFile:
         Where all of them are, the file's header will say what the recipe says, even of inputs that were saved anew.
         Raises as `job.open_job` and `find.find_inputs`.
         """
+        released = self.result.get("header", {})
         about: dict[str, Any] = {"coefficients": self.coefficients, "dtype": self.dtype, "policies": self.policies}
+        about |= {"released": released}
         if not self.digests:
             return open_job(self.formula, self.paths, **about)
         if models is None:
@@ -82,7 +85,14 @@ class RecipeFile:
         if weights.keys() == {*input_names(self.formula, self.policies)}:
             files = {alias: digests["file"] for alias, digests in self.digests.items() if "file" in digests}
             recipe = Recipe(
-                self.formula, self.coefficients, weights, self.dtype, self.policies, files, ancestors=self.ancestors
+                self.formula,
+                self.coefficients,
+                weights,
+                self.dtype,
+                self.policies,
+                files,
+                ancestors=self.ancestors,
+                released=released,
             )
             repeats = Repeated(recipe, self.result.get("bytes", 0))
         return open_job(self.formula, {**self.paths, **found.paths}, **about, repeats=repeats)
@@ -215,13 +225,19 @@ def _release_keys(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
     result, older = _mapping(values, "result"), _mapping(values, "ancestors")
     digests = {key: value for key, value in result.items() if key in ("file", "weights")}
     size, name = result.get("bytes", 0), result.get("name", "merged.safetensors")
-    sound = result.keys() <= {"name", "bytes", "file", "weights"} and (not digests or are_digests(digests))
+    header = result.get("header", {})
+    sound = result.keys() <= {"name", "bytes", "file", "weights", "header"} and (not digests or are_digests(digests))
+    sound = (
+        sound and isinstance(header, Mapping) and {*map(type, header.values())} <= {str} and {*header} <= {*RELEASED}
+    )
     if not (sound and type(size) is int and 0 <= size < 1 << 53 and isinstance(name, str) and Path(name).name == name):
-        raise BadInput(f"result has the keys name (of a file), bytes, file and weights; found {str(result)[:200]!r}.")
+        raise BadInput(
+            f"result has the keys name (of a file), bytes, file, weights and header; found {str(result)[:200]!r}."
+        )
     try:
-        canonical_json(older).encode()
+        canonical_json([older, header]).encode()
     except (ValueError, TypeError) as error:
-        raise BadInput(f"ancestors cannot stand in a header: {str(error)[:80]}.") from None
+        raise BadInput(f"ancestors or result.header cannot stand in a header: {str(error)[:80]}.") from None
     return {**result, "name": name} if result else {}, older
 
 
@@ -281,6 +297,7 @@ def verify(model: Path, models: Path, *, threads: int | None = None, cache: Path
         policies=recipe.policies,
         by_weights=recipe.by_weights,
         repeats=Repeated(recipe, header.size) if found.resaved else None,
+        released=recipe.released,
     )
     with model.open("rb") as file:
         sink = Comparing(file.fileno(), job, header)
@@ -288,6 +305,8 @@ def verify(model: Path, models: Path, *, threads: int | None = None, cache: Path
     extra = header.size != sink.end
     difference = sink.first if sink.first is not None else (min(header.size, sink.end) if extra else None)
     told = "" if difference is None else _told(difference, header)
+    if difference is None and HASH in recipe.released and recipe.released[HASH] != f"0x{tensors_sha256(model)}":
+        difference, told = 0, f"{HASH} in the header, which is not the hash of the tensors"
     return Verdict(difference is None, recipe, found.paths, sink.compared, told, found.resaved, sink.differing)
 
 

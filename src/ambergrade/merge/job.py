@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,6 +59,8 @@ class Job:
     """False: the header names inputs by their files alone, as earlier versions wrote it."""
     repeats: Repeated | None = None
     """A merge that is made again, from inputs that were saved anew: the header says what its header said."""
+    released: Mapping[str, str] = field(default_factory=dict)
+    """What the header says of a release: see `Recipe.released`."""
 
     @cached_property
     def parts(self) -> Parts:
@@ -132,6 +134,7 @@ class Job:
             self.policies,
             files if self.by_weights else {},
             by_weights=self.by_weights,
+            released=self.released,
         )
         return replace(recipe, ancestors=ancestors(recipe, {a: parent_recipe(self.inputs[a].metadata) for a in files}))
 
@@ -198,10 +201,11 @@ def open_job(
     policies: Mapping[str, str] | None = None,
     by_weights: bool = True,
     repeats: Repeated | None = None,
+    released: Mapping[str, str] | None = None,
 ) -> Job:
     """Plan a merge from headers alone. `paths` maps aliases, of models and LoRAs, to files or diffusers folders.
 
-    by_weights, repeats: see `Job`.
+    by_weights, repeats, released: see `Job`.
 
     Raises AmbergradeError for whatever would go wrong later, as far as headers tell.
     """
@@ -252,4 +256,5 @@ def open_job(
     plan.audit += [f"of a LoRA, left out: {complaint}" for complaint in left_out or ()]
     if base.layout is None:
         plan.audit.append("no known family: tensors of equal names are merged as plain tensors")
-    return Job(formula, numbers, dtype, chosen, inputs, owner, plan, lora_targets, lora_alphas, by_weights, repeats)
+    how = by_weights, repeats, dict(released or {})
+    return Job(formula, numbers, dtype, chosen, inputs, owner, plan, lora_targets, lora_alphas, *how)

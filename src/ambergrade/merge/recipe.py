@@ -20,6 +20,18 @@ FIRST_POLICIES = frozenset({"vae", "cosmetic", "missing", "nonfinite", "ema"})
 """Always told. Later ones are told where they are no default, so that they change no earlier digest and header."""
 MOST_NUMBER = 1e300
 """The largest coefficient, either sign."""
+HASH = "modelspec.hash_sha256"
+RELEASED = (
+    "modelspec.sai_model_spec",
+    "modelspec.title",
+    "modelspec.author",
+    "modelspec.license",
+    "modelspec.resolution",
+    "modelspec.encoder_layer",
+    "modelspec.thumbnail",
+    HASH,
+)
+"""Keys of a header that say what a release is, and that no recipe gives."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,8 @@ class Recipe:
     """Entries of `sd_merge_models` for inputs that are merges, and for what those were made of; by sha256 of file."""
     by_weights: bool = True
     """False for the header of an earlier version, whose `inputs` are digests of files."""
+    released: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """What the header says of a release (keys of RELEASED), beside or in place of what a merge says of itself."""
 
     def __post_init__(self) -> None:
         self.formula.check_coefficients(self.coefficients)
@@ -164,7 +178,10 @@ def header_recipe(metadata: Mapping[str, str]) -> Recipe:
         canonical_json(models).encode()
     except (ValueError, RecursionError):
         models = {}
-    return replace(recipe, ancestors=_without_plain(recipe, models if isinstance(models, dict) else {}))
+    released = {key: metadata[key] for key in RELEASED if key in metadata}
+    return replace(
+        recipe, ancestors=_without_plain(recipe, models if isinstance(models, dict) else {}), released=released
+    )
 
 
 def _without_plain(recipe: Recipe, models: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,4 +223,5 @@ def metadata(recipe: Recipe, *, architecture: str, prediction_type: str | None =
         "sd_merge_models": canonical_json({**_plain_models(recipe), **recipe.ancestors}),
         RECIPE: recipe.to_json(),
         "ambergrade.recipe_digest": recipe.digest,
+        **recipe.released,
     }

@@ -1,121 +1,170 @@
 """Builds a release folder: the same facts give the same bytes, wherever and whenever it is built.
 
 <folder>/
-  <name>-<version>.safetensors   the weights, a copy
-  README.md                      the model card
-  recipe.yaml                    formula, coefficients, inputs by digest: `ambergrade merge recipe.yaml --models DIR`
-  evaluation.json                scores with intervals, scorers, winner set
-  contact_sheet.png  heat_map.png
-  lineage.json                   what was made from what, by digest
+  release.json                   the facts, from which every paper below follows (`papers.papers`)
+  README.md  recipe.yaml  evaluation.json  training.json  provenance.intoto.json  bom.cdx.json  civitai.html  …
+  <name>-<version>.safetensors   the weights
+  scores/  prompts.jsonl         score sheets, and the prompts with their seeds
+  contact_sheet.png  heat_map.png  samples/
+  config/                        what diffusers needs beside the weights: configs and tokenizers
+  diffusers/  parents/           only where they were asked for: the weights as a folder, the models it was merged from
   MANIFEST.json                  sha256 and bytes of all of the above
   SHA256SUMS                     for `sha256sum -c`; MANIFEST.json is in it
 """
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path, PurePath
-from typing import Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-import yaml
+import numpy as np
+import numpy.typing as npt
 
 from ambergrade.errors import BadInput
-from ambergrade.family.digests import weights_sha256
+from ambergrade.family.convert import to_folder, write_config
+from ambergrade.family.header import read_header
 from ambergrade.identity import file_digest
-from ambergrade.nouns import Release, SamplerSettings
-from ambergrade.release.card import card
-from ambergrade.release.contents import Evaluation, Prompts, ReleaseContents, Scorer
+from ambergrade.nouns import PromptSet, Release
+from ambergrade.release.facts import FACTS, Draft, File, ReleaseFacts, as_json, parse_facts, write_facts
+from ambergrade.release.papers import papers
+from ambergrade.release.pictures import parameters, thumbnail, write_sample
+from ambergrade.release.private import refuse_private
+from ambergrade.release.weights import about, describe, write_weights
 from ambergrade.store import copy_file
+from ambergrade.typed import plain
 
 MANIFEST = "MANIFEST.json"
 SUMS = "SHA256SUMS"
 
 
-def build_release(folder: Path, contents: ReleaseContents) -> Release:
+@dataclass(frozen=True)
+class Payload:
+    """Holds what goes into a release and is no paper."""
+
+    checkpoint: Path
+    """One safetensors file."""
+    config: Path
+    """The family's diffusers-layout folder; of its weights none are taken."""
+    prompts: PromptSet
+    checkpoint_sha256: str | None = None
+    """The file's sha256, as a record says it; other bytes are refused. None: it is not known."""
+    as_it_is: bool = False
+    """Keep the file's header, as of a file that was made elsewhere and is known by its digest."""
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """Relative name to the file that is copied there: score sheets, pictures, parents."""
+    samples: Sequence[npt.NDArray[np.uint8]] = ()
+    """Pixels (height, width, 3) of the draft's samples, in their order."""
+    diffusers: bool = False
+    """Write the weights as a diffusers folder too."""
+
+    def __post_init__(self) -> None:
+        if self.checkpoint.suffix != ".safetensors":
+            raise BadInput(
+                f"A release holds safetensors only, found {self.checkpoint.name}.\nWrite the weights as safetensors."
+            )
+
+
+def build_release(folder: Path, draft: Draft, payload: Payload) -> Release:
     """Build the release in `folder`: aside first, as `.<folder>.partial`, then put in place as a whole.
 
     An equal release that is already there is left alone; another release is replaced, and nothing else ever is.
 
-    Raises BadInput for a checkpoint that is damaged or no safetensors file, for a folder that holds anything but a
-    release, and for an absolute path among the facts: it would differ from machine to machine.
+    Raises BadInput for a checkpoint or parent that is damaged, for a folder that holds anything but a release, and for
+    what belongs to this machine among the facts: it would differ from machine to machine.
     """
-    about = {"recipe": {**contents.recipe, "ancestors": None}, "evaluation": contents.evaluation}
-    facts = _plain({**about, **{key: getattr(contents, key) for key in ("lineage", "training", "captions")}})
-    _refuse_paths(facts)
-    _refuse_foreign(folder)
-    readme = card(contents)
+    refuse_private(_public(draft))
+    refuse_private(plain(payload.prompts), "prompts.jsonl")
+    refuse_foreign(folder)
+    read_header(payload.checkpoint)
+    if payload.checkpoint_sha256 not in (None, file_digest(payload.checkpoint)):
+        raise BadInput(f"{payload.checkpoint} is damaged: its sha256 is not {payload.checkpoint_sha256}.")
     with _partial(folder) as aside:
-        checkpoint = aside / contents.file
-        copy_file(contents.checkpoint, checkpoint)
-        sha256 = file_digest(checkpoint)
-        if contents.checkpoint_sha256 not in (None, sha256):
-            raise BadInput(f"{contents.checkpoint} is damaged: its sha256 is not {contents.checkpoint_sha256}.")
-        result = {"name": contents.file, "bytes": checkpoint.stat().st_size, "file": sha256}
-        recipe = _plain({**contents.recipe, "result": {**result, "weights": weights_sha256(checkpoint)}})
-        (aside / "README.md").write_text(readme, "utf-8")
-        (aside / "recipe.yaml").write_text(recipe_yaml(recipe), "utf-8")
-        (aside / "evaluation.json").write_text(_json(facts["evaluation"]), "utf-8")
-        copy_file(contents.contact_sheet, aside / "contact_sheet.png")
-        if contents.heat_map is not None:
-            copy_file(contents.heat_map, aside / "heat_map.png")
-        if contents.lineage is not None:
-            (aside / "lineage.json").write_text(_json(facts["lineage"]), "utf-8")
-        digests = _seal(aside, {"name": contents.name, "version": contents.version})
+        facts = _fill(aside, draft, payload)
+        for name, text in {FACTS: write_facts(facts), **papers(facts)}.items():
+            (aside / name).write_text(text, "utf-8")
+        digests = _seal(aside, {"name": draft.name, "version": draft.version})
         if not _equal(digests, folder):
             _put_in_place(aside, folder)
     return Release(folder, digests[MANIFEST], dict(sorted(digests.items())))
 
 
-def build(folder: Path, *, recipe: Mapping[str, Any], evaluation: Mapping[str, Any], **about: Any) -> Release:
-    """Build a release from mappings, as earlier versions did; `build_release` takes its place."""
-    models = {alias: {"weights": row["sha256"]} for alias, row in recipe["models"].items()}
-    document = {key: recipe[key] for key in ("formula", "coefficients")} | {"models": models}
-    document |= {"policies": recipe.get("policies", {})}
-    document["dtype"] = recipe["dtype"] if recipe["dtype"] in ("fp32", "fp16", "bf16") else None
-    given = Evaluation(
-        **{
-            **evaluation,
-            "prompts": Prompts(**evaluation["prompts"]),
-            "sampler": SamplerSettings(**evaluation["sampler"]),
-            "scorers": {name: Scorer(**row) for name, row in evaluation["scorers"].items()},
-        }
-    )
-    contents = ReleaseContents(recipe=document, evaluation=given, family=recipe["family"], **about)
-    return build_release(folder, contents)
+def _fill(aside: Path, draft: Draft, payload: Payload) -> ReleaseFacts:
+    """Put every file that is no paper into the folder; return the facts as a reader of release.json will have them."""
+    file = aside / draft.file
+    header: dict[str, str] = {}
+    if payload.as_it_is:
+        copy_file(payload.checkpoint, file)
+    else:
+        told = about(
+            title=f"{draft.name} {draft.version}",
+            author=draft.author,
+            license=draft.licenses[draft.license].title,
+            resolution=draft.resolution,
+            clip_skip=draft.evaluation.sampler.clip_skip,
+            thumbnail=thumbnail(payload.samples[0]) if payload.samples else None,
+        )
+        header = write_weights(payload.checkpoint, file, told)
+    weights = describe(file, draft.file, header)
+    write_config(payload.config, aside / "config", read_header(file).entries)
+    for name, source in payload.files.items():
+        (aside / name).parent.mkdir(parents=True, exist_ok=True)
+        copy_file(source, aside / name)
+    for alias, parent in draft.parents.items():
+        there = aside / "parents" / (parent.name or alias)
+        if there.is_file() and parent.file not in (None, file_digest(there)):
+            raise BadInput(f"{there.name} is not the {alias} that was merged: its sha256 is not {parent.file}.")
+    for sample, pixels in zip(draft.samples, payload.samples, strict=True):
+        (aside / sample.file).parent.mkdir(exist_ok=True)
+        write_sample(aside / sample.file, pixels, parameters(sample, draft.evaluation.sampler, weights))
+    payload.prompts.write(aside / "prompts.jsonl")
+    if payload.diffusers:
+        to_folder(file, aside / "diffusers", payload.config)
+    found = {name: File(file_digest(path), path.stat().st_size) for name, path in _files(aside) if path != file}
+    for name in found:
+        if name.endswith(("config.json", "model_index.json")):
+            refuse_private(json.loads((aside / name).read_text("utf-8")), name)
+    facts = ReleaseFacts(**{**vars(draft), "weights": weights, "files": found})
+    return parse_facts(write_facts(facts).encode())
 
 
-def recipe_yaml(recipe: Mapping[str, Any]) -> str:
-    """Write the recipe as YAML: the formula verbatim on top, then the other keys sorted."""
-    formula = str(recipe["formula"]).strip()
-    if all(line.isprintable() for line in formula.split("\n")):
-        head = "formula: |\n  " + formula.replace("\n", "\n  ") + "\n"
-    else:  # odd line breaks, which a block of text does not keep
-        head = str(yaml.safe_dump({"formula": formula}, allow_unicode=True, width=120))
-    rest = {key: value for key, value in recipe.items() if key != "formula"}
-    return head + str(yaml.safe_dump(rest, sort_keys=True, allow_unicode=True, width=120))
+def _public(draft: Draft) -> object:
+    """The facts but for what others' headers say, which cannot be changed: it is in the merged file too."""
+    recipe = draft.recipe
+    return plain(replace(draft, recipe=replace(recipe, ancestors={}) if recipe else None))
+
+
+def _files(folder: Path) -> list[tuple[str, Path]]:
+    """Every file below a folder, by its relative name, sorted."""
+    found = ((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*") if not path.is_dir())
+    return sorted(found)
 
 
 def _seal(aside: Path, head: Mapping[str, str]) -> dict[str, str]:
     """Write MANIFEST.json and SHA256SUMS over everything in `aside`, make it durable, and return every sha256."""
-    files = {path.name: path for path in sorted(aside.iterdir())}
+    files = dict(_files(aside))
     digests = {name: file_digest(path) for name, path in files.items()}
     listed = {name: {"sha256": digests[name], "bytes": path.stat().st_size} for name, path in files.items()}
-    (aside / MANIFEST).write_text(_json({**head, "files": listed}), "utf-8")
+    (aside / MANIFEST).write_text(as_json({**head, "files": listed}), "utf-8")
     digests[MANIFEST] = file_digest(aside / MANIFEST)
-    (aside / SUMS).write_text("".join(f"{digests[name]}  {name}\n" for name in sorted(digests)), "utf-8")
-    for path in aside.iterdir():
+    (aside / SUMS).write_text(_sums(digests), "utf-8")
+    for _, path in _files(aside):
         path.chmod(0o644)
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    aside.chmod(0o755)
-    _sync(aside)
+    for folder in [*(path for path in aside.rglob("*") if path.is_dir()), aside]:
+        folder.chmod(0o755)
+        _sync(folder)
     return digests
+
+
+def _sums(digests: Mapping[str, str]) -> str:
+    return "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
 
 
 def _sync(folder: Path) -> None:
@@ -129,15 +178,14 @@ def _sync(folder: Path) -> None:
 
 def _equal(digests: Mapping[str, str], folder: Path) -> bool:
     """Say whether a folder holds exactly these files."""
-    if not folder.is_dir() or {path.name for path in folder.iterdir()} != {*digests, SUMS}:
+    if not folder.is_dir() or {name for name, _ in _files(folder)} != {*digests, SUMS}:
         return False
-    sums = "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
-    return (folder / SUMS).read_bytes() == sums.encode() and all(
+    return (folder / SUMS).read_bytes() == _sums(digests).encode() and all(
         file_digest(folder / name) == sha256 for name, sha256 in digests.items()
     )
 
 
-def _refuse_foreign(folder: Path) -> None:
+def refuse_foreign(folder: Path) -> None:
     """Raise BadInput where a folder holds anything that a build would not have put there."""
     if not folder.exists() and not folder.is_symlink():
         return
@@ -148,12 +196,23 @@ def _refuse_foreign(folder: Path) -> None:
         ours = {*manifest["files"], MANIFEST, SUMS}
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         ours = set()
-    foreign = sorted(path.name for path in folder.iterdir() if path.name not in ours or not path.is_file())
+    folders = {parent.as_posix() for name in ours for parent in Path(name).parents}
+    foreign = sorted(
+        name
+        for path in folder.rglob("*")
+        if (name := path.relative_to(folder).as_posix()) not in (folders if _is_folder(path) else ours)
+        or path.is_symlink()
+        or not (path.is_file() or _is_folder(path))
+    )
     if foreign:
         raise BadInput(
             f"{folder} holds other things than a release: {', '.join(foreign[:5])}.\n"
             "Name a new folder, or move them away; a build replaces the whole folder."
         )
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 @contextmanager
@@ -190,41 +249,3 @@ def _put_in_place(aside: Path, folder: Path) -> None:
         folder.rename(_beside(folder, "old"))
     aside.rename(folder)
     _sync(folder.parent)
-
-
-def _refuse_paths(facts: Any) -> None:
-    found = [f"{key} = {text}" for key, text in _texts(facts) if PurePath(text).is_absolute() or "file:/" in text]
-    if found:
-        raise BadInput(
-            "A release must not name places on this machine, found\n  " + "\n  ".join(found[:5]) + "\nName inputs by "
-            "their digest, or by where a stranger finds them (builtin://…, a hub id)."
-        )
-
-
-def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yield every text in a JSON value with the dotted key that leads to it."""
-    if isinstance(value, dict):
-        for inner, item in value.items():
-            yield from _texts(item, f"{key}.{inner}" if key else inner)
-    elif isinstance(value, list):
-        for number, item in enumerate(value):
-            yield from _texts(item, f"{key}.{number}")
-    elif isinstance(value, str):
-        yield key, value
-
-
-def _plain(value: Any) -> Any:
-    """Return a value as JSON holds it: nouns as objects, what was not scored (NaN) as null; the order of keys stays."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, PurePath):
-        return str(value)
-    return None if isinstance(value, float) and value != value else value
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,53 +1,74 @@
-"""Writes a release's model card from the facts of its recipe, training and evaluation."""
+"""Writes a release's model card from its facts: markdown with front matter as the Hugging Face hub reads it."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 from typing import Any
 
 import yaml
 
-from ambergrade.nouns import Measurement, SamplerSettings
-from ambergrade.release.contents import Evaluation, ReleaseContents
+from ambergrade.release.facts import Captions, Evaluation, Parent, Recipe, ReleaseFacts, Score
+
+UNKNOWN_ORIGIN = (
+    "Nobody recorded how these weights were made. Their digests say which file this is, and the scores what it draws."
+)
 
 
-def card(contents: ReleaseContents) -> str:
-    """Write the model card: markdown with YAML front matter as the Hugging Face hub reads it."""
-    evaluation, recipe = contents.evaluation, contents.recipe
+def card(facts: ReleaseFacts) -> str:
+    """Write the model card."""
+    training = facts.training
     sections = [
-        front_matter(contents),
-        f"# {contents.name} {contents.version}",
-        contents.summary,
-        _formula(recipe),
-        "![Contact sheet](contact_sheet.png)",
-        "## Scores\n\n" + _scores(evaluation),
-        "![Sweep over the coefficients](heat_map.png)" if contents.heat_map else "",
-        "## Winner set\n\n" + _winner_set(evaluation),
-        "## Training\n\n" + _facts(contents.training) if contents.training else "",
-        "## Captions\n\n" + _facts(contents.captions) if contents.captions else "",
-        "## Use\n\n" + _use(contents.file, contents.config, evaluation.sampler),
-        "## Limits\n\n" + _limits(evaluation),
-        "## Check\n\n`sha256sum -c SHA256SUMS` in this folder checks every file. With the inputs in a folder, under "
-        "any names, `ambergrade merge recipe.yaml --models FOLDER --out again.safetensors` merges them again, byte for "
-        f"byte, and `ambergrade verify {contents.file} --models FOLDER` compares every byte.",
+        front_matter(facts),
+        f"# {facts.name} {facts.version}",
+        facts.summary.strip(),
+        "## Formula\n\n" + _formula(facts.recipe) if facts.recipe else f"## Origin\n\n{UNKNOWN_ORIGIN}",
+        "![Contact sheet](contact_sheet.png)" if "contact_sheet.png" in facts.files else "",
+        "## Scores\n\n" + _scores(facts.evaluation),
+        _mosaic(facts.evaluation),
+        "![Sweep over the coefficients](heat_map.png)" if "heat_map.png" in facts.files else "",
+        "## Winner set\n\n" + _winner_set(facts.evaluation) if facts.evaluation.winner_set else "",
+        f"## Training of {cell(training.name)}\n\n" + _shown(training.shown) if training else "",
+        "## Prompts\n\n" + _vocabulary(training.captions) if training else "",
+        "## Samples\n\n" + _samples(facts) if facts.samples else "",
+        "## Use\n\n" + _use(facts),
+        "## Limits\n\n" + _limits(facts.evaluation),
+        "## Licence\n\n" + _license(facts),
+        "## Check\n\n" + _check(facts),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def front_matter(contents: ReleaseContents) -> str:
-    """Write the YAML block that the hub reads."""
-    facts = {
-        "license": contents.license,
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
-        "base_model": sorted(contents.recipe["models"]),
-        "base_model_relation": "merge",
-        "tags": ["ambergrade", "merge", "stable-diffusion-xl", contents.family],
-        "model_name": contents.name,
+def front_matter(facts: ReleaseFacts) -> str:
+    """Write the YAML block that the hub reads: licence, base models by hub id, results."""
+    found = facts.licenses[facts.license]
+    about: dict[str, Any] = {"license": found.hub}
+    if found.hub == "other":
+        about |= {"license_name": facts.license, "license_link": found.url}
+    about |= {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    if hubs := sorted({parent.origin.hub for parent in facts.parents.values() if parent.origin.hub}):
+        about |= {"base_model": hubs, "base_model_relation": "merge"}
+    about["tags"] = ["ambergrade", *(["merge"] if facts.recipe else []), facts.architecture, facts.family]
+    if facts.samples:
+        about["widget"] = [{"text": one.text, "output": {"url": one.file}} for one in facts.samples]
+    about["model-index"] = [{"name": f"{facts.name} {facts.version}", "results": [_results(facts.evaluation)]}]
+    return "---\n" + yaml.safe_dump(about, sort_keys=False, allow_unicode=True, width=120) + "---"
+
+
+def _results(evaluation: Evaluation) -> dict[str, Any]:
+    """The released model's scores in the form of the hub's `model-index`."""
+    prompts, scores = evaluation.prompts, evaluation.scores
+    found = {metric: scores[metric][evaluation.released] for metric in evaluation.columns if metric in scores}
+    return {
+        "task": {"type": "text-to-image", "name": "Text to image"},
+        "dataset": {"type": "prompts", "name": f"{prompts.name} ({_counted(prompts.count, 'prompt')})"},
+        "metrics": [
+            {"type": metric, "name": metric, "value": score.value}
+            for metric, score in found.items()
+            if score.value is not None
+        ],
     }
-    return "---\n" + yaml.safe_dump(facts, sort_keys=False, allow_unicode=True) + "---"
 
 
 def substituted(formula: str, coefficients: Mapping[str, float], models: Iterable[str] = ()) -> str:
@@ -59,16 +80,26 @@ def substituted(formula: str, coefficients: Mapping[str, float], models: Iterabl
     names = sorted([*models, *coefficients], key=lambda name: (-len(name), name))
     pattern = "|".join(rf"(?<![\w.]){re.escape(name)}(?![\w.])" for name in names)
     numbers = {name: repr(value) for name, value in coefficients.items()}
-    return re.sub(pattern, lambda found: numbers.get(found[0], found[0]), formula)
+    return re.sub(pattern, lambda found: numbers.get(found[0], found[0]), formula) if names else formula
 
 
-def measurement(found: Measurement | None, sign: str = "") -> str:
+def with_numbers(recipe: Recipe) -> str:
+    """Return a recipe's formula with its numbers, line by line as it was written."""
+    lines = []
+    for line in recipe.formula.strip().splitlines():  # the "a" of a name on the left stays
+        name = re.match(r"[^(=#]*=", line)
+        left = name[0] if name else ""
+        lines.append(left + substituted(line.removeprefix(left), recipe.coefficients, recipe.models))
+    return "\n".join(lines)
+
+
+def measured(found: Score | None, sign: str = "") -> str:
     """Write `value [low, high]`, or a dash where nothing was measured; `sign="+"` for differences.
 
-    >>> measurement(Measurement(0.5, 0.41, 0.6, 40))
+    >>> measured(Score(0.5, 0.41, 0.6, 40))
     '0.500 [0.410, 0.600]'
     """
-    if found is None or any(math.isnan(number) for number in (found.value, found.low, found.high)):
+    if found is None or found.value is None or found.low is None or found.high is None:
         return "–"
     return f"{found.value:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
 
@@ -79,39 +110,66 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _formula(recipe: Mapping[str, Any]) -> str:
-    lines = []
-    for line in recipe["formula"].strip().splitlines():  # the "a" of a name on the left stays
-        name = re.match(r"[^(=#]*=", line)
-        left = name[0] if name else ""
-        lines.append(left + substituted(line.removeprefix(left), recipe["coefficients"], recipe["models"]))
-    rows = [
-        [f"`{name}`", *(f"`{row[kind]}`" if kind in row else "–" for kind in ("weights", "file"))]
-        for name, row in sorted(recipe["models"].items())
-    ]
-    shown, head = "\n".join(lines), ["input", "sha256 of the weights", "sha256 of the file"]
+def cell(text: str) -> str:
+    """Return a text that stays in its cell: one line, neither a column nor HTML begins in it.
+
+    >>> cell("a|b <i>")
+    'a\\\\|b &lt;i&gt;'
+    """
+    return escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+
+
+def _formula(recipe: Recipe) -> str:
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", recipe.formula)), default=0))
+    rows = [[cell(alias), _source(parent), *_digests(parent)] for alias, parent in sorted(recipe.models.items())]
+    head = ["input", "from", "licence", "sha256 of the weights", "sha256 of the file"]
     return (
-        f"```\n{shown}\n```\n\nThe exact value of the formula, rounded once to "
-        f"{recipe['dtype'] or 'the precision of its first model'}.\n\n{table(head, rows)}"
+        f"{fence}\n{with_numbers(recipe)}\n{fence}\n\nThe exact value of the formula, rounded once to "
+        f"{recipe.dtype or 'the precision of its first model'}.\n\n{table(head, rows)}"
     )
+
+
+def _source(parent: Parent) -> str:
+    origin = parent.origin
+    where = f"[{cell(origin.hub)}](https://huggingface.co/{origin.hub})" if origin.hub else ""
+    if not where and origin.url and origin.url.startswith(("https://", "http://")):
+        where = f"<{origin.url}>"
+    told = [where, cell(f"by {origin.author}") if origin.author else "", cell(origin.note or "")]
+    return ", ".join(filter(None, told)) or "–"
+
+
+def _digests(parent: Parent) -> list[str]:
+    return [cell(parent.origin.license), *(f"`{text}`" if text else "–" for text in (parent.weights, parent.file))]
 
 
 def _scores(evaluation: Evaluation) -> str:
     prompts, scores, differences = evaluation.prompts, evaluation.scores, evaluation.differences
-    models = list(dict.fromkeys(model for row in scores.values() for model in row))
-    others = list(dict.fromkeys(model for row in differences.values() for model in row))
+    models = list(evaluation.sheets)
+    others = [model for model in models if any(model in row for row in differences.values())]
     rows = []
-    for metric in sorted(scores):
-        better = next(iter(scores[metric].values())).higher_is_better
-        cells = [measurement(scores[metric].get(model)) for model in models]
-        cells += [measurement(differences.get(metric, {}).get(model), "+") for model in others]
-        rows.append([f"{metric} {'↑' if better else '↓'}", *cells])
-    head = ["metric", *models, *(f"winner minus {model}" for model in others)]
+    for metric in evaluation.columns:
+        if metric not in scores:
+            continue
+        better = scores[metric][evaluation.released].higher_is_better
+        cells = [measured(scores[metric].get(model)) for model in models]
+        cells += [measured(differences.get(metric, {}).get(model), "+") for model in others]
+        rows.append([f"{cell(metric)} {'↑' if better else '↓'}", *cells])
+    head = ["metric", *map(cell, models), *(f"this minus {cell(model)}" for model in others)]
     return (
         f"On {_counted(prompts.count, 'prompt')} of `{prompts.name}`, one seed per picture, the same for every "
-        "model. Brackets are 95 % intervals; differences are paired; ↑ higher is better, ↓ lower.\n\n"
-        + table(head, rows)
+        "model. Brackets are 95 % intervals; differences are paired; ↑ higher is better, ↓ lower. All numbers follow "
+        f"from the score sheets in `scores/`.\n\n{table(head, rows)}"
     )
+
+
+def _mosaic(evaluation: Evaluation) -> str:
+    row = evaluation.scores.get("mosaic", {})
+    found = row.get(evaluation.released)
+    if found is None or found.value is None:
+        return ""
+    others = [f"{measured(score)} in those of {cell(model)}" for model, score in row.items() if score is not found]
+    told = f"The 8 × 8 mosaic in its pictures measures {measured(found)} grey levels"
+    return told + (f", {', '.join(others)}" if others else "") + "; about 0.1 is none."
 
 
 def _winner_set(evaluation: Evaluation) -> str:
@@ -129,42 +187,61 @@ def _counted(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
-def _facts(facts: Mapping[str, Any]) -> str:
+def _shown(facts: Mapping[str, Any]) -> str:
     rows = []
     for key, value in facts.items():
         if isinstance(value, Mapping):
-            text = ", ".join(_plain(i) if inner == "name" else f"{inner} {_plain(i)}" for inner, i in value.items())
+            text = ", ".join(_word(i) if inner == "name" else f"{inner} {_word(i)}" for inner, i in value.items())
         elif isinstance(value, Sequence) and not isinstance(value, str):
-            text = "<br>".join(_plain(item) for item in value)
+            text = ", ".join(_word(item) for item in value)
         else:
-            text = _plain(value)
-        rows.append([key.replace("_", " "), text.replace("|", "\\|")])
+            text = _word(value)
+        rows.append([cell(key.replace("_", " ")), cell(text)])
     return table(["", ""], rows)
 
 
-def _plain(value: Any) -> str:
+def _word(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
 
 
-def _use(file: str, config: str, sampler: SamplerSettings) -> str:
-    if config.startswith("builtin://"):
-        where = f'find_file("{config}")'
-        lines = ["from ambergrade.store import find_file"]
-        arguments = f"config=str({where}), local_files_only=True"
-    else:
-        lines, arguments = [], f'config="{config}"'
-    lines = ["from diffusers import StableDiffusionXLPipeline", *lines, ""]
-    lines += ["pipeline = StableDiffusionXLPipeline.from_single_file(", f'    "{file}",', f"    {arguments},", ")"]
-    lines += [
-        'picture = pipeline(\n    "1girl, …",',
+def _vocabulary(captions: Captions) -> str:
+    """The words that prompts are made of, in the order of the captions that were trained on."""
+    rows = [["order", cell(", ".join(captions.order))]]
+    rows += [[f"rating: {cell(rating)}", cell(", ".join(words))] for rating, words in captions.rating.items()]
+    rows += [["quality, better to worse", cell(", ".join(captions.quality))]] if captions.quality else []
+    rows += [["year, new to old", cell(", ".join(captions.year))]] if captions.year else []
+    rows += [["captions", f"`{captions.recipe}`, {captions.pictures:,} pictures, manifest `{captions.manifest}`"]]
+    return "Tags with commas between them, as the captions had them:\n\n" + table(["part", "words"], rows)
+
+
+def _samples(facts: ReleaseFacts) -> str:
+    rows = []
+    for sample in facts.samples:
+        told = cell(sample.text) + (f"<br>negative: {cell(sample.negative)}" if sample.negative else "")
+        rows.append([f"![{sample.seed}]({sample.file})", told, str(sample.seed)])
+    return table(["picture", "prompt", "seed"], rows)
+
+
+def _use(facts: ReleaseFacts) -> str:
+    sampler = facts.evaluation.sampler
+    where = ', config="config", local_files_only=True' if "config/model_index.json" in facts.files else ""
+    prompt = facts.samples[0].text if facts.samples else "1girl"
+    lines = [
+        f"from diffusers import {facts.pipeline}",
+        "",
+        f'pipeline = {facts.pipeline}.from_single_file("{facts.file}"{where})',
+        "picture = pipeline(",
+        f"    {prompt!r},",
         f"    num_inference_steps={sampler.steps}, guidance_scale={sampler.guidance:g},",
         f"    width={sampler.width}, height={sampler.height},",
         ").images[0]",
     ]
-    text = "```python\n" + "\n".join(lines) + "\n```"
+    text = "In this folder, with diffusers and transformers installed:\n\n```python\n" + "\n".join(lines) + "\n```"
+    if any(name.startswith("diffusers/") for name in facts.files):
+        text += f'\n\nOr as a folder: `{facts.pipeline}.from_pretrained("diffusers")`.'
     return text + (
         f"\n\nScored with the sampler `{sampler.name}`, {sampler.steps} steps, guidance "
-        f"{sampler.guidance:g}, {sampler.width}×{sampler.height} px."
+        f"{sampler.guidance:g}, {sampler.width}×{sampler.height} px, clip skip {sampler.clip_skip}."
     )
 
 
@@ -180,3 +257,33 @@ def _limits(evaluation: Evaluation) -> str:
             "with each other; they say nothing about real models, and cannot be set beside numbers from real scorers.**"
         )
     return text
+
+
+def _license(facts: ReleaseFacts) -> str:
+    found = facts.licenses[facts.license]
+    title = f"[{cell(found.title)}]({found.url})" if found.url else cell(found.title)
+    use = {True: "Commercial use is allowed within its terms.", False: "**Not for commercial use.**"}
+    lines = [
+        f"{title}: {cell(facts.license_why)}. {use.get(found.commercial, '') if found.commercial is not None else ''}"
+    ]
+    for name, one in facts.licenses.items():
+        bearers = [alias for alias, parent in facts.parents.items() if parent.origin.license == name]
+        whose = f" (of {', '.join(map(cell, bearers))})" if bearers else ""
+        lines += [f"- {cell(one.title)}{whose}: {cell(notice)}" for notice in one.notices]
+    return "\n".join([lines[0].strip(), *([""] if len(lines) > 1 else []), *lines[1:]])
+
+
+def _check(facts: ReleaseFacts) -> str:
+    weights = facts.weights
+    rows = [["sha256", f"`{weights.file}`"], ["sha256 of the weights", f"`{weights.weights}`"]]
+    rows += [[name, f"`{text}`"] for name, text in weights.listed.items()]
+    inputs = "parents" if any(name.startswith("parents/") for name in facts.files) else "FOLDER"
+    again = f"`ambergrade merge recipe.yaml --models {inputs} --out again.safetensors` merges it again, byte for byte. "
+    how = {"FOLDER": "With the inputs in a folder, under any names, ", "parents": "With the inputs in `parents`, "}
+    return (
+        f"{table(['digest of ' + cell(facts.file), ''], rows)}\n\n"
+        "`sha256sum -c SHA256SUMS` in this folder checks every file. `ambergrade verify .` checks more: that nothing "
+        "was added, that every paper follows from `release.json`, and every number from the score sheets. "
+        + (how[inputs] + again if facts.recipe else "")
+        + f"Pictures and training depend on the processor's kernels (here {facts.environment.isa}); merges do not."
+    )

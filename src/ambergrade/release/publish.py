@@ -50,8 +50,10 @@ class File:
 class Place(Protocol):
     """Where a release is put."""
 
-    told: str
-    """What it is, in a few words."""
+    @property
+    def told(self) -> str:
+        """What it is, in a few words."""
+        ...
 
     def differs(self, files: Sequence[File]) -> Mapping[str, bool | None]:
         """Name to whether other bytes are there; None where there is no such file."""
