@@ -98,7 +98,7 @@ def make_ballot(
         page = scratch / "vote.html"
         page.write_text(vote_page(task.identity, question, shown), "utf-8")
         key = {
-            "contestants": {one.label: one.digest for one in contestants},
+            "contestants": [[one.label, one.digest] for one in contestants],  # in their order
             "pairs": [asdict(pair) for pair in pairs],
             "prompts": named,
             "question": question,
@@ -174,7 +174,7 @@ def _ballot(done: Finished) -> Ballot:
     return Ballot(
         identity=done.identity,
         page=done.files["page"],
-        contestants=key["contestants"],
+        contestants=dict(key["contestants"]),
         pairs=tuple(Pair(**pair) for pair in key["pairs"]),
         prompts=tuple(key["prompts"]),
         question=key["question"],

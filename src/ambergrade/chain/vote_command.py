@@ -73,6 +73,8 @@ def ask(options: VoteOptions) -> Ballot:
     if not options.subjects:
         raise BadSetting("What is voted on?\nGive a sweep, a release, or two and more models or picture folders.")
     paths = [_path(options.root, subject) for subject in options.subjects]
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise BadSetting("A contestant is named twice.\nName each once.")
     releases = [Released.read(path) for path in paths if (path / FACTS).is_file()]
     subject: dict[str, str] = {}  # the run that votes are shown on: the sweep's, or the first release's
     if len(paths) == 1 and (paths[0] / BEST).is_file():
@@ -140,6 +142,8 @@ def _path(root: Path, subject: str) -> Path:
     """A file or folder; or the folder of a sweep that is named by the first letters of its key."""
     from ambergrade.chain.contestants import BEST
 
+    if subject.startswith("builtin://"):
+        return find_file(subject)
     path = Path(subject).expanduser()
     if path.exists():
         return path

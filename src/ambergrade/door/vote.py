@@ -9,13 +9,13 @@ ambergrade vote --result FILE.json         count what the page saved
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ambergrade.errors import BadInput, BadSetting
 from ambergrade.places import default_root
+from ambergrade.store import copy_file
 
 if TYPE_CHECKING:
     from ambergrade.chain.vote import Ballot
@@ -38,6 +38,8 @@ def main(arguments: Sequence[str]) -> int:
             raise BadInput(f"{given.result} has more than {MOST_BYTES:,} bytes: it is no result of a vote.")
         bring_back(root, Answers.read(text, str(given.result)))
         return 0
+    if given.out is not None and given.out.suffix != ".html":
+        raise BadSetting(f"{given.out} is no name for a page.\nIt must end in .html.")
     names = VoteOptions.__dataclass_fields__.keys() - {"root", "subjects", "point"}
     options = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
     ballot = ask(VoteOptions(root, tuple(given.subjects), point=tuple(given.point), **options))
@@ -45,10 +47,7 @@ def main(arguments: Sequence[str]) -> int:
         _serve(root, ballot, given.port)
         return 0
     out = given.out or root / "mlruns" / "votes" / ballot.identity[:12] / "vote.html"
-    if out.suffix != ".html":
-        raise BadSetting(f"{out} is no name for a page.\nIt must end in .html.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(ballot.page, out)
+    copy_file(ballot.page, out)
     print(f"\n{len(ballot.pairs)} pairs  {out}\nOpen it in a browser, vote, save, and bring the file back:")
     print("  ambergrade vote --result FILE.json")
     return 0
