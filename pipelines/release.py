@@ -7,7 +7,8 @@ Examples:
     python pipelines/release.py model=FILE inputs=DIR release.parents=true release.name=gamma release.version=rev1
 """
 
-from ambergrade.chain.settings import Invocation, ReleasePipelineSettings
+from ambergrade.chain.release_settings import ReleasePipelineSettings
+from ambergrade.chain.settings import Invocation
 from ambergrade.door.main import pipeline
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -120,6 +121,88 @@ def test_the_release_s_recipe_gives_the_release_s_bytes(first: tuple[Path, str],
     assert done.returncode == 0, done.stderr
     (file,) = released.glob("*.safetensors")
     assert out.read_bytes() == file.read_bytes()
+
+
+def test_the_release_rebuilds_from_itself(first: tuple[Path, str], tmp_path: Path) -> None:
+    released, out = first[0] / "mlruns" / "releases" / NAME, tmp_path / "again.safetensors"
+    line = [sys.executable, "-m", "ambergrade.door.command", "merge", "recipe.yaml", "--models", "parents"]
+    done = subprocess.run([*line, "--out", str(out)], cwd=released, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes() == (released / f"{NAME}.safetensors").read_bytes()
+
+
+def test_papers_follow_from_the_facts_and_numbers_from_the_sheets(first: tuple[Path, str], tmp_path: Path) -> None:
+    from ambergrade.chain.numbers import unequal
+    from ambergrade.release.facts import read_facts
+    from ambergrade.release.papers import papers
+    from ambergrade.score.sheet import ScoreSheet
+
+    released = tmp_path / "release"
+    shutil.copytree(first[0] / "mlruns" / "releases" / NAME, released)
+    facts = read_facts(released)
+    assert {name: (released / name).read_text() for name in papers(facts)} == papers(facts)
+    assert unequal(facts.evaluation, released) == []
+    assert facts.evaluation.scores["tag_prob"].keys() == facts.evaluation.sheets.keys()
+    assert facts.evaluation.differences["tag_prob"].keys() == {*facts.evaluation.sheets} - {facts.evaluation.released}
+    file = released / facts.evaluation.sheets["beta7"]
+    sheet = ScoreSheet.read(file)
+    sheet.columns["tag_prob"][0] += 0.01
+    sheet.write(file)
+    changed = unequal(facts.evaluation, released)
+    assert {"scores.tag_prob.beta7", "differences.tag_prob.beta7"} <= {line.partition(":")[0] for line in changed}
+
+
+def test_a_stranger_draws_with_diffusers_alone(first: tuple[Path, str]) -> None:
+    released = first[0] / "mlruns" / "releases" / NAME
+    (snippet,) = re.findall(r"```python\n(.*?)```", (released / "README.md").read_text(), re.DOTALL)
+    alone = "import sys; sys.modules['ambergrade'] = None\n" + snippet + "\nassert picture.size == (128, 128)\n"
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", alone], cwd=released, env=offline, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_named_point_of_its_sweep_is_released(first: tuple[Path, str]) -> None:
+    from ambergrade.release.facts import read_facts
+
+    root = first[0]
+    (best,) = (root / "mlruns" / "sweeps").glob("*/best.json")
+    told = subprocess.run(
+        [
+            *(
+                sys.executable,
+                "pipelines/release.py",
+                f"root={root}",
+                f"sweep={best.parent}",
+                "point={a: 0.8, b: 0.25}",
+            ),
+            *("release.name=swept", "release.version=2", "release.dtype=bf16", "release.diffusers=true"),
+        ],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert told.returncode == 0, told.stdout[-2000:] + told.stderr[-4000:]
+    released = root / "mlruns" / "releases" / "swept-2"
+    assert subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=released).returncode == 0
+    facts = read_facts(released)
+    assert facts.recipe is not None
+    assert (facts.recipe.coefficients, facts.recipe.dtype) == ({"a": 0.8, "b": 0.25}, "bf16")
+    assert facts.license == "apache-2.0"
+    assert {*facts.evaluation.sheets} == {"released: a 0.8, b 0.25", "beta7", "anxl3", "anxl2", "base7"}
+    assert (released / "diffusers" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+    assert not (released / "parents").exists()
+    wrong = [sys.executable, "pipelines/release.py", f"root={root}", f"sweep={best.parent}", "release.version=3"]
+    for more, says in (
+        (["release.name=../x"], "cannot be part of a file name"),
+        (["release.name=x", "point={c: 1}"], "point 'c' is not known"),
+        (["release.name=x", "release.license=gpl"], "license 'gpl' is not known"),
+        (["release.name=x", "origins.beta7.license=cc-by-nc-nd-4.0"], "nothing that is made of it"),
+        (["release.name=x", "model=x.safetensors"], "not both"),
+    ):
+        done = subprocess.run([*wrong, *more], cwd=REPOSITORY, capture_output=True, text=True)
+        assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
+        assert says in done.stderr
+    assert not (root / "mlruns" / "releases" / "x-3").exists()
 
 
 @pytest.mark.slow

@@ -56,6 +56,8 @@ class Candidate:
     """Alias of each parent to the digest of its weights."""
     files: Mapping[str, Path] = field(default_factory=dict)
     """Alias of each parent to its file, where it is at hand."""
+    license: str | None = None
+    """Of the file itself, where nothing is known of parents."""
     sha256: str | None = None
     as_it_is: bool = False
     """The file keeps its header: it was made elsewhere, and is known by its digest."""
@@ -146,11 +148,11 @@ def publish(
     )
     config = find_file(family.config)
     licenses = {alias: parent.origin.license for alias, parent in candidate.parents.items()}
-    derived = derive(licenses, about.license)
+    derived = derive(licenses, about.license or candidate.license)
     evaluation, sheets = _evaluation(scoring, candidate, final)
     draft = Draft(
         name=about.name,
-        version=about.version,
+        version=str(about.version),
         summary=about.summary,
         author=about.author,
         license=derived.name,

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ambergrade.chain.context import Context, open_journal, record_command, use_threads
 from ambergrade.chain.dataset import draw_world
 from ambergrade.chain.gates import judge_candidate, licence_of
 from ambergrade.chain.heldout import Finalists, compare_finalists
-from ambergrade.chain.point import LiveMerge, LiveNetworks, Point, Scoring, label_of, open_checkpoint, read_prompts
+from ambergrade.chain.point import (
+    LiveMerge,
+    LiveNetworks,
+    Point,
+    Scoring,
+    find_originals,
+    label_of,
+    open_checkpoint,
+    read_prompts,
+)
 from ambergrade.chain.release import Candidate, merged, publish, recipe_of
-from ambergrade.chain.settings import Invocation, MergeFormula, ReleasePipelineSettings, SweepSettings
+from ambergrade.chain.release_settings import ReleasePipelineSettings
+from ambergrade.chain.settings import Invocation, MergeFormula, SweepSettings
 from ambergrade.chain.sweep import read_best
 from ambergrade.errors import BadSetting, UnknownName
+from ambergrade.family.dtypes import DTYPES
 from ambergrade.family.header import read_header
 from ambergrade.identity import digest, file_digest
 from ambergrade.merge.files import RECIPE
@@ -25,10 +36,12 @@ from ambergrade.merge.recipe import header_recipe
 from ambergrade.nouns import Checkpoint
 from ambergrade.release.facts import Origin
 from ambergrade.release.gate import insist, load_gates
-from ambergrade.release.licenses import derive
+from ambergrade.release.licenses import UNKNOWN, derive
 from ambergrade.store import find_file
 from ambergrade.track import ui
 
+RELEASED = "released"
+"""The alias of a model file that is released, in `origins` and in the formula of one that is only rounded."""
 _WHERE = ("root", "compute", "debug", "insist")
 
 
@@ -45,6 +58,8 @@ class Subject:
     objective: str = ""
     members: tuple[Point, ...] = ()
     heat_map: Path | None = None
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+    """Of what it is merged from."""
     found: Candidate | None = None
     """The candidate, where it is a file that is there already; else the merge is written."""
 
@@ -74,7 +89,7 @@ def run(settings: ReleasePipelineSettings, invocation: Invocation) -> None:
         folder = settings.root / "mlruns" / "reports" / key[:12]
         subject = _of_sweep(settings, live) if settings.sweep is not None else _of_file(settings, live)
         final = _scored(context, settings, scoring, subject, folder)
-        candidate = subject.found or merged(context, subject.merge, subject.point, settings.origins, folder)
+        candidate = subject.found or merged(context, subject.merge, subject.point, subject.origins, folder)
         candidate = replace(candidate, members=subject.members, objective=subject.objective, heat_map=subject.heat_map)
         made = publish(context, settings.release, settings.family, scoring, candidate, final)
         verdict = judge_candidate(
@@ -102,10 +117,10 @@ def _of_sweep(settings: ReleasePipelineSettings, live: LiveNetworks) -> Subject:
     assert settings.sweep is not None
     best = read_best(settings.sweep)
     swept, point = best.settings, dict(best.settings.merge.coefficients)
-    for name in settings.point:
+    for name in settings.point or {}:
         if name not in point:
             raise UnknownName("point", name, point, "These are the formula's coefficients.")
-    named = {**point, **settings.point}
+    named = {**point, **(settings.point or {})}
     models = _models(swept, settings.models)
     merge = LiveMerge(swept.merge, models, live).of_dtype(settings.release.dtype)
     licenses = {alias: settings.origins.get(alias, Origin()).license for alias in merge.paths}
@@ -120,6 +135,7 @@ def _of_sweep(settings: ReleasePipelineSettings, live: LiveNetworks) -> Subject:
         objective=swept.search.objective,
         members=best.members if chosen else (),
         heat_map=best.heat_map if best.heat_map and best.heat_map.is_file() else None,
+        origins=settings.origins,
     )
 
 
@@ -149,51 +165,51 @@ def _of_file(settings: ReleasePipelineSettings, live: LiveNetworks) -> Subject:
         known = Digests(default_cache())
         wanted = {alias: written.model(alias) for alias in written.named}
         parents = dict(find_inputs(wanted, settings.inputs, known, skip=[path]).paths)
-    origins, alias = settings.origins, about.name
-    dtypes = {entry.dtype for entry in header.entries.values() if entry.size}
+    own = settings.origins.get(RELEASED, Origin(license=about.license or UNKNOWN))
+    origins = {**settings.origins, RELEASED: own}
+    dtypes = {DTYPES[entry.dtype].short for entry in header.entries.values() if entry.size}
     found: Candidate | None = None
-    if about.dtype is not None and dtypes != {_WORDS[about.dtype]}:  # a merge of one model, which only rounds it
-        chosen = MergeFormula("released", {}, about.dtype)
-        parents = {"released": path}
+    if about.dtype is not None and dtypes != {about.dtype}:  # a merge of one model, which only rounds it
+        sources = {RELEASED: path}
+    elif written is None:
+        sources = {}
+        found = Candidate(model, model.digest, license=own.license, sha256=file_digest(path), as_it_is=True)
     else:
-        chosen = MergeFormula("released", {})
-        recipe = recipe_of(path, origins) if written is not None else None
+        sources = parents
         found = Candidate(
             checkpoint=model,
             identity=model.digest,
-            recipe=recipe,
-            title=written.formula.text if written is not None else "",
-            point=dict(written.coefficients) if written is not None else {},
-            inputs=dict(written.inputs) if written is not None else {},
+            recipe=recipe_of(path, origins),
+            title=written.formula.text,
+            point=dict(written.coefficients),
+            inputs=dict(written.inputs),
             files=parents,
             sha256=file_digest(path),
-            as_it_is=written is None,
         )
-    licenses = {name: origins.get(name, Origin()).license for name in (found.parents if found else parents)}
-    derive(licenses, about.license)
-    merge = LiveMerge(chosen, {"released": model}, live)
-    models = {name: open_checkpoint(file, settings.family.name) for name, file in parents.items() if name != "released"}
+    licenses = {name: origins.get(name, Origin()).license for name in (found.parents if found else sources)}
+    derive(licenses, about.license)  # before anything is drawn
+    merge = LiveMerge(MergeFormula(RELEASED, {}, None if found else about.dtype), {RELEASED: model}, live)
+    models = {name: open_checkpoint(file, settings.family.name) for name, file in parents.items()}
     rivals = {name: (LiveMerge(MergeFormula(name, {}), models, live), dict[str, float]()) for name in models}
     base = written.formula.models[0] if written is not None and written.formula.models[0] in rivals else None
-    return Subject(f"released: {alias}", merge, {}, rivals, base, found=found)
-
-
-_WORDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+    return Subject(f"released: {about.name}", merge, {}, rivals, base, origins=origins, found=found)
 
 
 def _scored(
     context: Context, settings: ReleasePipelineSettings, scoring: Scoring, subject: Subject, folder: Path
 ) -> Finalists:
+    prompts = read_prompts(settings.prompts, "heldout")
     return compare_finalists(
         context,
         scoring,
         (subject.label, subject.merge, subject.point),
         subject.rivals,
         subject.base,
-        read_prompts(settings.prompts, "heldout"),
+        prompts,
         leaderboard=settings.leaderboard,
         objective=subject.objective or settings.leaderboard[0],
         kept=settings.sheet,
         title=f"{settings.release.name} {settings.release.version}",
         folder=folder,
+        originals=find_originals(settings.prompts, "heldout", prompts.first(settings.sheet).prompts),
     )

@@ -147,7 +147,7 @@ class Suite:
 @dataclass(frozen=True)
 class ReleaseSettings:
     name: str
-    version: str
+    version: str | int
     folder: Path
     license: str | None = None
     """A yaml of conf/license; None: the one that the parents' licences ask for."""
@@ -162,7 +162,7 @@ class ReleaseSettings:
 
     def __post_init__(self) -> None:
         check_name("name", self.name)
-        check_name("version", self.version)
+        check_name("version", str(self.version))
         if self.license is not None:
             load_license(self.license)
 
@@ -274,39 +274,6 @@ class SweepSettings(Common):
 
     def __post_init__(self) -> None:
         check_formula_models(self.merge, self.models)
-
-
-@dataclass(frozen=True)
-class ReleasePipelineSettings(Common):
-    """conf/release.yaml: a release of a finished sweep, or of a model file."""
-
-    family: FamilySettings
-    origins: Mapping[str, Origin]
-    data: DataSettings
-    prompts: PromptFiles
-    sampler: SamplerSettings
-    suite: Suite
-    compute: Compute
-    gates: Mapping[str, Plugin]
-    leaderboard: tuple[str, ...]
-    sheet: int
-    insist: bool
-    release: ReleaseSettings
-    sweep: Path | None = None
-    point: Mapping[str, float] = field(default_factory=dict)
-    models: Mapping[str, str] = field(default_factory=dict)
-    model: str | None = None
-    inputs: Path | None = None
-    debug: bool = False
-
-    def __post_init__(self) -> None:
-        if (self.sweep is None) == (self.model is None):
-            raise BadSetting("Give either sweep=FOLDER (a finished sweep) or model=FILE, and not both.")
-        if self.point and self.sweep is None:
-            raise BadSetting("point names a point of a sweep: give sweep=FOLDER too.")
-        for file in (self.sweep, self.inputs, self.model):
-            if file is not None:
-                find_file(str(file))
 
 
 @dataclass(frozen=True)

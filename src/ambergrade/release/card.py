@@ -94,13 +94,17 @@ def with_numbers(recipe: Recipe) -> str:
 
 
 def measured(found: Score | None, sign: str = "") -> str:
-    """Write `value [low, high]`, or a dash where nothing was measured; `sign="+"` for differences.
+    """Write `value [low, high]`, the value alone where there are too few pictures for an interval, a dash for nothing.
+
+    `sign="+"` is for differences.
 
     >>> measured(Score(0.5, 0.41, 0.6, 40))
     '0.500 [0.410, 0.600]'
     """
-    if found is None or found.value is None or found.low is None or found.high is None:
+    if found is None or found.value is None:
         return "–"
+    if found.low is None or found.high is None:
+        return f"{found.value:{sign}.3f}"
     return f"{found.value:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
 
 
@@ -262,15 +266,17 @@ def _limits(evaluation: Evaluation) -> str:
 def _license(facts: ReleaseFacts) -> str:
     found = facts.licenses[facts.license]
     title = f"[{cell(found.title)}]({found.url})" if found.url else cell(found.title)
-    use = {True: "Commercial use is allowed within its terms.", False: "**Not for commercial use.**"}
-    lines = [
-        f"{title}: {cell(facts.license_why)}. {use.get(found.commercial, '') if found.commercial is not None else ''}"
-    ]
+    told = [f"{title}: {cell(facts.license_why)}."]
+    if found.commercial is not None:
+        told.append("Commercial use is allowed within its terms." if found.commercial else "**No commercial use.**")
+    if found.share_alike:
+        told.append("What is made of this model bears the same licence.")
+    notices = []
     for name, one in facts.licenses.items():
         bearers = [alias for alias, parent in facts.parents.items() if parent.origin.license == name]
         whose = f" (of {', '.join(map(cell, bearers))})" if bearers else ""
-        lines += [f"- {cell(one.title)}{whose}: {cell(notice)}" for notice in one.notices]
-    return "\n".join([lines[0].strip(), *([""] if len(lines) > 1 else []), *lines[1:]])
+        notices += [f"- {cell(one.title)}{whose}: {cell(notice)}" for notice in one.notices]
+    return "\n\n".join(filter(None, [" ".join(told), "\n".join(notices)]))
 
 
 def _check(facts: ReleaseFacts) -> str:

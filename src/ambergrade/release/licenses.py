@@ -86,7 +86,8 @@ def derive(parents: Mapping[str, str], asked: str | None = None) -> Derived:
     if asked is not None:
         load_license(asked)
     if not parents:
-        return Derived(asked or UNKNOWN, "named by who released it" if asked else "nobody named it")
+        named = asked not in (None, UNKNOWN)
+        return Derived(asked or UNKNOWN, "named by who released it" if named else "nobody named it")
     known = {alias: load_license(name) for alias, name in parents.items()}
     if lost := [alias for alias, name in parents.items() if name == UNKNOWN]:
         if asked not in (None, UNKNOWN):

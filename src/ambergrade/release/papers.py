@@ -76,7 +76,7 @@ def _requirements(facts: ReleaseFacts) -> str:
     made = facts.environment
     lines = [f"# {facts.name} {facts.version} was made with Python {made.python} and {made.isa} kernels."]
     if made.lock:
-        lines.append(f"# They are those of Ambergrade's requirements.lock with sha256 {made.lock}.")
+        lines.append(f"# Ambergrade's requirements.lock had the sha256 {made.lock}.")
     pins = {"ambergrade": made.ambergrade, **made.packages}
     return "\n".join([*lines, *(f"{name}=={version}" for name, version in sorted(pins.items()))]) + "\n"
 

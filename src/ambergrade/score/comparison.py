@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,20 +46,23 @@ class Winners:
     """Point to how far it lies behind the best, ≥ 0 is worse, with simultaneous 95 % limits."""
 
 
-_known: dict[tuple[str, int], dict[str, Measurement]] = {}
+_known: dict[tuple[object, ...], dict[str, Any]] = {}
 _MOST_KNOWN = 64
-"""Sheets whose aggregates are remembered: record, journal and leaderboard each ask for them."""
+"""Answers that are remembered: record, journal, leaderboard, gates and release each ask for them."""
 
 
-def aggregates(sheet: ScoreSheet, *, seed: int = 0) -> dict[str, Measurement]:
-    """Every column's mean over prompts and every metric's set-level values, with 95 % intervals."""
-    key = (sheet.digest, seed)
+def _remembered(key: tuple[object, ...], answer: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     if key not in _known:
-        found = _aggregates(sheet, seed)
+        found = answer()
         while len(_known) >= _MOST_KNOWN:
             _known.pop(next(iter(_known)), None)
         _known[key] = found
     return dict(_known[key])
+
+
+def aggregates(sheet: ScoreSheet, *, seed: int = 0) -> dict[str, Measurement]:
+    """Every column's mean over prompts and every metric's set-level values, with 95 % intervals."""
+    return _remembered((sheet.digest, seed), lambda: _aggregates(sheet, seed))
 
 
 def _aggregates(sheet: ScoreSheet, seed: int) -> dict[str, Measurement]:
@@ -83,6 +87,10 @@ def differences(
     `other_batch` lets them be drawn in other batches.
     """
     refuse_unlike(sheet, baseline, other_batch=other_batch)
+    return _remembered((sheet.digest, baseline.digest, seed), lambda: _differences(sheet, baseline, seed))
+
+
+def _differences(sheet: ScoreSheet, baseline: ScoreSheet, seed: int) -> dict[str, PairedDifference]:
     sheet, baseline = _sound_together([sheet, baseline])
     found = {
         column: paired_difference(
