@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from ambergrade.door import files as command
 from ambergrade.errors import AmbergradeError, BadInput, BadSetting, MissingObject, UnknownName
 from ambergrade.family import digests, sdxl
-from ambergrade.merge import batches, reading, writing
+from ambergrade.merge import batches, engine, reading, writing
+from ambergrade.merge.comparing import Differing
 from ambergrade.merge.engine import merge
 from ambergrade.merge.files import read_recipe, verify
 from ambergrade.merge.formula import Formula
@@ -196,10 +197,29 @@ def test_a_merge_is_rebuilt_from_its_own_header_under_any_names(plain: dict[str,
     assert not spoilt.same
     assert f"{place:,}" in spoilt.first_difference
     assert "model.w" in spoilt.first_difference
+    assert spoilt.differing == (Differing("model.w", 1, 1),)
 
     (renamed / "2.safetensors").unlink()
     with pytest.raises(MissingObject, match=r"anxl2: sha256 [0-9a-f]{64}"):
         verify(out, renamed, cache=tmp_path / "sha256.json")
+
+
+@pytest.mark.parametrize("batch", [1000, 1 << 20])
+def test_a_file_of_other_values_is_told_tensor_by_tensor_in_ulp(
+    plain: dict[str, Path], once: Path, tmp_path: Path, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors, header = load_file(once), read_header(once)
+    flat, steps = tensors["model.w"].reshape(-1), [1, -3, 40]
+    flat.view(torch.int16)[[5, 700, 39_999]] += torch.tensor(steps, dtype=torch.int16)
+    tensors["model.b"][9] = -tensors["model.b"][9]
+    other = tmp_path / "other.safetensors"
+    save_file(tensors, other, metadata={**header.metadata, "note": "another header, so that all bytes lie elsewhere"})
+    monkeypatch.setattr(engine.run, "__kwdefaults__", {**engine.run.__kwdefaults__, "batch": batch})
+    found = verify(other, plain["beta7"].parent, threads=2, cache=tmp_path / "cache.json")
+    assert not found.same
+    apart = {one.tensor: (one.numbers, one.ulp) for one in found.differing}
+    bits = int(load_file(once)["model.b"].view(torch.int16)[9]) & 0x7FFF
+    assert apart == {"model.w": (3, 40), "model.b": (1, 2 * bits + 1)}
 
 
 def test_the_header_tells_where_it_came_from_and_of_no_machine(once: Path, plain: dict[str, Path]) -> None:

@@ -1,8 +1,9 @@
-"""A merge of four small files, all that its release says (`draft`), and what goes into it (`payload`)."""
+"""A merge of four small files, all that its release says (`draft`), what goes into it (`payload`), and a sound one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
+from ambergrade.chain.numbers import numbers
 from ambergrade.door import files as command
+from ambergrade.identity import digest
 from ambergrade.merge.files import from_values, recipe_document
-from ambergrade.nouns import Measurement, Prompt, PromptSet, SamplerSettings
-from ambergrade.release.build import Payload
+from ambergrade.nouns import Measurement, Picture, Prompt, PromptSet, SamplerSettings
+from ambergrade.release.build import Payload, build_release
 from ambergrade.release.facts import (
     Captions,
     Draft,
@@ -29,6 +32,9 @@ from ambergrade.release.facts import (
     Training,
 )
 from ambergrade.release.licenses import derive, load_license
+from ambergrade.score.scoring import load_metric
+from ambergrade.score.scoring import score as judged
+from ambergrade.score.sheet import ScoreSheet
 
 FORMULA = "gamma rev1   = beta7 + a*(anxl3 - anxl2) + b * (base7 - beta7)"
 NAN = float("nan")
@@ -140,3 +146,33 @@ def draft(both: tuple[Draft, Payload]) -> Draft:
 @pytest.fixture(scope="module")
 def payload(both: tuple[Draft, Payload]) -> Payload:
     return both[1]
+
+
+@pytest.fixture(scope="module")
+def sound(both: tuple[Draft, Payload], models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A release that holds at every level: its scores follow from its sheets, and its parents are in it."""
+    folder = tmp_path_factory.mktemp("sound")
+    draft, payload = both
+    rows = tuple(Prompt(str(number), f"{number} girls", number) for number in range(12))
+    prompts, files, sheets = PromptSet("heldout", rows), dict(payload.files), {}
+    for strength, label in ((9, "gamma"), (12, "beta7")):
+        random = np.random.default_rng(strength)
+        shapes = [random.normal(128, strength, (64, 64, 3)).clip(0, 255).astype(np.uint8) for _ in rows]
+        pictures = [Picture(prompt.id, prompt.seed, pixels) for prompt, pixels in zip(rows, shapes, strict=True)]
+        file = folder / f"{label}.parquet"
+        judged(pictures, prompts, [load_metric("mosaic")], sampler=draft.evaluation.sampler).write(file)
+        sheets[label] = ScoreSheet.read(file)
+        files[draft.evaluation.sheets[label]] = file
+    scores, apart = numbers(sheets)
+    files |= {f"parents/{path.name}": path for path in models.iterdir()}
+    made = {name: Scorer(digest(made_of), settings={}) for name, made_of in sheets["gamma"].fingerprints.items()}
+    evaluation = replace(
+        draft.evaluation,
+        prompts=Prompts("heldout", len(rows), prompts.digest),
+        columns=("mosaic",),
+        scores=scores,
+        differences=apart,
+        scorers=made,
+    )
+    draft = replace(draft, evaluation=evaluation)
+    return build_release(folder / "gamma-rev1", draft, replace(payload, prompts=prompts, files=files)).path

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,17 +19,18 @@ from ambergrade.chain.gates import tiny_scorers
 from ambergrade.chain.heldout import Finalists
 from ambergrade.chain.numbers import numbers
 from ambergrade.chain.point import LiveMerge, Point, Scoring, cut, label_of, write_merge
-from ambergrade.chain.settings import FamilySettings, ReleaseSettings
+from ambergrade.chain.settings import FamilySettings, ReleaseSettings, Suite
 from ambergrade.errors import BadInput
 from ambergrade.family.load import family as load_family
 from ambergrade.identity import digest, file_digest
 from ambergrade.merge.files import recipe_document
 from ambergrade.nouns import RATINGS, CaptionSet, Checkpoint, Release
 from ambergrade.release import facts
-from ambergrade.release.build import MANIFEST, Payload, build_release
+from ambergrade.release.build import Payload, build_release
 from ambergrade.release.facts import Draft, Evaluation, Origin, Parent, Prompts, Recipe, Sample, Scorer
 from ambergrade.release.licenses import derive, load_license
 from ambergrade.release.private import refuse_private
+from ambergrade.release.sums import MANIFEST
 from ambergrade.score.comparison import aggregates
 from ambergrade.store import find_file
 from ambergrade.train.settings import TrainSettings
@@ -220,9 +222,20 @@ def _evaluation(scoring: Scoring, candidate: Candidate, final: Finalists) -> tup
         scores=scores,
         differences=apart,
         winner_set=candidate.members,
-        scorers={name: Scorer(digest(made_of), tiny[name]) for name, made_of in sheet.fingerprints.items()},
+        scorers={
+            name: Scorer(digest(made_of), tiny[name], _anywhere(scoring.suite, name))
+            for name, made_of in sheet.fingerprints.items()
+        },
     )
     return found, {name: final.done[label].files["scores"] for label, name in names.items()}
+
+
+def _anywhere(suite: Suite, name: str) -> Mapping[str, Any] | None:
+    """The settings of a scorer that a stranger can load too; None where they name a file of this machine."""
+    settings = next((one.parameters for one in suite.metrics.values() if one.name == name), None)
+    texts = [value for value in (settings or {}).values() if isinstance(value, str)]
+    ours = [text for text in texts if "/" in text and not text.startswith(("builtin://", "hub://"))]
+    return None if ours else settings
 
 
 def _file_name(label: str) -> str:

@@ -18,12 +18,14 @@ from ambergrade.family.header import read_header
 from ambergrade.merge.files import read_recipe, recipe_of, verify
 from ambergrade.merge.find import find_inputs
 from ambergrade.merge.inputs import Digests, default_cache
-from ambergrade.release.environment import environment
-from ambergrade.release.facts import FACTS, ReleaseFacts, parse_facts, plain, read_facts, write_facts
+from ambergrade.merge.recipe import Recipe
+from ambergrade.release.facts import FACTS, ReleaseFacts, read_facts, write_facts
 from ambergrade.release.papers import papers
 from ambergrade.release.signature import check_signature
-from ambergrade.release.sums import MANIFEST, MOST_BYTES, SUMS, check_sums, read_manifest, read_text
+from ambergrade.release.sums import MANIFEST, MOST_BYTES, check_sums, inside, read_manifest, read_text
 
+MOST_TENSORS = 20
+"""Lines that tell of tensors."""
 PARENTS = "parents"
 """The folder of a release that holds what it was merged from, where it is bundled."""
 
@@ -172,13 +174,19 @@ def _headers(release: _Opened) -> str:
             read_header(release.folder / name)
     if facts.recipe is not None:
         written = read_recipe(release.folder / "recipe.yaml").recipe
-        own = recipe_of(file)
-        pairs = _apart({**own.full, "header": dict(own.released)}, {**written.full, "header": dict(written.released)})
+        if written is None:
+            raise BadInput("recipe.yaml does not name every input by its weights.")
+        pairs = _apart(_header_of(recipe_of(file)), _header_of(written))
         wrong += [f"{file.name}: the header's {path} is {one}, recipe.yaml says {other}" for path, one, other in pairs]
     if wrong:
         raise _Wrong(wrong)
     told = "of unknown origin" if facts.recipe is None else "the header's recipe is recipe.yaml"
     return f"{len(header.entries):,} tensors, {told}; weights {facts.weights.weights[:12]}"
+
+
+def _header_of(recipe: Recipe) -> dict[str, Any]:
+    """Return all that a header says because of a recipe."""
+    return {**recipe.full, "ancestors": dict(recipe.ancestors), "header": dict(recipe.released)}
 
 
 def _papers(release: _Opened) -> str:
@@ -195,9 +203,10 @@ def _papers(release: _Opened) -> str:
         wrong.append(f"{MANIFEST} is of {manifest.name} {manifest.version}, {FACTS} of {facts.name} {facts.version}")
     listed = {name: (one.sha256, one.bytes) for name, one in manifest.files.items()}
     known = {name: (one.sha256, one.bytes) for name, one in facts.files.items()}
+    known[facts.file] = (facts.weights.file, facts.weights.bytes)
     for name in sorted(known.keys() | listed.keys() - wanted.keys() - {FACTS}):
         if known.get(name) != listed.get(name):
-            wrong.append(f"{name} is not the file that {FACTS} names" if name in known else f"{name} is in no fact")
+            wrong.append(f"{name} is not the file that {FACTS} names" if name in known else f"{name} is not in {FACTS}")
     if wrong:
         raise _Wrong(wrong)
     return f"{', '.join(sorted(wanted))} follow from {FACTS}"
@@ -230,10 +239,80 @@ def _apart(found: Any, wanted: Any, path: str = "") -> Iterator[tuple[str, str, 
     elif isinstance(found, list | tuple) and isinstance(wanted, list | tuple) and len(found) == len(wanted):
         for number, (one, other) in enumerate(zip(found, wanted, strict=True)):
             yield from _apart(one, other, f"{path}[{number}]")
-    elif found != wanted or type(found) is not type(wanted) and isinstance(found, bool) != isinstance(wanted, bool):
+    elif found != wanted or isinstance(found, bool) != isinstance(wanted, bool):
         yield path, _short(found), _short(wanted)
 
 
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=True, default=str)
     return text if len(text) <= 160 else text[:156] + " …"
+
+
+def _scores(release: _Opened) -> str:
+    from ambergrade.chain.numbers import unequal  # pyarrow and scipy
+    from ambergrade.score.sheet import suspected
+
+    evaluation = release.facts.evaluation
+    for name in evaluation.sheets.values():
+        inside(release.folder, name)
+    with suspected("The score sheets"):
+        wrong = unequal(evaluation, release.folder)
+    if wrong:
+        raise _Wrong([f"{FACTS}: {line}" for line in wrong])
+    numbers = sum(len(row) for row in [*evaluation.scores.values(), *evaluation.differences.values()])
+    return f"{numbers:,} numbers with their intervals follow from {len(evaluation.sheets)} score sheets"
+
+
+def _signature(release: _Opened) -> str:
+    signature, key = release.asked.signature, release.asked.key
+    assert signature is not None
+    assert key is not None
+    check_signature(release.folder, signature, key)
+    return f"signed by {key.name}"
+
+
+def _inputs(release: _Opened) -> str:
+    parents = release.facts.parents
+    if not parents:
+        return "none: nobody knows what the weights were made of"
+    if release.models is None:
+        raise BadSetting("The release bundles no parents.\nGive the folder that holds them: --models DIR")
+    wanted = {
+        alias: {kind: sha256 for kind, sha256 in parent.digests.items() if kind != "name"}
+        for alias, parent in parents.items()
+    }
+    names = {parent.name for parent in parents.values() if parent.name}
+    found = find_inputs(wanted, release.models, Digests(default_cache()), names=names, skip=[release.weights])
+    told = ", ".join(f"{alias} {path.name}" for alias, path in found.paths.items())
+    return told + (f"; saved anew, of equal weights: {', '.join(found.resaved)}" if found.resaved else "")
+
+
+def _rebuild(release: _Opened) -> str:
+    facts = release.facts
+    if facts.recipe is None:
+        raise BadInput("Nobody knows how the weights were made, so they cannot be merged again.")
+    if release.models is None:
+        raise BadSetting("The release bundles no parents.\nGive the folder that holds them: --models DIR")
+    found = verify(release.weights, release.models, threads=release.asked.threads)
+    if found.same:
+        return f"{found.bytes_compared:,} bytes are what the recipe gives"
+    lines = [f"{facts.file}: the first difference is at {found.first_difference}"]
+    lines += [f"  {one}" for one in found.differing[:MOST_TENSORS]]
+    if len(found.differing) > MOST_TENSORS:
+        lines.append(f"  and {len(found.differing) - MOST_TENSORS:,} tensors more")
+    from ambergrade.chain.environment import packages
+
+    here = packages("ambergrade")
+    lines += [
+        f"made with {name} {said}, here {one}" for name, one, said in _apart(here, dict(facts.environment.packages))
+    ]
+    raise _Wrong(lines)
+
+
+def _rescore(release: _Opened) -> str:
+    from ambergrade.chain.rescoring import rescored  # torch
+
+    outside, told = rescored(release.folder, release.facts)
+    if outside:
+        raise _Wrong(outside)
+    return told

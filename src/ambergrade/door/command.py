@@ -18,7 +18,7 @@ from importlib.metadata import version
 from ambergrade.errors import AmbergradeError, unknown_name
 from ambergrade.places import CONF, PIPELINES, project
 
-OPTIONS = ("merge", "verify", "digest")
+OPTIONS = ("merge", "verify", "compare", "digest")
 """Verbs that take a file and ordinary options (door/files.py)."""
 
 
@@ -119,6 +119,8 @@ def _help() -> str:
     lines = ["usage: ambergrade COMMAND …", ""]
     told = {
         **pipelines(),
+        "verify": "Check a release, level after level; or merge a file again from its own header and compare.",
+        "compare": "Lay two releases side by side: what they are made of, paired scores, pictures.",
         "digest": "Print the digests of a model file, each by its name.",
         "init": "Make a project of your own: a folder with conf/, prompts and a README.",
         "publish": "Put a release on the Hugging Face hub, or in a folder or bucket.",
@@ -142,7 +144,7 @@ def complete(line: str) -> list[str]:
     words = line.split(" ")[1:]
     last = words[-1] if words else ""
     if len(words) < 2:
-        return [f"{word} " for word in [*pipelines(), "digest", *_others()] if word.startswith(last)]
+        return [f"{word} " for word in [*pipelines(), "compare", "digest", *_others()] if word.startswith(last)]
     file = CONF / f"{words[0]}.yaml"
     if not file.is_file():
         return []

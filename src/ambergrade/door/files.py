@@ -1,7 +1,9 @@
 """Runs the verbs that need no configuration beyond a file.
 
 ambergrade merge RECIPE.yaml [a=0.9 …] [--models DIR] [--out FILE] [--overwrite] [--dry-run]
+ambergrade verify RELEASE [--models DIR] [--rebuild] [--rescore] [--signature FILE --key FILE] [--skip LEVEL]
 ambergrade verify MODEL.safetensors --models DIR
+ambergrade compare RELEASE RELEASE [--out PICTURES.png]
 ambergrade digest FILE …
 """
 
@@ -19,6 +21,9 @@ from ambergrade.errors import AmbergradeError, BadSetting
 
 if TYPE_CHECKING:
     from ambergrade.merge.files import RecipeFile
+
+MOST_LINES = 20
+"""Of what a level finds wrong."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,16 +60,37 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--dry-run", action="store_true", help="print the plan, its costs and its audit; write nothing")
     merge.add_argument("--device", default="cpu")
     merge.set_defaults(run=_merge)
-    verify = commands.add_parser("verify", help="rebuild a merged file from its own header and compare the bytes")
-    verify.add_argument("model", type=Path)
-    verify.add_argument("--models", type=Path, required=True, help="folder that holds the inputs, under any names")
-    verify.set_defaults(run=lambda given: 0 if verify_model(given.model, given.models, threads=given.threads) else 1)
+    verify = commands.add_parser(
+        "verify",
+        help="check a release, level after level; or rebuild a merged file from its own header and compare the bytes",
+        epilog=_levels(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verify.add_argument("subject", type=Path, metavar="RELEASE|MODEL.safetensors")
+    verify.add_argument("--models", type=Path, help="folder that holds the inputs, under any names")
+    verify.add_argument("--rebuild", action="store_true", help="merge again, and compare every byte")
+    verify.add_argument("--rescore", action="store_true", help="draw and score again, and compare with the intervals")
+    verify.add_argument("--signature", type=Path, help="OpenSSF model signature of the release's folder")
+    verify.add_argument("--key", type=Path, help="the signer's public key (PEM)")
+    verify.add_argument("--skip", action="append", default=[], metavar="LEVEL", help="leave a level out")
+    verify.set_defaults(run=_verify)
+    compare = commands.add_parser("compare", help="lay two releases side by side: recipe, parents, licence, scores")
+    compare.add_argument("releases", nargs=2, type=Path, metavar="RELEASE")
+    compare.add_argument("--out", type=Path, help="a .png for the pictures that both drew from the same prompts")
+    compare.set_defaults(run=_compare)
     for command in (merge, verify):
         command.add_argument("--threads", type=_count, default=None)
     digest = commands.add_parser("digest", help="print a model file's digests, each under its name")
     digest.add_argument("files", nargs="+", type=Path, metavar="FILE", help="safetensors file or diffusers folder")
     digest.set_defaults(run=lambda given: print_digests(given.files))
     return parser
+
+
+def _levels() -> str:
+    from ambergrade.chain.verification import LEVELS
+
+    rows = [f"  {level.code}  {level.name:<10}{level.says}" for level in LEVELS]
+    return "\n".join(["exit codes: 0 all holds; 1 a mistake; else of the first level that does not hold:", *rows])
 
 
 def _count(text: str) -> int:
@@ -134,6 +160,37 @@ def run_recipe(
         print("         the released file's bytes")
 
 
+def _verify(given: argparse.Namespace) -> int:
+    from ambergrade.chain.verification import Asked, verify_release
+
+    if not given.subject.is_dir():
+        if given.models is None:
+            raise BadSetting(f"{given.subject} is merged again from its inputs.\nName their folder: --models DIR")
+        return 0 if verify_model(given.subject, given.models, threads=given.threads) else 1
+    names = ("models", "signature", "key", "rebuild", "rescore", "threads")
+    asked = Asked(skip=tuple(given.skip), **{name: getattr(given, name) for name in names})
+    code = 0
+    for found in verify_release(given.subject, asked):
+        print(f"{found.level.name:<10} {found.told}", flush=True)
+        for line in found.wrong[:MOST_LINES]:
+            print(f"           {line}")
+        if len(found.wrong) > MOST_LINES:
+            print(f"           and {len(found.wrong) - MOST_LINES:,} lines more")
+        code = code or (found.level.code if found.wrong else 0)
+    return code
+
+
+def _compare(given: argparse.Namespace) -> int:
+    from ambergrade.chain.versions import compare_releases
+    from ambergrade.store import refuse_overwrite
+
+    if given.out is not None:
+        refuse_overwrite(given.out, [".png"])
+    one, other = given.releases
+    print(compare_releases(one, other, given.out))
+    return 0
+
+
 def verify_model(model: Path, models: Path, *, threads: int | None = None) -> bool:
     """Rebuild a merged file and compare; prints what was found. Raises AmbergradeError where it cannot be rebuilt."""
     from ambergrade.merge.files import verify
@@ -147,6 +204,7 @@ def verify_model(model: Path, models: Path, *, threads: int | None = None) -> bo
         print(f"verified: {found.bytes_compared:,} bytes are what the recipe in the header gives")
     else:
         print(f"NOT what its recipe gives: the first difference is at {found.first_difference}")
+        print("".join(f"  {one}\n" for one in found.differing[:MOST_LINES]), end="")
     return found.same
 
 

@@ -64,15 +64,31 @@ class RecipeFile:
     source: Path | None = None
     """The file it was read from."""
 
+    @property
+    def recipe(self) -> Recipe | None:
+        """Return what the merged file's header says; None unless every input is named by its weights."""
+        weights = {alias: digests["weights"] for alias, digests in self.digests.items() if "weights" in digests}
+        if weights.keys() != {*input_names(self.formula, self.policies)}:
+            return None
+        return Recipe(
+            self.formula,
+            self.coefficients,
+            weights,
+            self.dtype,
+            self.policies,
+            {alias: digests["file"] for alias, digests in self.digests.items() if "file" in digests},
+            ancestors=self.ancestors,
+            released=self.result.get("header", {}),
+        )
+
     def job(self, models: Path | None = None) -> Job:
         """Plan the merge from headers alone. `models` is the folder for inputs that are named by digest.
 
         Where all of them are, the file's header will say what the recipe says, even of inputs that were saved anew.
         Raises as `job.open_job` and `find.find_inputs`.
         """
-        released = self.result.get("header", {})
         about: dict[str, Any] = {"coefficients": self.coefficients, "dtype": self.dtype, "policies": self.policies}
-        about |= {"released": released}
+        about |= {"released": self.result.get("header", {})}
         if not self.digests:
             return open_job(self.formula, self.paths, **about)
         if models is None:
@@ -80,21 +96,7 @@ class RecipeFile:
                 f"The recipe names {', '.join(self.digests)} by digest.\nGive the folder that holds them: --models DIR"
             )
         found = find_inputs(self.digests, models, Digests(default_cache()), names=set(self.names.values()))
-        weights = {alias: digests["weights"] for alias, digests in self.digests.items() if "weights" in digests}
-        repeats = None
-        if weights.keys() == {*input_names(self.formula, self.policies)}:
-            files = {alias: digests["file"] for alias, digests in self.digests.items() if "file" in digests}
-            recipe = Recipe(
-                self.formula,
-                self.coefficients,
-                weights,
-                self.dtype,
-                self.policies,
-                files,
-                ancestors=self.ancestors,
-                released=released,
-            )
-            repeats = Repeated(recipe, self.result.get("bytes", 0))
+        repeats = Repeated(self.recipe, self.result.get("bytes", 0)) if self.recipe else None
         return open_job(self.formula, {**self.paths, **found.paths}, **about, repeats=repeats)
 
 

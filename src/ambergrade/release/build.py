@@ -31,16 +31,14 @@ from ambergrade.family.convert import to_folder, write_config
 from ambergrade.family.header import read_header
 from ambergrade.identity import file_digest
 from ambergrade.nouns import PromptSet, Release
-from ambergrade.release.facts import FACTS, Draft, File, ReleaseFacts, as_json, parse_facts, write_facts
+from ambergrade.release.facts import FACTS, Draft, File, ReleaseFacts, parse_facts, write_facts
 from ambergrade.release.papers import papers
 from ambergrade.release.pictures import parameters, thumbnail, write_sample
 from ambergrade.release.private import refuse_private
+from ambergrade.release.sums import MANIFEST, SUMS, Listed, Manifest, sums_text
 from ambergrade.release.weights import about, describe, write_weights
 from ambergrade.store import copy_file
 from ambergrade.typed import plain
-
-MANIFEST = "MANIFEST.json"
-SUMS = "SHA256SUMS"
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def build_release(folder: Path, draft: Draft, payload: Payload) -> Release:
         facts = _fill(aside, draft, payload)
         for name, text in {FACTS: write_facts(facts), **papers(facts)}.items():
             (aside / name).write_text(text, "utf-8")
-        digests = _seal(aside, {"name": draft.name, "version": draft.version})
+        digests = _seal(aside, draft)
         if not _equal(digests, folder):
             _put_in_place(aside, folder)
     return Release(folder, digests[MANIFEST], dict(sorted(digests.items())))
@@ -145,14 +143,13 @@ def _files(folder: Path) -> list[tuple[str, Path]]:
     return sorted(found)
 
 
-def _seal(aside: Path, head: Mapping[str, str]) -> dict[str, str]:
+def _seal(aside: Path, draft: Draft) -> dict[str, str]:
     """Write MANIFEST.json and SHA256SUMS over everything in `aside`, make it durable, and return every sha256."""
-    files = dict(_files(aside))
-    digests = {name: file_digest(path) for name, path in files.items()}
-    listed = {name: {"sha256": digests[name], "bytes": path.stat().st_size} for name, path in files.items()}
-    (aside / MANIFEST).write_text(as_json({**head, "files": listed}), "utf-8")
-    digests[MANIFEST] = file_digest(aside / MANIFEST)
-    (aside / SUMS).write_text(_sums(digests), "utf-8")
+    files = {name: Listed(file_digest(path), path.stat().st_size) for name, path in _files(aside)}
+    manifest = Manifest(draft.name, draft.version, files)
+    (aside / MANIFEST).write_text(manifest.text, "utf-8")
+    digests = {name: one.sha256 for name, one in files.items()} | {MANIFEST: file_digest(aside / MANIFEST)}
+    (aside / SUMS).write_text(sums_text(digests), "utf-8")
     for _, path in _files(aside):
         path.chmod(0o644)
         with path.open("rb") as file:
@@ -161,10 +158,6 @@ def _seal(aside: Path, head: Mapping[str, str]) -> dict[str, str]:
         folder.chmod(0o755)
         _sync(folder)
     return digests
-
-
-def _sums(digests: Mapping[str, str]) -> str:
-    return "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
 
 
 def _sync(folder: Path) -> None:
@@ -180,7 +173,7 @@ def _equal(digests: Mapping[str, str], folder: Path) -> bool:
     """Say whether a folder holds exactly these files."""
     if not folder.is_dir() or {name for name, _ in _files(folder)} != {*digests, SUMS}:
         return False
-    return (folder / SUMS).read_bytes() == _sums(digests).encode() and all(
+    return (folder / SUMS).read_bytes() == sums_text(digests).encode() and all(
         file_digest(folder / name) == sha256 for name, sha256 in digests.items()
     )
 

@@ -41,6 +41,8 @@ class Scorer:
     fingerprint: str
     tiny: bool = False
     """Whether it is one of the embedded world's."""
+    settings: Mapping[str, Any] | None = None
+    """What loads it anywhere (score.scoring.load_metric); None where that names a file that no stranger has."""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ INSTALL = "python -m pip install 'model-signing>=1.1'"
 def check_signature(folder: Path, signature: Path, key: Path) -> None:
     """Check that whoever holds the private half of `key` has signed every file of `folder`.
 
-    key: a public key on an elliptic curve (PEM), as `model_signing sign key` takes its private half. Raises BadInput for
-    a signature by another key or of other files, BadSetting where the package that checks it is not installed.
+    key: a public key on an elliptic curve (PEM), as `model_signing sign key` takes its private half. Raises BadInput
+    for a signature by another key or of other files, BadSetting where the package that checks it is not installed.
     """
     for file in (signature, key):
         if not file.is_file():

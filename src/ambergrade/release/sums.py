@@ -9,12 +9,12 @@ import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from ambergrade.errors import BadInput
 from ambergrade.identity import file_digest
+from ambergrade.release.facts import as_json
 
 MANIFEST = "MANIFEST.json"
 SUMS = "SHA256SUMS"
@@ -45,18 +45,12 @@ class Manifest:
     @property
     def text(self) -> str:
         """Return the file's text."""
-        files = {name: {"sha256": one.sha256, "bytes": one.bytes} for name, one in self.files.items()}
-        return canonical_text({"name": self.name, "version": self.version, "files": files})
-
-    def sums(self, own: str) -> str:
-        """Return SHA256SUMS, for `sha256sum -c`; `own`: sha256 of the manifest itself."""
-        every = {name: one.sha256 for name, one in self.files.items()} | {MANIFEST: own}
-        return "".join(f"{every[name]}  {name}\n" for name in sorted(every))
+        return as_json(self)
 
 
-def canonical_text(value: Any) -> str:
-    """Write a release's JSON: sorted and indented, so that equal facts are equal bytes."""
-    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+def sums_text(digests: Mapping[str, str]) -> str:
+    """Return SHA256SUMS, for `sha256sum -c`; `digests`: of every file but itself."""
+    return "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -104,7 +98,8 @@ def check_sums(folder: Path) -> list[str]:
             wrong.append(f"{name} {told}")
         else:
             found[name] = (folder / name).stat().st_size
-    if read_text(folder / SUMS, MOST_BYTES) != manifest.sums(file_digest(folder / MANIFEST)):
+    digests = {name: one.sha256 for name, one in manifest.files.items()} | {MANIFEST: file_digest(folder / MANIFEST)}
+    if read_text(folder / SUMS, MOST_BYTES) != sums_text(digests):
         wrong.append(f"{SUMS} does not say what {MANIFEST} says")
     listed = dict(manifest.files)
     wrong += [f"{name} is missing" for name in sorted(listed.keys() - found.keys())]
@@ -153,3 +148,14 @@ def shown(name: str) -> str:
     ('README.md', 'a\\\\nb', 'a\\\\u202eb')
     """
     return "".join(c if c.isprintable() and c != "\\" else ascii(c)[1:-1] for c in name)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the file that a release's facts name. Raises BadInput for a name that leads elsewhere, or to no file."""
+    file = folder / name
+    clean = not Path(name).is_absolute() and ".." not in Path(name).parts and "\0" not in name
+    if not clean or any((folder / step).is_symlink() for step in [Path(name), *list(Path(name).parents)[:-1]]):
+        raise BadInput(f"'{shown(name)[:120]}' is no name of a release's file.")
+    if not file.is_file():
+        raise BadInput(f"{shown(name)[:120]} is missing: {folder} is no whole release.")
+    return file

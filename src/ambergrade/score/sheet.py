@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,10 @@ _REFERENCE = "reference."
 MOST_BYTES = 2 << 30
 """Of a sheet's columns; 50,000 pictures with 2048 features each have 0.4 GB."""
 MOST_ROWS = 1_000_000
-_DAMAGED = (pa.ArrowException, OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
+_DAMAGED = (
+    *(pa.ArrowException, OSError, LookupError, TypeError, ValueError),
+    *(AttributeError, ArithmeticError, AssertionError, MemoryError, RecursionError),
+)
 """What pyarrow, JSON and numpy raise for bytes that `ScoreSheet.write` has not written."""
 
 
@@ -151,6 +155,16 @@ class ScoreSheet:
             **({"faults": self.faults} if self.faults else {}),
             **({"blank": self.blank} if self.blank else {}),
         }
+
+
+@contextmanager
+def suspected(what: str) -> Iterator[None]:
+    """Tell as BadInput what a metric raises over sheets from elsewhere, whose header may say what no scorer said."""
+    try:
+        yield
+    except _DAMAGED as error:
+        told = (str(error).splitlines() or [""])[0][:120]
+        raise BadInput(f"{what} cannot be read as scores: {type(error).__name__} {told}.") from None
 
 
 def _read_table(path: Path) -> pa.Table:
