@@ -96,11 +96,11 @@ def of_sweep(
     prompts: in place of the sweep's held-out ones. Raises MissingObject for records or models that are gone.
     """
     swept = read_best(folder).settings
-    ranked = _ranked(folder, swept.search.higher_is_better)
-    unknown = [label for label in points if label not in ranked]
+    known = ranked(folder, swept.search.higher_is_better)
+    unknown = [label for label in points if label not in known]
     if unknown:
-        raise UnknownName("Point", unknown[0], ranked, "Points are named as the leaderboard names them.")
-    records = {label: ranked[label] for label in points or list(ranked)[:most]}
+        raise UnknownName("Point", unknown[0], known, "Points are named as the leaderboard names them.")
+    records = {label: known[label] for label in points or list(known)[:most]}
     shown = (prompts or read_prompts(swept.prompts, "heldout")).first(count)
     live, how = LiveNetworks(swept.family, context.device), None
     opened: dict[str, Checkpoint] = {}
@@ -195,16 +195,16 @@ def _opened(swept: SweepSettings, alias: str, weights: str) -> Checkpoint:
     return found
 
 
-def _ranked(folder: Path, higher_is_better: bool) -> dict[str, tuple[str, str]]:
+def ranked(folder: Path, higher_is_better: bool) -> dict[str, tuple[str, str]]:
     """The points that were scored to the end, best first: label to kind and identity of the record.
 
     Of a race, those that were drawn on the most prompts; the record is that of the first rung.
     """
     found: list[tuple[int, float, str, tuple[str, str]]] = []
-    for file in sorted(folder.glob("*/point.json")):
-        point = read_json(file)
-        rungs = sorted(file.parent.glob("prompts-*"), key=lambda path: int(path.name.split("-")[1]))
-        outcomes = [outcome for place in (rungs or [file.parent]) if (outcome := read_outcome(place))]
+    for place in sorted(path for path in folder.glob("*/") if path.is_dir()):
+        rungs = sorted(place.glob("prompts-*"), key=lambda path: int(path.name.split("-")[1])) or [place]
+        point = read_json(rungs[0] / "point.json")
+        outcomes = [outcome for rung in rungs if (outcome := read_outcome(rung))]
         values = [outcome.value for outcome in outcomes if outcome.done and isinstance(outcome.value, Mapping)]
         rows = [row for value in values for row in value["rows"]]
         known = [row for row in rows if row == row]
