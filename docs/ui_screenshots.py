@@ -123,6 +123,16 @@ class Browser:
                 raise TimeoutError(f"The page still moves after {seconds:g} s.")
             time.sleep(0.2)
 
+    def keep_downloads(self, folder: Path) -> None:
+        """Put what the open page saves into a folder."""
+        self._call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+
+    def press(self, key: str) -> None:
+        """Press a key, as a person does."""
+        for kind in ("keyDown", "keyUp"):
+            text = {"text": key} if len(key) == 1 else {}
+            self._call("Input.dispatchKeyEvent", type=kind, key=key, **(text if kind == "keyDown" else {}))
+
     def shoot(self, file: Path) -> None:
         """The window as a PNG file."""
         file.write_bytes(base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"]))

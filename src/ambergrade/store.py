@@ -401,6 +401,13 @@ class Ledger:
         log.warning("%s counts as not finished: %s", f"{stage} {identity[:12]}", found)
         return None
 
+    def records(self, stage: str) -> Iterator[dict[str, Any]]:
+        """Yield every whole record of a stage; whether its outputs are still there is not looked at."""
+        for file in sorted((self.root / "records" / stage).glob("*.json")):
+            record = read_json(file)
+            if _is_record(record):
+                yield record
+
     def finished_since(self, stage: str, identity: str, when: float) -> bool:
         """Say whether the record was written after `when` (seconds since the epoch), perhaps by another process."""
         record = self._record(stage, identity)

@@ -80,7 +80,10 @@ def test_mlflow_holds_the_chain(first: tuple[Path, str]) -> None:
     version = client.get_model_version_by_alias("kohaku-xl-gamma-smoke", "candidate")
     assert str(version.version) == "1"
     gates = {tag.removeprefix("gate."): said for tag, said in version.tags.items() if tag.startswith("gate.")}
-    assert gates.keys() == {"no_tiny_scorers", "better_than_base", "not_worse_than_champion", "veto"}
+    compared = {"pairing", "better_than_base", "not_worse_than_champion", "mosaic", "rating_leak"}
+    assert gates.keys() == {"no_tiny_scorers", "licence", "veto", *compared}
+    assert gates["licence"].startswith("pass: apache-2.0")
+    assert gates["pairing"] == "pass: the same prompts, seeds and sampler as base"
     aliases = client.get_registered_model("kohaku-xl-gamma-smoke").aliases
     assert ("champion" in aliases) == all(said.startswith("pass: ") for said in gates.values())
     chain = next(run for run in runs if run.data.tags["ag.kind"] == "chain")
@@ -227,18 +230,60 @@ def test_killed_at_any_moment_it_ends_in_the_same_release(first: tuple[Path, str
     assert not list((tmp_path / "mlruns" / "work").rglob("*.safetensors"))
 
 
+def test_people_vote_on_a_release_and_on_its_sweep(first: tuple[Path, str], tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    from ambergrade.chain.vote import find_ballot
+    from ambergrade.store import Ledger
+
+    root = first[0]
+    (best,) = (root / "mlruns" / "sweeps").glob("*/best.json")
+    vote = [sys.executable, "-m", "ambergrade.door.command", "vote", "--root", str(root)]
+    for subject, kind in ((str(root / "mlruns" / "releases" / NAME), "release"), (best.parent.name[:8], "chain")):
+        page, result = tmp_path / f"{kind}.html", tmp_path / f"{kind}.json"
+        subprocess.run([*vote, subject, "--out", str(page)], check=True, cwd=REPOSITORY)
+        asked = json.loads(page.read_text().partition('id="asked">')[2].partition("</script>")[0])
+        ballot = find_ballot(Ledger(root / "mlruns"), asked["ballot"])
+        labels = list(ballot.contestants)
+        assert len(asked["pairs"]) == len(ballot.pairs) == (4 if kind == "release" else 12)  # of 4 held-out prompts
+        wins = ["left" if labels.index(pair.left) < labels.index(pair.right) else "right" for pair in ballot.pairs]
+        answers = {"format": asked["format"], "ballot": asked["ballot"], "voter": "Kay", "answers": wins}
+        result.write_text(json.dumps(answers))
+        told = subprocess.run(
+            [*vote, "--result", str(result)], check=True, cwd=REPOSITORY, capture_output=True, text=True
+        )
+        assert f"{labels[0]} over {labels[1]}: 4 to 0, 0 ties; 100% of the decided [40%, 100%]" in told.stdout
+        client = MlflowClient(f"sqlite:///{root}/mlruns/mlflow.db")
+        experiment = client.get_experiment_by_name("gamma_smoke")
+        assert experiment is not None
+        (run,) = client.search_runs([experiment.experiment_id], f"tags.\"ag.kind\" = '{kind}'")
+        if kind == "release":
+            assert labels == [NAME, "beta7"]
+            assert run.data.metrics["preferred_over/beta7"] == 1
+            assert run.data.metrics["preferred_over/beta7_lo"] == pytest.approx(0.3976, abs=1e-4)
+        else:
+            strengths = [run.data.metrics[f"vote_strength/{label.replace(',', '_')}"] for label in labels]
+            assert strengths == sorted(strengths, reverse=True)
+        assert run.info.status == "FINISHED"
+
+
 def test_a_release_that_a_gate_refuses_ends_with_1_and_is_kept(first: tuple[Path, str]) -> None:
     from mlflow import MlflowClient
 
     root, release = first[0], manifest(first[0])
-    more = [f"root={root}", "insist=true", "~gates.better_than_base", "+gate@gates.approval=approval"]
+    left_out = [f"~gates.{gate}" for gate in ("better_than_base", "mosaic", "rating_leak")]  # of too few prompts
+    more = [f"root={root}", "insist=true", *left_out, "+gate@gates.approval=approval"]
+    more += ["+gate@gates.preferred=preferred", "gates.preferred.share=0.3"]
 
     def ended() -> subprocess.CompletedProcess[str]:
         return subprocess.run([*COMMAND, *more], cwd=REPOSITORY, capture_output=True, text=True)
 
     refused = ended()
     assert refused.returncode == 1
-    assert "stays a candidate: 1 of 4 gates did not pass.\n  approval: set the tag approved_by" in refused.stderr
+    won = "preferred 1.000 [0.398, 1.000], n 4 decided, over base"
+    assert "stays a candidate: 1 of 7 gates did not pass." in refused.stderr
+    assert f"approval: {won}, is no clear win; set the tag approved_by" in refused.stderr
+    assert f"{won}; > 0.3 is asked" in refused.stdout
     assert "Traceback" not in refused.stderr
     assert str(root / "mlruns" / "releases" / NAME) in refused.stdout  # all that was made is told, and there
     assert manifest(root) == release

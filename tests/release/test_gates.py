@@ -1,5 +1,7 @@
 """The gates' verdicts, worked out by hand."""
 
+import math
+
 import pytest
 
 from ambergrade.errors import UnknownName
@@ -76,7 +78,7 @@ def test_no_tiny_scorers(family: str, scorers: dict[str, bool], passed: bool) ->
 
 
 def test_a_persons_no_and_yes() -> None:
-    veto, approval = load_gate("veto", tag="veto"), load_gate("approval", tag="approved_by")
+    veto, approval = load_gate("veto", tag="veto"), load_gate("approval", tag="approved_by", vote="base")
     untouched, both = Evidence("sdxl", {}), Evidence("sdxl", {}, tags={"veto": "bad\nhands", "approved_by": "Kay"})
     assert veto(untouched).passed
     assert not approval(untouched).passed
@@ -84,6 +86,39 @@ def test_a_persons_no_and_yes() -> None:
     assert approval(both).passed
     assert not veto(Evidence("sdxl", {}, tags={"veto": ""})).passed
     assert not approval(Evidence("sdxl", {}, tags={"approved_by": " "})).passed
+
+
+@pytest.mark.parametrize(
+    ("share", "passed"),
+    [(found(0.51, 0.9), True), (found(0.5, 0.9), False), (found(0.1, 0.4), False), (found(math.nan, math.nan), False)],
+)
+def test_a_vote_approves_where_it_is_won_beyond_doubt(share: Measurement, passed: bool) -> None:
+    preferred, approval = (
+        load_gate("preferred", than="base", share=0.5),
+        load_gate("approval", tag="approved_by", vote="base"),
+    )
+    evidence = Evidence("sdxl", {}, votes={"base": share})
+    assert (preferred(evidence).passed, approval(evidence).passed) == (passed, passed)
+    assert not load_gate("preferred", than="champion", share=0.5)(evidence).passed
+    assert not load_gate("approval", tag="approved_by", vote=None)(evidence).passed
+    assert not load_gate("preferred", than="base", share=0.6)(
+        Evidence("sdxl", {}, votes={"base": found(0.6, 1)})
+    ).passed
+
+
+def test_pairing_tells_what_is_unlike() -> None:
+    gate = load_gate("pairing", than="base")
+    assert gate(Evidence("sdxl", {}, pairing={"base": ""})).passed
+    said = gate(Evidence("sdxl", {}, pairing={"base": "sampler: steps 20 / 28"}))
+    assert (said.passed, said.told) == (False, "unlike base: sampler: steps 20 / 28")
+    assert not gate(Evidence("sdxl", {}, pairing={"champion": ""})).passed
+
+
+def test_the_licence_s_verdict_is_what_the_papers_say() -> None:
+    gate, verdict = load_gate("licence"), Judgement(False, "anxl3 is share-alike: fair-ai-1.0-sd; asked: apache-2.0")
+    assert not gate(Evidence("sdxl", {})).passed
+    assert gate(Evidence("sdxl", {}, licence=verdict)) == verdict
+    assert gate(Evidence("sdxl", {}, licence=Judgement(True, "apache-2.0"))).passed
 
 
 def test_every_gate_is_asked_and_one_module_may_be_two_gates() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ambergrade.chain.context import Context, open_journal, record_command, use_threads
 from ambergrade.chain.dataset import dataset, draw_world, read_sets
-from ambergrade.chain.gates import judge_candidate
+from ambergrade.chain.gates import judge_candidate, licence_of
 from ambergrade.chain.heldout import Finalists, compare_finalists
 from ambergrade.chain.point import (
     LiveMerge,
@@ -85,7 +85,7 @@ def run(settings: GammaSettings, invocation: Invocation) -> None:
         merge = LiveMerge(settings.merge, models, live)
         folder = settings.root / "mlruns" / "reports" / key[:12]
         result = run_sweep(context, _sweep_settings(settings, models), merge, scoring)
-        shown = _review(settings, result, folder / "sweep")
+        shown = _review(settings, result, folder / "sweep", parent.key)
         point, members = _winner(result, shown)
         merge = merge.of_dtype(settings.release.dtype)
         final = _last_word(context, settings, scoring, merge, point, folder)
@@ -101,6 +101,8 @@ def run(settings: GammaSettings, invocation: Invocation) -> None:
             settings.gates,
             settings.release.name,
             candidate.checkpoint,
+            candidate.inputs[settings.base],
+            licence_of(made),
             final.sheets[final.winner],
             final.sheets[settings.base],
             scoring,
@@ -158,7 +160,7 @@ def _sweep_settings(settings: GammaSettings, models: dict[str, Checkpoint]) -> S
     )
 
 
-def _review(settings: GammaSettings, result: SweepResult, folder: Path) -> Shown:
+def _review(settings: GammaSettings, result: SweepResult, folder: Path, key: str) -> Shown:
     """The winner set, the leaderboard and the pictures of the sweep."""
     review = reviewed(
         result, title=settings.merge.formula, objective=settings.search.objective, columns=settings.leaderboard
@@ -170,7 +172,7 @@ def _review(settings: GammaSettings, result: SweepResult, folder: Path) -> Shown
     marked = (card[0], card[1]) if len(card) == 2 else None
     originals = find_originals(settings.prompts, "sweep", prompts)
     shown = draw(review, folder, result.strips, prompts, settings.sampler, card=marked, originals=originals)
-    keep_best(result, shown)
+    keep_best(result, shown, key)
     return shown
 
 

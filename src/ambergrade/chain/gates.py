@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 from ambergrade.chain.context import Context, Stage
 from ambergrade.chain.numbers import measured
 from ambergrade.chain.point import HELDOUT, LiveMerge, LiveNetworks, Scoring, open_checkpoint, score_point
 from ambergrade.chain.settings import MergeFormula
-from ambergrade.nouns import Checkpoint, Measurement, PromptSet
+from ambergrade.chain.vote import votes_between
+from ambergrade.errors import BadInput
+from ambergrade.nouns import Checkpoint, Measurement, PromptSet, Release
+from ambergrade.release.facts import read_facts
 from ambergrade.release.gate import Evidence, Judgement, judge, load_gates
+from ambergrade.release.licenses import UNKNOWN
 from ambergrade.score.comparison import aggregates, differences
 from ambergrade.score.sheet import ScoreSheet
 from ambergrade.store import Finished, Outputs
@@ -26,6 +30,8 @@ def judge_candidate(
     gates: Mapping[str, Plugin],
     name: str,
     candidate: Checkpoint,
+    base_weights: str | None,
+    licence: Judgement,
     sheet: ScoreSheet,
     base: ScoreSheet | None,
     scoring: Scoring,
@@ -34,7 +40,9 @@ def judge_candidate(
 ) -> dict[str, Judgement]:
     """Ask every gate about a registered candidate, and move the alias `champion` by what they say, which is returned.
 
-    name: of the registered model. sheet, base: scores of the candidate and of its base, if it has one, on `prompts`.
+    name: of the registered model. base_weights: digest of what it is compared with as `base`, if anything.
+    licence: whether its parents' licences allow its own. sheet, base: scores of the candidate and of its base, if it
+    has one, on `prompts`.
 
     The champion of this root, or the one before it if the candidate is champion already, is scored on the same
     prompts, so that what a gate sees of it is paired like everything else. The verdict is a record (`records/gate`), a
@@ -43,24 +51,27 @@ def judge_candidate(
     """
     loaded = load_gates({label: one.as_mapping for label, one in gates.items()})
     family = live.family.name
-    rivals = {one.parameters["than"] for one in gates.values() if "than" in one.parameters}
-    apart: dict[str, Mapping[str, Measurement]] = {}
+    rivals = {one.parameters.get(key) for one in gates.values() for key in ("than", "vote")}
+    compared = {"base": compare(sheet, base)} if base is not None else {}
     inputs = {"weights": candidate.digest, "scores": sheet.digest}
-    if base is not None:
-        apart["base"] = measured(differences(sheet, base))
-        inputs["base"] = base.digest
+    inputs |= {"base": base.digest} if base is not None else {}
     champion = context.journal.rival(name, candidate.digest) if "champion" in rivals else None
     if champion is not None:
         other = _champion_sheet(context, champion, scoring, live, prompts)
-        apart["champion"] = {} if other is None else measured(differences(sheet, other))
+        compared["champion"] = Compared({}, "it could not be scored") if other is None else compare(sheet, other)
         inputs["champion"] = champion.digest
+    opponents = {"base": base_weights, "champion": champion.digest if champion is not None else None}
+    found = {whom: votes_between(context.ledger, candidate.digest, other) for whom, other in opponents.items() if other}
+    votes = {whom: one.share for whom, one in found.items() if one is not None}
     judged = context.journal.version(name, candidate.digest)
     asked = {one.parameters["tag"] for one in gates.values() if "tag" in one.parameters}
     tags = {tag: value for tag, value in (judged.tags.items() if judged else ()) if tag in asked}
     tiny = tiny_scorers(scoring.suite.metrics, sheet)
 
     def work(scratch: object, run: Run) -> Outputs:
-        made = judge(loaded, Evidence(family, aggregates(sheet), apart, tiny, tags))
+        apart = {whom: one.differences for whom, one in compared.items()}
+        pairing = {whom: one.unlike for whom, one in compared.items()}
+        made = judge(loaded, Evidence(family, aggregates(sheet), apart, tiny, tags, pairing, votes, licence))
         return Outputs(values={"gates": {label: asdict(one) for label, one in made.items()}})
 
     def journal(run: Run, done: Finished) -> None:
@@ -69,6 +80,7 @@ def judge_candidate(
         run.metrics({"gates_passed": sum(one.passed for one in verdict.values()), "gates": len(verdict)})
 
     settings = {"gates": {label: one.as_mapping for label, one in gates.items()}, "tags": tags, "tiny": tiny}
+    settings |= {"votes": votes, "licence": licence}
     done = context.run(GATE.task({**settings, "family": family}, inputs), "gates", work, journal=journal)
     verdict = _verdict(done)
     for label, one in verdict.items():
@@ -76,6 +88,30 @@ def judge_candidate(
     lines = {label: (one.passed, one.told) for label, one in verdict.items()}
     print(f"  {name}: {context.journal.gated(name, candidate.digest, lines)}", flush=True)
     return verdict
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The candidate less another model."""
+
+    differences: Mapping[str, Measurement]
+    """None where the two cannot be paired."""
+    unlike: str = ""
+    """Why they cannot."""
+
+
+def compare(sheet: ScoreSheet, other: ScoreSheet) -> Compared:
+    """Compare two sheets, paired; sheets that are no pair give the reason instead of numbers."""
+    try:
+        return Compared(measured(differences(sheet, other)))
+    except BadInput as error:
+        return Compared({}, "; ".join(line.strip() for line in str(error).splitlines()[1:-1]))
+
+
+def licence_of(made: Release) -> Judgement:
+    """Say whether the licence of a release is known and its parents' licences allow it, as its facts have it."""
+    facts = read_facts(made.path)
+    return Judgement(facts.license != UNKNOWN, f"{facts.license}: {facts.license_why}")
 
 
 def tiny_scorers(metrics: Mapping[str, Plugin], sheet: ScoreSheet) -> dict[str, bool]:

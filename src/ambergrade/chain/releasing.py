@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ambergrade.chain.context import Context, open_journal, record_command, use_threads
 from ambergrade.chain.dataset import draw_world
-from ambergrade.chain.gates import judge_candidate
+from ambergrade.chain.gates import judge_candidate, licence_of
 from ambergrade.chain.heldout import Finalists, compare_finalists
 from ambergrade.chain.point import (
     LiveMerge,
@@ -97,6 +97,8 @@ def run(settings: ReleasePipelineSettings, invocation: Invocation) -> None:
             settings.gates,
             settings.release.name,
             candidate.checkpoint,
+            candidate.inputs.get(subject.base or ""),
+            licence_of(made),
             final.sheets[final.winner],
             final.sheets[subject.base] if subject.base else None,
             scoring,

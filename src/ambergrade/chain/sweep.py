@@ -232,16 +232,21 @@ class Best:
     members: tuple[Mapping[str, float], ...]
     """Coefficients of the points that are not significantly different from it; empty where more than they was swept."""
     heat_map: Path | None = None
+    key: str = ""
+    """Of the run in MLflow that shows the sweep."""
 
 
-def keep_best(result: SweepResult, shown: Shown) -> None:
-    """Write best.json into the sweep's folder: what a release of the sweep starts from."""
+def keep_best(result: SweepResult, shown: Shown, key: str) -> None:
+    """Write best.json into the sweep's folder: what a release of the sweep, or a vote on it, starts from.
+
+    key: of the run in MLflow that shows the sweep.
+    """
     members = [result.settings[label] for label in shown.review.found.members]
     best = result.settings[shown.best]
     names = [name for name in best.merge.coefficients if name in result.points[shown.best]]
     whole = len(names) == len(result.points[shown.best])
     points = [{name: one.merge.coefficients[name] for name in names} for one in members] if whole else []
-    found = Best(shown.best, best, tuple(points), shown.pictures.get("heat map"))
+    found = Best(shown.best, best, tuple(points), shown.pictures.get("heat map"), key)
     write_json(result.folder / "best.json", plain(found))
 
 

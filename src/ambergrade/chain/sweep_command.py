@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import yaml
@@ -21,7 +20,7 @@ from ambergrade.errors import AmbergradeError, BadInput, BadSetting
 from ambergrade.score.statistics import interval_text
 from ambergrade.search.driver import Evaluator, Job, Swept
 from ambergrade.search.explain import why_new
-from ambergrade.store import Ledger, find_file, read_json, write_json
+from ambergrade.store import Ledger, find_file, write_json
 from ambergrade.track import ui
 from ambergrade.track.journal import Journal
 
@@ -114,7 +113,7 @@ def _show(
     prompts = read_prompts(settings.prompts, "sweep").first(settings.sheet).prompts
     originals = find_originals(settings.prompts, "sweep", prompts)
     shown = draw(review, folder, result.strips, prompts, settings.sampler, originals=originals)
-    keep_best(result, shown)
+    keep_best(result, shown, run.key)
     winner = plan.settings_of(result.jobs[shown.best])
     merge, _ = scorer.loaded(winner)
     recipe = merge.recipe(winner.merge.coefficients)
@@ -209,14 +208,9 @@ def preview(plan: SweepPlan, scorer: PointScorer, settings: SweepSettings) -> No
 
 def _explain(ledger: Ledger, task: Task) -> None:
     wanted = {"settings": json.loads(json.dumps(task.settings)), "inputs": task.inputs}
-    finished = ({name: row[name] for name in wanted} for row in _records(ledger, task.stage.kind))
+    finished = ({name: row[name] for name in wanted} for row in ledger.records(task.stage.kind))
     for key, now, then in why_new(wanted, finished):
         print(f"    {key}: {_short(now)} (nearest finished point: {_short(then)})")
-
-
-def _records(ledger: Ledger, kind: str) -> Iterator[dict[str, Any]]:
-    rows = (read_json(file) for file in sorted((ledger.root / "records" / kind).glob("*.json")))
-    return (row for row in rows if row is not None)
 
 
 def _seconds_a_picture(ledger: Ledger, task: Task) -> float:
@@ -224,7 +218,7 @@ def _seconds_a_picture(ledger: Ledger, task: Task) -> float:
     assert isinstance(task.settings, Mapping)
     like = [
         row["seconds"] / max(value["n"] for value in row["values"]["aggregates"].values())
-        for row in _records(ledger, task.stage.kind)
+        for row in ledger.records(task.stage.kind)
         if row["settings"]["sampler"] == task.settings["sampler"] and row["inputs"]["scorers"] == task.inputs["scorers"]
     ]
     return float(np.median(like)) if like else 0.0

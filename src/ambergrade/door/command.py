@@ -76,13 +76,25 @@ def _run(verb: str, rest: list[str]) -> int:
 
 
 def _others() -> Mapping[str, Callable[[list[str]], int]]:
-    return {"init": _init, "ui": _ui}
+    return {"init": _init, "publish": _publish, "ui": _ui, "vote": _vote}
 
 
 def _init(rest: list[str]) -> int:
     from ambergrade.door.project import init
 
     return init(rest)
+
+
+def _publish(rest: list[str]) -> int:
+    from ambergrade.door import publish
+
+    return publish.main(rest)
+
+
+def _vote(rest: list[str]) -> int:
+    from ambergrade.door import vote
+
+    return vote.main(rest)
 
 
 def _ui(rest: list[str]) -> int:
@@ -111,7 +123,9 @@ def _help() -> str:
         "compare": "Lay two releases side by side: what they are made of, paired scores, pictures.",
         "digest": "Print the digests of a model file, each by its name.",
         "init": "Make a project of your own: a folder with conf/, prompts and a README.",
+        "publish": "Put a release on the Hugging Face hub, or in a folder or bucket.",
         "ui": "Open MLflow's pages on the results.",
+        "vote": "Ask people, blindly, which pictures they prefer.",
     }
     lines += [f"  {name:<10} {line}" for name, line in told.items()]
     lines += ["", "ambergrade COMMAND --help tells more; --version; --completion bash|zsh prints a completion script."]
@@ -130,7 +144,7 @@ def complete(line: str) -> list[str]:
     words = line.split(" ")[1:]
     last = words[-1] if words else ""
     if len(words) < 2:
-        return [f"{word} " for word in [*pipelines(), "compare", "digest", "init", "ui"] if word.startswith(last)]
+        return [f"{word} " for word in [*pipelines(), "compare", "digest", *_others()] if word.startswith(last)]
     file = CONF / f"{words[0]}.yaml"
     if not file.is_file():
         return []

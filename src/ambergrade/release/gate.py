@@ -38,6 +38,12 @@ class Evidence:
     """Scorer to whether it is one of the embedded world's tiny ones."""
     tags: Mapping[str, str] = field(default_factory=dict)
     """What people wrote on the candidate's version in the registry."""
+    pairing: Mapping[str, str] = field(default_factory=dict)
+    """Whom it was compared with to what is unlike in prompts, seeds or sampler; empty for a pair."""
+    votes: Mapping[str, Measurement] = field(default_factory=dict)
+    """Whom people compared it with, blindly, to the share of decided prompts that it won; n counts those."""
+    licence: Judgement | None = None
+    """Whether the parents' licences allow the release's; None where that was not looked at."""
 
 
 @dataclass(frozen=True)

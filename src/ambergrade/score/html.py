@@ -107,11 +107,11 @@ def bar(
     )
 
 
-def data(pixels: npt.NDArray[np.uint8]) -> str:
-    """The picture as a data URL: PNG as it is where it is small, else a JPEG of SIDE pixels."""
+def data(pixels: npt.NDArray[np.uint8], side: int = SIDE) -> str:
+    """The picture as a data URL: PNG as it is where it is small, else a JPEG of `side` pixels at most."""
     image, file = Image.fromarray(pixels), io.BytesIO()
     if max(image.size) > SIDE:
-        image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
         image.save(file, "JPEG", quality=90)
         kind = "jpeg"
     else:
