@@ -11,6 +11,7 @@ from ambergrade.chain.dataset import dataset, draw_world, read_sets
 from ambergrade.chain.gates import judge_candidate
 from ambergrade.chain.heldout import Finalists, compare_finalists
 from ambergrade.chain.point import LiveMerge, LiveNetworks, Point, Scoring, label_of, open_checkpoint, read_prompts
+from ambergrade.chain.points import check_objective
 from ambergrade.chain.release import Training, Winner, publish
 from ambergrade.chain.review import Shown, draw, links_of
 from ambergrade.chain.settings import GammaSettings, Invocation, MergeFormula, SweepSettings
@@ -27,6 +28,7 @@ from ambergrade.track import ui
 
 def run(settings: GammaSettings, invocation: Invocation) -> None:
     """Run the whole chain. Raises Refused at the end where a gate does not pass and `insist` is set."""
+    check_objective(settings.suite, settings.search.objective)
     paths = {alias: find_file(source) for alias, source in settings.models.items() if source}
     load_gates({label: one.as_mapping for label, one in settings.gates.items()})
     use_threads(settings.compute)

@@ -181,6 +181,7 @@ class GammaSettings(Common):
     debug: bool = False
 
     def __post_init__(self) -> None:
+        check_networks(self.family)
         check_alias("base", self.base, self.models)
         check_formula_models(self.merge, {**self.models, self.trained: "made by the training stage"})
 
@@ -217,6 +218,7 @@ class TrainPipelineSettings(Common):
     debug: bool = False
 
     def __post_init__(self) -> None:
+        check_networks(self.family)
         check_alias("base", self.base, self.models)
         if self.processes < 1:
             raise BadSetting(f"processes is {self.processes}, at least 1 is needed.")
@@ -250,7 +252,15 @@ class SweepSettings(Common):
     debug: bool = False
 
     def __post_init__(self) -> None:
+        check_networks(self.family)
         check_formula_models(self.merge, self.models)
+
+    def check_files(self) -> None:
+        """Raise MissingObject for a model of the formula that is not there."""
+        from ambergrade.merge.formula import Formula
+
+        for alias in Formula.parse(self.merge.formula, self.models).models:
+            find_file(self.models[alias] or "")
 
 
 @dataclass(frozen=True)
@@ -303,6 +313,8 @@ class EvaluateSettings(Common):
         needed = {"compare": ("sheet", "baseline"), "reference": ("reference",), "calibrate": ("pictures", "tagger")}
         missing = [name for name in needed.get(self.action, ()) if getattr(self, name) is None]
         if self.action == "score":
+            if self.model is not None:
+                check_networks(self.family)
             if (self.model is None) == (self.pictures is None):
                 raise BadSetting(
                     "Give either model=… (pictures are drawn) or pictures=DIR (they are there), and not both."
@@ -373,6 +385,13 @@ class ReindexSettings:
 
     root: Path
     debug: bool = False
+
+
+def check_networks(family: FamilySettings) -> None:
+    """Raise BadSetting for a family that cannot be trained and drawn with, before anything is done for it."""
+    from ambergrade.family.load import family as named
+
+    _ = named(family.name).networks
 
 
 def check_alias(key: str, alias: str, models: Mapping[str, str | None]) -> None:

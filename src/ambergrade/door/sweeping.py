@@ -64,8 +64,8 @@ class SweepCommand:
         from ambergrade.chain.points import PointScorer
         from ambergrade.chain.sweep import SweepPlan
 
-        def planned(scorer: PointScorer) -> SweepPlan:
-            key = request.key(lambda job: scorer.task(settings_of(job), Job("", {})).identity)
+        def planned(scorer: PointScorer | None) -> SweepPlan:
+            key = request.key(lambda job: scorer.task(settings_of(job), Job("", {})).identity) if scorer else ""
             return SweepPlan(
                 key=key,
                 folder=request.folder(key),
