@@ -210,7 +210,9 @@ def test_points_drawn_while_mlflow_was_down_are_journaled_by_the_same_command_la
     two = ["merge=unet_only", "coefficients.a=0.3,0.6", "prompts.sweep_count=2"]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    assert "not journaled" in sweep(*two, root=tmp_path)
+    told = sweep(*two, root=tmp_path)
+    assert "not journaled" in told
+    assert "/#/experiments" not in told  # no link to where nothing is
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert "2 of 2 points finished before" in sweep(*two, root=tmp_path)
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlruns' / 'mlflow.db'}")

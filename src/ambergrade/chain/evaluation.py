@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 
 from ambergrade.chain.context import Context, Stage, open_journal, record_command, use_threads
 from ambergrade.chain.point import Scoring, open_checkpoint
@@ -26,11 +25,11 @@ from ambergrade.generate.post import postprocessor
 from ambergrade.generate.texts import TextEncoder
 from ambergrade.identity import digest, file_digest, random_seed
 from ambergrade.nouns import Picture, Prompt, PromptSet
+from ambergrade.pictures import SUFFIXES, read_rgb
 from ambergrade.score.adherence import per_tag
 from ambergrade.score.comparison import Noise, aggregates, differences, kernel_noise, remarks
 from ambergrade.score.metrics.control_response import ControlResponse
 from ambergrade.score.pictures import folder_pictures, folder_prompts
-from ambergrade.score.reference import read_rgb
 from ambergrade.score.report import html_report
 from ambergrade.score.scoring import Metric, load_metric, metric_class, score
 from ambergrade.score.sheet import ScoreSheet, refuse_unlike
@@ -42,10 +41,9 @@ from ambergrade.track.lookup import registered_checkpoint
 if TYPE_CHECKING:
     from ambergrade.family.sdxl import Networks
 
-EVALUATION = Stage("evaluation", 4)
+EVALUATION = Stage("evaluation", 5)
 _WHERE = ("root", "compute", "debug", "out", "name", "baseline", "primary")
 """Settings that change no number of a sheet."""
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def run(settings: EvaluateSettings, invocation: Invocation) -> None:
@@ -318,11 +316,10 @@ def _find(files: Mapping[str, Path], folder: Path | None, prompt_id: str, seed: 
     """The picture of a prompt: one that was drawn, or one of the folder."""
     kept = files.get(f"{prompt_id} {seed}")
     if kept is not None:
-        with Image.open(kept) as image:
-            return np.asarray(image.convert("RGB"))
+        return read_rgb(kept)
     if folder is not None:
         found = [path for path in sorted(folder.rglob("*")) if path.stem in (prompt_id, f"{prompt_id}-{seed}")]
-        shown = [path for path in found if path.suffix.lower() in PICTURE_SUFFIXES]
+        shown = [path for path in found if path.suffix.lower() in SUFFIXES]
         return read_rgb(shown[0]) if shown else None
     return None
 

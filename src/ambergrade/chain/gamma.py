@@ -13,7 +13,7 @@ from ambergrade.chain.heldout import Finalists, compare_finalists
 from ambergrade.chain.point import LiveMerge, LiveNetworks, Point, Scoring, label_of, open_checkpoint, read_prompts
 from ambergrade.chain.points import check_objective
 from ambergrade.chain.release import Training, Winner, publish
-from ambergrade.chain.review import Shown, draw, links_of
+from ambergrade.chain.review import Shown, draw, links_of, tell_dashboard
 from ambergrade.chain.settings import GammaSettings, Invocation, MergeFormula, SweepSettings
 from ambergrade.chain.sweep import SweepResult, reviewed, run_sweep
 from ambergrade.chain.training import Subject, flat, train
@@ -88,8 +88,7 @@ def run(settings: GammaSettings, invocation: Invocation) -> None:
     print(f"contact sheet  {final.contact_sheet}")
     print(f"review         {page}")
     print(f"release        {made.path}\n               model file sha256 {_model_sha256(made)}")
-    print(f"MLflow         {ui.ui_command(settings.root)}\n               ", end="")
-    print(ui.deep_link(journal.experiment_id, view=view))
+    tell_dashboard(journal, view, width=15)
     context.close()
     if settings.insist:
         insist(title, verdict)

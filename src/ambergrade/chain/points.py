@@ -143,7 +143,9 @@ def value_of(settings: SweepSettings, done: Finished) -> dict[str, object]:
 def check_objective(suite: Suite, objective: str) -> None:
     """Raise UnknownName for an objective that no metric of the suite scores picture by picture; nothing is loaded."""
     metrics = suite.metrics.values()
-    _check_column(objective, {name: True for one in metrics for name in metric_class(one.name).scores(**one.parameters)})
+    _check_column(
+        objective, {name: True for one in metrics for name in metric_class(one.name).scores(**one.parameters)}
+    )
 
 
 def _check_column(objective: str, columns: Mapping[str, object]) -> None:

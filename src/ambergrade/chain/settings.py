@@ -361,7 +361,7 @@ class MergePipelineSettings:
     compute: Compute
     recipe: Path | None = None
     coefficients: Mapping[str, float] = field(default_factory=dict)
-    inputs: Path | None = None
+    models_path: Path | None = None
     out: Path | None = None
     dry_run: bool = False
     overwrite: bool = False

@@ -15,7 +15,7 @@ from ambergrade.chain.context import Context, Task, open_journal, record_command
 from ambergrade.chain.dataset import draw_world, is_drawn
 from ambergrade.chain.point import label_of, read_prompts, write_merge
 from ambergrade.chain.points import PointScorer, check_objective
-from ambergrade.chain.review import Shown, draw, links_of, tell_unlike
+from ambergrade.chain.review import Shown, draw, links_of, tell_dashboard, tell_unlike
 from ambergrade.chain.settings import Invocation, SweepSettings
 from ambergrade.chain.sweep import SweepPlan, SweepResult, drive, pool, result_of, reviewed
 from ambergrade.errors import AmbergradeError, BadInput, BadSetting
@@ -26,7 +26,6 @@ from ambergrade.search.explain import why_new
 from ambergrade.store import Ledger, find_file, read_json, write_json
 from ambergrade.track import ui
 from ambergrade.track.journal import Journal
-
 
 UNDRAWN = "the mini-booru is not drawn yet: every point is new"
 
@@ -43,8 +42,9 @@ def run(
 ) -> None:
     """Sweep, and show what came out. Raises SweepFailed at the end if any point failed.
 
-    settings: of any of the points. planned: makes the plan, once the world that the settings name is drawn; given no
-    scorer, a plan that can only be looked at. launched: the evaluator of a launcher that was chosen, instead of the pool of `compute.workers`.
+    settings: of any of the points. planned: makes the plan, once the world that the settings name is drawn; without a
+    scorer, one that can only be looked at. launched: the evaluator of a launcher that was chosen, instead of the pool
+    of `compute.workers`.
     """
     check_objective(settings.suite, settings.search.objective)
     settings.check_files()
@@ -152,8 +152,8 @@ def _show(
     run.tags({"winner": shown.best, "winner_set": "; ".join(review.found.members)})
     run.text(yaml.safe_dump(recipe.document, sort_keys=False, allow_unicode=True), "recipe.yaml")
     shown.journal(run, page)
-    print(f"\nreview  {page}\nMLflow  {ui.ui_command(settings.root)}")
-    print(f"        {ui.deep_link(context.journal.experiment_id, view=view)}", flush=True)
+    print(f"\nreview  {page}", flush=True)
+    tell_dashboard(context.journal, view)
 
 
 def _facts(settings: SweepSettings, plan: SweepPlan, shown: Shown, result: SweepResult) -> dict[str, str]:

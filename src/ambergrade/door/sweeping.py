@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from ambergrade.chain.settings import Invocation, SweepSettings
 from ambergrade.door.compose import read
-from ambergrade.door.main import invocation, limit_threads, pipeline
+from ambergrade.door.main import invocation, limit_threads, pipeline, plain_logs
 from ambergrade.door.sweeper import Request
 from ambergrade.search.driver import Evaluator, Job
 from ambergrade.search.folder import job_of
@@ -48,7 +47,7 @@ class SweepCommand:
 
     def sweep(self, request: Request) -> None:
         """Run the sweep that a command line asks for."""
-        logging.getLogger().setLevel(logging.WARNING)  # Hydra lets every library's INFO through
+        plain_logs()
         limit_threads(request.config)  # before numpy is imported
 
         @functools.lru_cache(maxsize=256)

@@ -96,7 +96,9 @@ class TagAdherence(Metric):
             "tag_contradiction": False,
             "tag_excess": False,
             "tag_scorable": True,
-            **{"rating_hit": True, "rating_error": False, "rating_leak": False},
+            "rating_hit": True,
+            "rating_error": False,
+            "rating_leak": False,
             **{f"tag_{what}_{group}": True for group in groups or {} for what in ("recall", "prob")},
         }
 
