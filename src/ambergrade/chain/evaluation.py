@@ -39,7 +39,7 @@ from ambergrade.track.journal import Run
 from ambergrade.track.lookup import registered_checkpoint
 
 if TYPE_CHECKING:
-    from ambergrade.family.sdxl import Networks
+    from ambergrade.family.networks import Networks
 
 EVALUATION = Stage("evaluation", 5)
 _WHERE = ("root", "compute", "debug", "out", "name", "baseline", "primary")

@@ -37,7 +37,7 @@ from ambergrade.store import Finished, Outputs, copy_file, find_file
 from ambergrade.track.journal import Run
 
 if TYPE_CHECKING:
-    from ambergrade.family.sdxl import Networks
+    from ambergrade.family.networks import Networks
 
 Point = Mapping[str, float]
 

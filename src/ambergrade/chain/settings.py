@@ -17,7 +17,7 @@ from ambergrade.captions.selection import Selection
 from ambergrade.errors import BadSetting, UnknownName
 from ambergrade.nouns import SamplerSettings
 from ambergrade.store import find_file
-from ambergrade.train.settings import TrainSettings
+from ambergrade.train.settings import TrainSettings, check_parts
 from ambergrade.typed import Plugin
 
 Values = Mapping[str, Sequence[float | str | bool] | Mapping[str, float | bool]]
@@ -181,7 +181,7 @@ class GammaSettings(Common):
     debug: bool = False
 
     def __post_init__(self) -> None:
-        check_networks(self.family)
+        check_networks(self.family, self.trainer)
         check_alias("base", self.base, self.models)
         check_formula_models(self.merge, {**self.models, self.trained: "made by the training stage"})
 
@@ -218,7 +218,7 @@ class TrainPipelineSettings(Common):
     debug: bool = False
 
     def __post_init__(self) -> None:
-        check_networks(self.family)
+        check_networks(self.family, self.trainer)
         check_alias("base", self.base, self.models)
         if self.processes < 1:
             raise BadSetting(f"processes is {self.processes}, at least 1 is needed.")
@@ -387,11 +387,14 @@ class ReindexSettings:
     debug: bool = False
 
 
-def check_networks(family: FamilySettings) -> None:
-    """Raise BadSetting for a family that cannot be trained and drawn with, before anything is done for it."""
+def check_networks(family: FamilySettings, trainer: TrainSettings | None = None) -> None:
+    """Raise BadSetting for a family that cannot be trained and drawn with, or not by this trainer."""
     from ambergrade.family.load import family as named
 
-    _ = named(family.name).networks
+    chosen = named(family.name)
+    _ = chosen.networks
+    if trainer is not None:
+        check_parts(trainer, chosen.parts)
 
 
 def check_alias(key: str, alias: str, models: Mapping[str, str | None]) -> None:
