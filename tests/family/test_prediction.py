@@ -51,10 +51,13 @@ def test_a_headers_word_reaches_the_networks(tiny_config, tmp_path):
     write_tensors(tmp_path / "v.safetensors", weights, {SPEC: "v"})
     assert tiny.read_checkpoint(tmp_path / "v.safetensors").keys() - weights.keys() == {"v_pred"}
     assert weights_sha256(tmp_path / "v.safetensors") == tiny.weights_digest(tmp_path / "v.safetensors")
-    assert tiny.load(tmp_path / "v.safetensors", tiny_config).scheduler_config["prediction_type"] == "v_prediction"
+    assert (
+        tiny.networks.load(tmp_path / "v.safetensors", tiny_config).scheduler_config["prediction_type"]
+        == "v_prediction"
+    )
     write_tensors(tmp_path / "flow.safetensors", weights, {SPEC: "flow"})
     with pytest.raises(BadInput, match=r"flow\.safetensors predicts 'flow'"):
-        tiny.load(tmp_path / "flow.safetensors", tiny_config)
+        tiny.networks.load(tmp_path / "flow.safetensors", tiny_config)
 
 
 def test_a_scheduler_that_is_no_json_is_told(tmp_path):

@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from ambergrade.family.networks import Networks
 
 EVALUATION = Stage("evaluation", 5)
-_WHERE = ("root", "compute", "debug", "out", "name", "baseline", "primary")
-"""Settings that change no number of a sheet."""
 
 
 def run(settings: EvaluateSettings, invocation: Invocation) -> None:
@@ -63,7 +61,7 @@ def score_pictures(settings: EvaluateSettings, invocation: Invocation) -> None:
     baseline = ScoreSheet.read(find_file(settings.baseline)) if settings.baseline else None
     journal = open_journal(settings.root, settings.name, settings, invocation)
     prompts = read_prompts(settings)
-    what = {name: value for name, value in vars(settings).items() if name not in _WHERE}
+    what = settings.what("out", "name", "baseline", "primary")
     title = Path(settings.model or settings.pictures or "").name
     with journal.run(title, key=digest([what, prompts.digest]), kind="chain") as parent:
         record_command(parent, settings, invocation)
@@ -140,7 +138,7 @@ class _Subject:
     @cached_property
     def networks(self) -> Networks:
         chosen = self.settings.family
-        found = family(chosen.name).load(self.path, find_file(chosen.config), device=self.context.device)
+        found = family(chosen.name).networks.load(self.path, find_file(chosen.config), device=self.context.device)
         if self.how:
             dtype = torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
             accelerate(found, dtype=dtype, compiled=self.settings.compiled)

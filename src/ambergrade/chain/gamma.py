@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from html import escape
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from ambergrade.chain.point import LiveMerge, LiveNetworks, Point, Scoring, labe
 from ambergrade.chain.points import check_objective
 from ambergrade.chain.release import Training, Winner, publish
 from ambergrade.chain.review import Shown, draw, links_of, tell_dashboard
-from ambergrade.chain.settings import GammaSettings, Invocation, MergeFormula, SweepSettings
+from ambergrade.chain.settings import GammaSettings, Invocation, MergeFormula, SweepSettings, Swept
 from ambergrade.chain.sweep import SweepResult, reviewed, run_sweep
 from ambergrade.chain.training import Subject, flat, train
 from ambergrade.identity import digest
@@ -34,7 +34,7 @@ def run(settings: GammaSettings, invocation: Invocation) -> None:
     use_threads(settings.compute)
     title = f"{settings.release.name} {settings.release.version}"
     journal = open_journal(settings.root, settings.name, settings, invocation)
-    key = digest({name: value for name, value in vars(settings).items() if name not in _WHERE})
+    key = digest(settings.what("insist"))
     with journal.run(title, key=key, kind="chain", params=_parameters(settings)) as parent:
         print(f"{title}, {settings.root / 'mlruns'}")
         print(f"  {'stage':<34}{'time':>10}{'':8}record")
@@ -94,10 +94,6 @@ def run(settings: GammaSettings, invocation: Invocation) -> None:
         insist(title, verdict)
 
 
-_WHERE = ("root", "compute", "debug", "insist")
-"""Settings that change no result."""
-
-
 def _parameters(settings: GammaSettings) -> dict[str, object]:
     """What the chain's row shows in MLflow; the whole configuration is an artifact."""
     return {
@@ -113,23 +109,9 @@ def _parameters(settings: GammaSettings) -> dict[str, object]:
 
 def _sweep_settings(settings: GammaSettings, models: dict[str, Checkpoint]) -> SweepSettings:
     """The chain's sweep as the sweep pipeline has it."""
-    return SweepSettings(
-        root=settings.root,
-        name=settings.name,
-        family=settings.family,
-        models={alias: str(model.path) for alias, model in models.items()},
-        data=settings.data,
-        merge=settings.merge,
-        search=settings.search,
-        prompts=settings.prompts,
-        sampler=settings.sampler,
-        suite=settings.suite,
-        compute=settings.compute,
-        leaderboard=settings.leaderboard,
-        sheet=settings.sheet,
-        write_winner=False,
-        race=settings.race,
-    )
+    shared = {field.name: getattr(settings, field.name) for field in fields(Swept)}
+    files = {alias: str(model.path) for alias, model in models.items()}
+    return SweepSettings(**{**shared, "models": files}, write_winner=False)
 
 
 def _review(settings: GammaSettings, result: SweepResult, folder: Path) -> Shown:

@@ -90,7 +90,7 @@ class LiveNetworks:
     def filled(self, merge: ResidentMerge, point: Point, first: Path) -> Networks:
         """The networks with this point's weights; they are built from the file `first` the first time."""
         if self._networks is None:
-            chosen = family(self.family.name)
+            chosen = family(self.family.name).networks
             self._networks = chosen.load(first, find_file(self.family.config), device=self.device)
         merge.assign(self._networks.modules(), point)
         return self._networks

@@ -145,40 +145,56 @@ class ReleaseSettings:
     folder: Path
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Common:
     """What every pipeline has. None of it changes a result."""
 
     root: Path
     """Holds mlruns/ with all results."""
+    debug: bool = False
+
+    def what(self, *where: str) -> dict[str, Any]:
+        """The settings that decide a result: without those that every pipeline has and those that `where` names."""
+        return {key: value for key, value in vars(self).items() if key not in ("root", "debug", "compute", *where)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Journaled(Common):
+    """What every pipeline has that keeps a journal."""
+
     name: str
     """The name of the MLflow experiment."""
+    compute: Compute
 
 
-@dataclass(frozen=True)
-class GammaSettings(Common):
-    """conf/gamma.yaml: the whole story."""
+@dataclass(frozen=True, kw_only=True)
+class Swept(Journaled):
+    """What a sweep is made of, alone or within the whole story."""
 
     family: FamilySettings
     models: Mapping[str, str | None]
     data: DataSettings
-    captions: CaptionRecipe
-    trainer: TrainSettings
     merge: MergeFormula
     search: SearchSettings
     prompts: PromptFiles
     sampler: SamplerSettings
     suite: Suite
-    compute: Compute
+    leaderboard: tuple[str, ...]
+    sheet: int
+    race: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GammaSettings(Swept):
+    """conf/gamma.yaml: the whole story."""
+
+    captions: CaptionRecipe
+    trainer: TrainSettings
     gates: Mapping[str, Plugin]
     base: str
     trained: str
-    leaderboard: tuple[str, ...]
-    sheet: int
     insist: bool
     release: ReleaseSettings
-    race: tuple[int, ...] | None = None
-    debug: bool = False
 
     def __post_init__(self) -> None:
         check_networks(self.family, self.trainer)
@@ -192,8 +208,8 @@ class GammaSettings(Common):
                 find_file(source)
 
 
-@dataclass(frozen=True)
-class TrainPipelineSettings(Common):
+@dataclass(frozen=True, kw_only=True)
+class TrainPipelineSettings(Journaled):
     """conf/train.yaml: a fine-tune alone."""
 
     family: FamilySettings
@@ -203,7 +219,6 @@ class TrainPipelineSettings(Common):
     trainer: TrainSettings
     prompts: PromptFiles
     sampler: SamplerSettings
-    compute: Compute
     base: str
     trained: str
     processes: int = 1
@@ -215,7 +230,6 @@ class TrainPipelineSettings(Common):
     steps: int = 6
     kills: int = 2
     compared: int = 8
-    debug: bool = False
 
     def __post_init__(self) -> None:
         check_networks(self.family, self.trainer)
@@ -229,27 +243,14 @@ class TrainPipelineSettings(Common):
         find_file(self.models[self.base] or f"models.{self.base} (null)")
 
 
-@dataclass(frozen=True)
-class SweepSettings(Common):
+@dataclass(frozen=True, kw_only=True)
+class SweepSettings(Swept):
     """conf/sweep.yaml: one point of a sweep, with what is the same for all of them."""
 
-    family: FamilySettings
-    models: Mapping[str, str | None]
-    data: DataSettings
-    merge: MergeFormula
-    search: SearchSettings
-    prompts: PromptFiles
-    sampler: SamplerSettings
-    suite: Suite
-    compute: Compute
-    leaderboard: tuple[str, ...]
-    sheet: int
     write_winner: bool = True
-    race: tuple[int, ...] | None = None
     screen: tuple[str, ...] | None = None
     dry: bool = False
     why: str = ""
-    debug: bool = False
 
     def __post_init__(self) -> None:
         check_networks(self.family)
@@ -263,15 +264,14 @@ class SweepSettings(Common):
             find_file(self.models[alias] or "")
 
 
-@dataclass(frozen=True)
-class EvaluateSettings(Common):
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings(Journaled):
     """conf/evaluate.yaml: scores of a model or of pictures, and what is done with score sheets."""
 
     family: FamilySettings
     sampler: SamplerSettings
     suite: Suite
     captions: CaptionRecipe
-    compute: Compute
     action: Literal["score", "compare", "reference", "calibrate"] = "score"
     model: str | None = None
     pictures: str | None = None
@@ -291,7 +291,6 @@ class EvaluateSettings(Common):
     margins: Mapping[str, float] = field(default_factory=dict)
     tagger: str = "builtin://tagger"
     out: Path | None = None
-    debug: bool = False
 
     def __post_init__(self) -> None:
         numbers = {"count": self.count, "seeds": self.seeds, "noise_batch": self.noise_batch}
@@ -333,14 +332,13 @@ class Percentiles:
     last_id: int | None = None
 
 
-@dataclass(frozen=True)
-class DataPipelineSettings(Common):
+@dataclass(frozen=True, kw_only=True)
+class DataPipelineSettings(Journaled):
     """conf/data.yaml: what is done with a booru before training."""
 
     family: FamilySettings
     data: DataSettings
     captions: CaptionRecipe
-    compute: Compute
     action: Literal["build", "lint", "explain", "captions", "percentiles"]
     limits: Limits
     percentiles: Percentiles
@@ -348,14 +346,12 @@ class DataPipelineSettings(Common):
     pictures: str | None = None
     id: int | None = None
     out: Path | None = None
-    debug: bool = False
 
 
-@dataclass(frozen=True)
-class MergePipelineSettings:
+@dataclass(frozen=True, kw_only=True)
+class MergePipelineSettings(Common):
     """conf/merge.yaml: one merge of files."""
 
-    root: Path
     models: Mapping[str, str | None]
     merge: MergeFormula
     compute: Compute
@@ -365,26 +361,20 @@ class MergePipelineSettings:
     out: Path | None = None
     dry_run: bool = False
     overwrite: bool = False
-    debug: bool = False
 
 
-@dataclass(frozen=True)
-class VerifySettings:
+@dataclass(frozen=True, kw_only=True)
+class VerifySettings(Common):
     """conf/verify.yaml: a merged file is made again from its own header."""
 
-    root: Path
     compute: Compute
     model: Path
     models_path: Path
-    debug: bool = False
 
 
-@dataclass(frozen=True)
-class ReindexSettings:
+@dataclass(frozen=True, kw_only=True)
+class ReindexSettings(Common):
     """conf/reindex.yaml: a lost MLflow database is made again."""
-
-    root: Path
-    debug: bool = False
 
 
 def check_networks(family: FamilySettings, trainer: TrainSettings | None = None) -> None:

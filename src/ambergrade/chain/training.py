@@ -18,6 +18,7 @@ from ambergrade.chain.point import open_checkpoint
 from ambergrade.chain.settings import DataSettings, FamilySettings
 from ambergrade.errors import BadSetting
 from ambergrade.family.digests import model_digests
+from ambergrade.family.files import write_tensors
 from ambergrade.family.load import Family
 from ambergrade.family.load import family as load_family
 from ambergrade.generate import stream
@@ -85,7 +86,7 @@ def train(context: Context, subject: Subject) -> Checkpoint:
         about = {"modelspec.title": name, "modelspec.architecture": subject.loaded.architecture}
         if trainer.loss["name"] == "v":
             about["modelspec.prediction_type"] = "v"
-        subject.loaded.write_checkpoint(scratch / f"{name}.safetensors", kept, about)
+        write_tensors(scratch / f"{name}.safetensors", kept, about)
         files = {"checkpoint": scratch / f"{name}.safetensors"}
         if trainer.lora is not None:
             files["lora"] = scratch / lora.FILE
@@ -158,7 +159,7 @@ def _train_here(context: Context, subject: Subject, latents: LatentStore, scratc
     trainer, prompts = subject.trainer, subject.samples
     # bf16 weights are never in memory as fp32; the VAE, which draws samples, always is
     half = dict.fromkeys(subject.loaded.trained, torch.bfloat16) if trainer.precision in HALF else None
-    networks = subject.loaded.load(subject.base.path, subject.config, dtype=half, device=context.device)
+    networks = subject.loaded.networks.load(subject.base.path, subject.config, dtype=half, device=context.device)
 
     def show(live: Networks, seen: int) -> None:
         assert prompts is not None

@@ -24,13 +24,11 @@ from ambergrade.family.files import (
     read_tensors,
     weight_files,
     weights_digest,
-    write_tensors,
 )
 from ambergrade.family.layouts import Component, Shape, Source, listed
 from ambergrade.family.prediction import lacking_marks, prediction_type, read_scheduler
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from ambergrade.family.networks import Networks
@@ -70,22 +68,6 @@ class Family:
         found: type[Networks] = importlib.import_module(f"{package.__name__}.{self.live}").Networks
         return found
 
-    def load(
-        self,
-        checkpoint: Path,
-        config: Path,
-        *,
-        dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
-        device: str | torch.device = "cpu",
-        only: Collection[str] = (),
-    ) -> Networks:
-        """Networks of a single file or a diffusers folder, fp32 unless `dtype` says otherwise, perhaps by component.
-
-        `config` is the family's diffusers-layout folder. Where `only` names components, the others stay without values.
-        Raises BadSetting for a family without networks, BadInput for weights that are damaged or of another family.
-        """
-        return self.networks.load(checkpoint, config, dtype=dtype, device=device, only=only)
-
     def read_checkpoint(self, path: Path) -> dict[str, Tensor]:
         """Weights under single-file keys, from a single file or a diffusers folder; pickles are refused.
 
@@ -113,10 +95,6 @@ class Family:
         if path.is_dir():
             return prediction_type(keys, None, read_scheduler(path))
         return prediction_type(keys, read_metadata(path))
-
-    def write_checkpoint(self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-        """Write a single file of canonical bytes under its final name in one step; returns the weights' digest."""
-        return write_tensors(path, tensors, metadata)
 
     def weights_digest(self, path: Path) -> str:
         """sha256 over the names and values of a checkpoint, whatever its layout, header and file name."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ambergrade.errors import BadInput, MissingObject
 from ambergrade.family import networks, original
-from ambergrade.family.files import weights_digest
+from ambergrade.family.files import weights_digest, write_tensors
 from ambergrade.family.layouts import Component
 from ambergrade.family.load import Family
 
@@ -87,7 +87,7 @@ FAMILY = Family(
 )
 
 
-read_checkpoint, write_checkpoint = FAMILY.read_checkpoint, FAMILY.write_checkpoint
+read_checkpoint, write_checkpoint = FAMILY.read_checkpoint, write_tensors
 
 
 @dataclass

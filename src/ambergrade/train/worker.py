@@ -103,7 +103,7 @@ def run(job: TrainingJob) -> None:
     settings = TrainSettings.read(job.settings)
     dtype = torch.float64 if job.gradients else torch.bfloat16 if settings.precision in HALF else torch.float32
     chosen = family(job.family)
-    networks = chosen.load(Path(job.checkpoint), Path(job.config), dtype=dict.fromkeys(chosen.trained, dtype))
+    networks = chosen.networks.load(Path(job.checkpoint), Path(job.config), dtype=dict.fromkeys(chosen.trained, dtype))
     out = Path(job.out)
 
     def tell(row: LogRow) -> None:
@@ -130,7 +130,7 @@ def run(job: TrainingJob) -> None:
         validation=(held, store.open(held)) if held else None,
     )
     if first and not job.gradients:
-        chosen.write_checkpoint(out / "trained.safetensors", networks.tensors(), {})
+        write_tensors(out / "trained.safetensors", networks.tensors(), {})
         ends = {"before": report.before, "after": report.after}
         losses: dict[str, Any] = {when: loss and asdict(loss) for when, loss in ends.items()}
         losses["between"] = {str(seen): asdict(loss) for seen, loss in report.between.items()}
