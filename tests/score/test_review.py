@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -59,6 +60,49 @@ def review(points: dict[str, dict], centre: float = 0.8) -> Review:
 
 
 GRID = {f"a {a}, b {b}": {"a": a, "b": b} for a in (0.0, 0.4, 0.8, 1.2) for b in (0.0, 0.5, 1.0)}
+
+
+def raced(prompts: int = 12) -> Review:
+    """A sweep over a grid whose worst points left a race after so many of the forty prompts."""
+    rng = np.random.default_rng(3)
+    own = rng.normal(0, 0.2, 40)
+    rows = {
+        label: 0.9 - 0.2 * (p["a"] - 0.7) ** 2 - 0.1 * (p["b"] - 0.6) ** 2 + own + rng.normal(0, 0.005, 40)
+        for label, p in GRID.items()
+    }
+    worst = sorted(rows, key=lambda label: rows[label].mean())[:8]
+    whole = {label: sheet(row) for label, row in rows.items() if label not in worst}
+    early = {label: (GRID[label], sheet(rows[label][:prompts])) for label in worst}
+    points = {label: GRID[label] for label in whole}
+    return Review.of(whole, points, title="a race", objective="prob", columns=["prob"], early=early)
+
+
+def test_points_that_left_a_race_stand_beside_the_best_by_the_prompts_they_share() -> None:
+    whole, found = raced(40), raced()
+    assert found.winner_set.endswith("of 12 points is not significantly different from the best")
+    for label, sample in found.early.items():
+        assert sample.score.n == 12
+        assert math.isnan(sample.score.low)
+        assert sample.score.value == pytest.approx(whole.early[label].score.value, abs=0.01)
+    assert len(found.samples) == 12
+
+
+def test_a_surface_goes_through_all_points_of_a_race_and_is_told_drawn_and_on_the_page(tmp_path: Path) -> None:
+    found = raced()
+    assert found.surface is not None
+    assert found.surface.best == pytest.approx((0.7, 0.6), abs=0.06)
+    assert "is best at a 0." in found.table
+    drawn = pixels(found.draw(tmp_path)["heat map"])
+    plain = pixels(replace(found, surface=None).draw(tmp_path / "plain")["heat map"])
+    assert drawn.shape != plain.shape or (drawn != plain).any()
+    page = html_review(found, found.draw(tmp_path), facts={})
+    assert "quadratic surface" in page
+    assert "left the race" in page
+
+
+def test_words_on_an_axis_and_few_points_have_no_surface() -> None:
+    assert review({"x": {"a": 0.0, "b": "one"}, "y": {"a": 1.0, "b": "two"}}).surface is None
+    assert review({"x": {"a": 0.0, "b": 1.0}, "y": {"a": 1.0, "b": 2.0}}).surface is None
 
 
 # --- effects ----------------------------------------------------------------------------------------------------

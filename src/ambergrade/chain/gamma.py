@@ -10,7 +10,16 @@ from ambergrade.chain.context import Context, open_journal, record_command, use_
 from ambergrade.chain.dataset import dataset, draw_world, read_sets
 from ambergrade.chain.gates import judge_candidate
 from ambergrade.chain.heldout import Finalists, compare_finalists
-from ambergrade.chain.point import LiveMerge, LiveNetworks, Point, Scoring, label_of, open_checkpoint, read_prompts
+from ambergrade.chain.point import (
+    LiveMerge,
+    LiveNetworks,
+    Point,
+    Scoring,
+    find_originals,
+    label_of,
+    open_checkpoint,
+    read_prompts,
+)
 from ambergrade.chain.points import check_objective
 from ambergrade.chain.release import Training, Winner, publish
 from ambergrade.chain.review import Shown, draw, links_of, tell_dashboard
@@ -124,7 +133,8 @@ def _review(settings: GammaSettings, result: SweepResult, folder: Path) -> Shown
     )
     prompts = read_prompts(settings.prompts, "sweep").first(settings.sheet).prompts
     marked = (card[0], card[1]) if len(card) == 2 else None
-    return draw(review, folder, result.strips, prompts, settings.sampler, card=marked)
+    originals = find_originals(settings.prompts, "sweep", prompts)
+    return draw(review, folder, result.strips, prompts, settings.sampler, card=marked, originals=originals)
 
 
 def _winner(result: SweepResult, shown: Shown, merge: LiveMerge) -> Winner:
@@ -152,18 +162,20 @@ def _last_word(
     for name in (settings.base, settings.trained):
         alone = MergeFormula(name, {}, settings.merge.dtype, settings.merge.policies)
         rivals[name] = (LiveMerge(alone, models, live), {})
+    prompts = read_prompts(settings.prompts, "heldout")
     return compare_finalists(
         context,
         scoring,
         (f"winner: {label_of(winner.point)}", winner.merge, winner.point),
         rivals,
         settings.base,
-        read_prompts(settings.prompts, "heldout"),
+        prompts,
         leaderboard=settings.leaderboard,
         objective=settings.search.objective,
         kept=settings.sheet,
         title=f"{settings.release.name} {settings.release.version}",
         folder=folder,
+        originals=find_originals(settings.prompts, "heldout", prompts.first(settings.sheet).prompts),
     )
 
 
@@ -189,7 +201,7 @@ def _close(
             "files": str(made.path),
             "base": settings.base,
             "trained": f"{settings.trained}, captions {settings.captions.name}",
-            "winner set": shown.winner_set,
+            "winner set": shown.review.winner_set,
             "prompts": f"{review.scores[shown.best][review.objective].n} for the sweep, each with its own seed; "
             f"{len(final.prompts.prompts)} others for the last word",
             "dashboard": f"{ui.ui_command(settings.root)} (the links need it)",

@@ -73,10 +73,12 @@ def compare_finalists(
     kept: int,
     title: str,
     folder: Path,
+    originals: Mapping[str, Path] | None = None,
 ) -> Finalists:
     """Score winner and rivals anew; write held-out table, contact sheet and interval plot into `folder`.
 
     winner: its label, merge and point. rivals: the same by label; `base` is one of them. kept: pictures a row.
+    originals: prompt id to a real picture of what it asks for.
     """
     label, merge, point = winner
     entered = {label: (merge, point), **rivals}
@@ -95,6 +97,7 @@ def compare_finalists(
         subtitle=f"{prompts.name} prompts, one seed a column",
         notes={name: f"{objective} {score.value:.3f}" for name, score in scores.items()},
         marked=label,
+        originals=originals,
     )
     plotted = {name: {label: final.apart[name]} for name in leaderboard}
     figures.interval_plot(plotted, final.differences_plot, baseline=base)

@@ -28,8 +28,8 @@ from ambergrade.merge.lora import lora_weights, read_lora
 from ambergrade.merge.passes import placed
 from ambergrade.merge.recipe import Recipe
 from ambergrade.merge.resident import ResidentMerge
-from ambergrade.nouns import Checkpoint, Picture, PromptSet, SamplerSettings
-from ambergrade.pictures import read_rgb
+from ambergrade.nouns import Checkpoint, Picture, Prompt, PromptSet, SamplerSettings
+from ambergrade.pictures import SUFFIXES, read_rgb
 from ambergrade.score.comparison import aggregates, remarks
 from ambergrade.score.scoring import Metric, load_metric, score
 from ambergrade.score.sheet import ScoreSheet
@@ -158,6 +158,13 @@ def read_prompts(files: PromptFiles, which: str) -> PromptSet:
         raise UnknownName("prompt set", which, chosen)
     file, count = chosen[which]
     return PromptSet.read(find_file(file), which).first(count)
+
+
+def find_originals(files: PromptFiles, which: str, prompts: Sequence[Prompt]) -> dict[str, Path]:
+    """Find real pictures of what prompts ask for: `heldout/<id>.png` (or .jpg, .webp) beside `heldout.jsonl`."""
+    folder = find_file({"sweep": files.sweep, "heldout": files.heldout}[which]).with_suffix("")
+    known = {file.stem: file for file in sorted(folder.glob("*")) if file.suffix.lower() in SUFFIXES}
+    return {prompt.id: known[prompt.id] for prompt in prompts if prompt.id in known}
 
 
 def point_task(

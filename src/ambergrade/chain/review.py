@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ambergrade.chain.context import Context
 from ambergrade.chain.point import cut
 from ambergrade.errors import BadInput
 from ambergrade.generate.contact_sheet import contact_sheet, write_png
 from ambergrade.nouns import Prompt, SamplerSettings
+from ambergrade.pictures import open_picture
 from ambergrade.score.comparison import aggregates
 from ambergrade.score.figures import Value, leaderboard_text
 from ambergrade.score.review import Review, html_review
@@ -38,12 +41,6 @@ class Shown:
     def best(self) -> str:
         """Label of the best point."""
         return self.review.found.best
-
-    @property
-    def winner_set(self) -> str:
-        """`3 of 25 points`, in the words that table, page and README share."""
-        members, points = len(self.review.found.members), len(self.review.points)
-        return f"{members} of {points} points are not significantly different from the best"
 
     def page(self, **parts: Any) -> Path:
         """Write the page (parts: `score.review.html_review`) beside the pictures."""
@@ -75,10 +72,12 @@ def draw(
     sampler: SamplerSettings,
     *,
     card: tuple[Value, Value] | None = None,
+    originals: Mapping[str, Path] | None = None,
 ) -> Shown:
     """Draw the pictures that suit a sweep's axes, and a contact sheet of its best points.
 
     `strips`: label to the file with the pictures of `prompts`, side by side. `card`: a point to mark on a heat map.
+    `originals`: prompt id to a real picture of what it asks for.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "leaderboard.txt").write_text(review.table + "\n")
@@ -101,6 +100,7 @@ def draw(
         subtitle=f"{which}; the same prompts and seeds in every row",
         notes=notes,
         marked=review.found.best,
+        originals=originals,
     )
     return Shown(review, folder, pictures)
 
@@ -115,9 +115,12 @@ def write_contact_sheet(
     subtitle: str,
     notes: Mapping[str, str],
     marked: str,
+    originals: Mapping[str, Path] | None = None,
 ) -> None:
-    """Write a contact sheet: one row a strip of pictures and one column a prompt."""
-    rows = {
+    """Write a contact sheet: one row a strip of pictures and one column a prompt; above them the originals, if any."""
+    known = {key: np.asarray(open_picture(file)) for key, file in (originals or {}).items()}
+    first = {"original": known} if known else {}
+    rows = first | {
         label: {prompt.id: pixels for prompt, pixels in zip(prompts, cut(strip, sampler.width), strict=False)}
         for label, strip in strips.items()
     }
@@ -127,7 +130,7 @@ def write_contact_sheet(
         title=title,
         subtitle=f"{subtitle}, {sampler.steps} {sampler.name} steps",
         captions=tags,
-        notes=notes,
+        notes={"original": "what each prompt was written from", **notes},
         marked=[marked],
         side=256 if len(rows) <= 6 else 160,
     )

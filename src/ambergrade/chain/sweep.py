@@ -48,6 +48,8 @@ class SweepResult:
     """Label to its whole reason."""
     left: Mapping[str, str] = field(default_factory=dict)
     """In a race, label to when and how it fell behind."""
+    early: Mapping[str, tuple[Mapping[str, Value], ScoreSheet]] = field(default_factory=dict)
+    """Values and sheet of every point that left a race after it was drawn on some prompts."""
     jobs: Mapping[str, Job] = field(default_factory=dict)
     """Label to the job that was done last."""
     race: str = ""
@@ -188,6 +190,11 @@ def result_of(context: Context, plan: SweepPlan, swept: Swept) -> SweepResult:
         sheets={label: _sheet(context, plan, swept, trial) for label, trial in trials.items()},
         strips={label: done.files["pictures"] for label, done in first.items()},
         failures={trial.job.label: f"{trial.outcome.reason}\n{trial.outcome.trace}".strip() for trial in swept.failed},
+        early={
+            trial.job.label: (_values(trial.job.point), _sheet(context, plan, swept, trial))
+            for trial in swept.trials
+            if swept.race is not None and trial.job.label in swept.race.out and trial.outcome.done
+        },
         left=_left(swept.race) if swept.race is not None else {},
         jobs={label: trial.job for label, trial in trials.items()},
         race=swept.race.text if swept.race is not None else "",
@@ -196,7 +203,9 @@ def result_of(context: Context, plan: SweepPlan, swept: Swept) -> SweepResult:
 
 def reviewed(result: SweepResult, *, title: str, objective: str, columns: Sequence[str]) -> Review:
     """The winner set and the leaderboard. Raises BadInput for points that cannot be paired."""
-    review = Review.of(result.sheets, result.points, title=title, objective=objective, columns=columns)
+    review = Review.of(
+        result.sheets, result.points, title=title, objective=objective, columns=columns, early=result.early
+    )
     if not result.race:
         return review
     # A race's looks held all points at once; a verdict among its finalists alone would leave out fewer.

@@ -13,7 +13,7 @@ import yaml
 
 from ambergrade.chain.context import Context, Task, open_journal, record_command, use_threads
 from ambergrade.chain.dataset import draw_world, is_drawn
-from ambergrade.chain.point import label_of, read_prompts, write_merge
+from ambergrade.chain.point import find_originals, label_of, read_prompts, write_merge
 from ambergrade.chain.points import PointScorer, check_objective
 from ambergrade.chain.review import Shown, draw, links_of, tell_dashboard, tell_unlike
 from ambergrade.chain.settings import Invocation, SweepSettings
@@ -119,7 +119,8 @@ def _show(
         return
     print(f"\n{review.table}", flush=True)
     prompts = read_prompts(settings.prompts, "sweep").first(settings.sheet).prompts
-    shown = draw(review, folder, result.strips, prompts, settings.sampler)
+    originals = find_originals(settings.prompts, "sweep", prompts)
+    shown = draw(review, folder, result.strips, prompts, settings.sampler, originals=originals)
     winner = plan.settings_of(result.jobs[shown.best])
     merge, _ = scorer.loaded(winner)
     recipe = merge.recipe(winner.merge.coefficients)
@@ -160,7 +161,7 @@ def _facts(settings: SweepSettings, plan: SweepPlan, shown: Shown, result: Sweep
     best = shown.review.scores[shown.best][settings.search.objective]
     facts = {
         "winner": f"{shown.best}: {settings.search.objective} {best.value:.3f} {interval_text(best.low, best.high)}",
-        "winner set": shown.winner_set,
+        "winner set": shown.review.winner_set,
         "formula": settings.merge.formula,
         "swept": "; ".join(f"{key} = {_in_words(spec)}" for key, spec in plan.axes.items()),
         "points": f"{len(result.points)} done, {len(result.failures)} failed",

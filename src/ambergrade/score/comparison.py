@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from ambergrade.errors import BadSetting, UnknownName
 from ambergrade.nouns import Measurement
@@ -152,6 +153,19 @@ def winners(sheets: Mapping[str, ScoreSheet], column: str, *, seed: int = 0) -> 
         for k, name in enumerate(names)
     }
     return Winners(column, names[found.best], tuple(names[k] for k in found.members), behind)
+
+
+def by_prompt(sheets: Sequence[ScoreSheet], column: str) -> list[npt.NDArray[np.float64]]:
+    """One row of prompt means a sheet, over every prompt that any of them has; NaN where a sheet lacks it."""
+    sound = [sheet.rows(sheet.sound) for sheet in sheets]
+    order = {key: place for place, key in enumerate(dict.fromkeys(key for sheet in sheets for key in sheet.prompt_ids))}
+    rows = []
+    for sheet in sound:
+        row = np.full(len(order), np.nan)
+        means = prompt_means(sheet.columns[column], sheet.prompt_ids)
+        row[[order[key] for key in dict.fromkeys(sheet.prompt_ids)]] = means
+        rows.append(row)
+    return rows
 
 
 def remarks(sheet: ScoreSheet) -> list[str]:

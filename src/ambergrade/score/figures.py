@@ -23,6 +23,7 @@ from matplotlib.patches import Rectangle
 from ambergrade.errors import BadSetting
 from ambergrade.nouns import Measurement
 from ambergrade.score.statistics import FEWEST, PairedDifference
+from ambergrade.score.surface import Surface
 from ambergrade.store import written_aside
 
 INK, GREY = "#222222", "#8a8a8a"
@@ -45,6 +46,8 @@ def heat_map(
     card: Point | None = (0.8, 0.5),
     winner: Point | None = None,
     winner_set: Collection[Point] = (),
+    early: Mapping[Point, int] | None = None,
+    surface: Surface | None = None,
     higher_is_better: bool = True,
 ) -> Path:
     """Draw a sweep over two coefficients as a PNG: one cell a point, its score as colour and number.
@@ -55,6 +58,8 @@ def heat_map(
         low, high: limits of each mean, printed small below it while there is room: up to 10 columns.
         card: the model card's point, marked with a diamond where the grid holds it.
         winner: marked with a star. winner_set: outlined, as one region.
+        early: points that left a race, to the prompts that they were drawn on, printed in place of limits.
+        surface: over the two coefficients, drawn as lines of equal height with the limits of its best point.
     """
     if not points:
         raise BadSetting("A heat map needs at least one point.")
@@ -77,9 +82,12 @@ def heat_map(
             if (a, b) in points:
                 ink = _readable_on(image.cmap(norm(grid[i, k])))
                 known = roomy and low and high and (a, b) in low and (a, b) in high
-                limits = (low[a, b], high[a, b]) if known and low and high else None
-                _write_cell(ax, k, i, points[a, b], limits, digits, ink, 11 if roomy else 8)
+                under = f"{low[a, b]:.{digits}f}–{high[a, b]:.{digits}f}" if known and low and high else ""
+                under = f"{early[a, b]} prompts" if roomy and early and (a, b) in early else under
+                _write_cell(ax, k, i, f"{points[a, b]:.{digits}f}", under, ink, 11 if roomy else 8)
                 _mark_cell(ax, k, i, ink, card=(a, b) == card, winner=(a, b) == winner)
+    if surface is not None:
+        _draw_surface(ax, surface, columns, rows)
     _outline(ax, {(columns.index(a), rows.index(b)) for a, b in winner_set if a in columns and b in rows})
 
     ax.set_xticks(range(len(columns)), ticks(columns))
@@ -91,7 +99,8 @@ def heat_map(
     colour_bar(figure, ax, image, score_name, higher_is_better)
     if title:
         ax.set_title(textwrap.fill(title, int(9 * width)), loc="left", pad=12, fontweight="bold")
-    _heat_map_legend(figure, card is not None and card in points, winner is not None, bool(winner_set))
+    marks = card is not None and card in points, winner is not None, bool(winner_set), surface is not None
+    _heat_map_legend(figure, *marks)
     return save(figure, path)
 
 
@@ -252,13 +261,27 @@ def ordered(values: Iterable[Value]) -> list[Value]:
     return [*sorted(numbers)] if len(numbers) == len(known) else [*known]
 
 
-def _write_cell(
-    ax: Axes, x: int, y: int, value: float, limits: tuple[float, float] | None, digits: int, ink: str, size: int
-) -> None:
-    ax.text(x, y + (0.04 if limits else 0), f"{value:.{digits}f}", ha="center", va="center", color=ink, fontsize=size)
-    if limits:
-        text = f"{limits[0]:.{digits}f}–{limits[1]:.{digits}f}"
-        ax.text(x, y - 0.25, text, ha="center", va="center", color=ink, fontsize=7)
+def _write_cell(ax: Axes, x: int, y: int, text: str, under: str, ink: str, size: int) -> None:
+    ax.text(x, y + (0.04 if under else 0), text, ha="center", va="center", color=ink, fontsize=size, zorder=7)
+    if under:
+        ax.text(x, y - 0.25, under, ha="center", va="center", color=ink, fontsize=7, zorder=7)
+
+
+def _draw_surface(ax: Axes, surface: Surface, columns: Sequence[Value], rows: Sequence[Value]) -> None:
+    """Draw lines of equal height between the cells' centres, and a cross over the limits of the best point."""
+    across, up = (np.array([float(value) for value in values]) for values in (columns, rows))
+    x, y = np.meshgrid(np.linspace(0, len(across) - 1, 97), np.linspace(0, len(up) - 1, 97))
+    heights = surface.heights(np.interp(x, range(len(across)), across), np.interp(y, range(len(up)), up))
+    ax.contour(x, y, heights, 9, colors="white", linewidths=0.8, linestyles="solid", alpha=0.6, zorder=2)
+    best = np.interp(surface.best[0], across, range(len(across))), np.interp(surface.best[1], up, range(len(up)))
+    limits = [
+        np.interp(ends, values, range(len(values)))
+        for ends, values in zip(surface.intervals, (across, up), strict=True)
+    ]
+    for line, width in (("white", 4.0), (WORSE, 2.0)):
+        ax.plot(limits[0], [best[1]] * 2, color=line, linewidth=width, zorder=5)
+        ax.plot([best[0]] * 2, limits[1], color=line, linewidth=width, zorder=5)
+    ax.plot(*best, "o", color=WORSE, markeredgecolor="white", markersize=7, zorder=6)
 
 
 def _readable_on(colour: tuple[float, float, float, float]) -> str:
@@ -300,7 +323,7 @@ def _outline(ax: Axes, cells: Collection[tuple[int, int]]) -> None:
                 ax.plot(xs, ys, color=WORSE, linewidth=3, solid_capstyle="projecting", clip_on=False, zorder=4)
 
 
-def _heat_map_legend(figure: Figure, card: bool, winner: bool, winner_set: bool) -> None:
+def _heat_map_legend(figure: Figure, card: bool, winner: bool, winner_set: bool, surface: bool) -> None:
     handles: list[Line2D | Rectangle] = []
     if winner:
         handles.append(Line2D([], [], color=INK, marker="*", linestyle="", markersize=11, label="winner"))
@@ -320,5 +343,14 @@ def _heat_map_legend(figure: Figure, card: bool, winner: bool, winner_set: bool)
         handles.append(
             Line2D([], [], color="none", markeredgecolor=INK, marker="D", markersize=6, label="the card's point")
         )
+    if surface:
+        label = "the fitted surface's best point, 95 % limits"
+        handles.append(Line2D([], [], color=WORSE, marker="o", markeredgecolor="white", linewidth=2, label=label))
     if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+        figure.legend(
+            handles=handles,
+            loc="outside lower center",
+            ncols=2 if len(handles) > 3 else len(handles),
+            frameon=False,
+            fontsize=9,
+        )

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from html import escape
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from ambergrade.errors import BadInput
 from ambergrade.nouns import Measurement
 from ambergrade.score import sweep_figures
-from ambergrade.score.comparison import Winners, aggregates, winners
+from ambergrade.score.comparison import Winners, aggregates, by_prompt, winners
 from ambergrade.score.figures import Value, heat_map, leaderboard_text
 from ambergrade.score.html import SORTS, arrow, bar, definitions, interval, number, page, picture, table
 from ambergrade.score.sheet import ScoreSheet
+from ambergrade.score.surface import Surface, fit_surface
 from ambergrade.score.sweep_figures import Sample
+
+Floats = npt.NDArray[np.float64]
 
 LARGEST_GRID = 400
 """Cells of a heat map; a denser lattice is drawn as a contour."""
@@ -39,6 +45,10 @@ class Review:
     scores: Mapping[str, Mapping[str, Measurement]]
     """Label to metric to its mean with 95 % limits."""
     found: Winners
+    early: Mapping[str, Sample] = field(default_factory=dict)
+    """Points that left a race early, by label: how far they lay behind the best, as scores beside its own."""
+    surface: Surface | None = None
+    """Over two coefficients, through all points."""
 
     @classmethod
     def of(
@@ -49,14 +59,32 @@ class Review:
         title: str,
         objective: str,
         columns: Sequence[str],
+        early: Mapping[str, tuple[Mapping[str, Value], ScoreSheet]] | None = None,
     ) -> Review:
-        """Judge score sheets of the same prompts and seeds. Raises BadInput where they cannot be paired."""
+        """Judge score sheets of the same prompts and seeds. Raises BadInput where they cannot be paired.
+
+        early: values and sheet of every point that left a race, on the first of the same prompts.
+        """
         if sheets.keys() != points.keys():
             raise BadInput(f"{len(sheets)} score sheets and {len(points)} points: each point needs its own sheet.")
         found = winners(sheets, objective)
         ordered = tuple(dict.fromkeys([objective, *columns]))
         scores = {label: aggregates(sheet) for label, sheet in sheets.items()}
-        return cls(title, objective, ordered, points, scores, found)
+        left = early or {}
+        every = {**sheets, **{label: sheet for label, (_, sheet) in left.items()}}
+        rows = dict(zip(every, by_prompt(list(every.values()), objective), strict=True))
+        best = scores[found.best][objective]
+        behind = {label: _beside(best, rows[found.best] - rows[label]) for label in left}
+        samples = {label: Sample(values, behind[label]) for label, (values, _) in left.items()}
+        review = cls(title, objective, ordered, points, scores, found, samples)
+        places = [
+            tuple(values[axis] for axis in review.axes) for values in (*points.values(), *(v for v, _ in left.values()))
+        ]
+        if len(review.axes) != 2 or any(isinstance(value, str) for place in places for value in place):
+            return review
+        table = np.stack(list(rows.values()))
+        surface = fit_surface(np.array(places, dtype=np.float64), table, higher_is_better=best.higher_is_better)
+        return replace(review, surface=surface)
 
     @cached_property
     def best_first(self) -> tuple[str, ...]:
@@ -72,22 +100,38 @@ class Review:
     def axes(self) -> tuple[str, ...]:
         """Axes on which points differ."""
         names = next(iter(self.points.values())).keys()
-        return tuple(name for name in names if len({point[name] for point in self.points.values()}) > 1)
+        every = [*self.points.values(), *(sample.values for sample in self.early.values())]
+        return tuple(name for name in names if len({point[name] for point in every}) > 1)
+
+    @property
+    def winner_set(self) -> str:
+        """Count the winner set: `3 of 25 points`, in the words that table, page and README share."""
+        members, points = len(self.found.members), len(self.points) + len(self.early)
+        return (
+            f"{members} of {points} points {'is' if members == 1 else 'are'} not significantly different from the best"
+        )
 
     @cached_property
     def table(self) -> str:
         """The leaderboard as plain text."""
-        return leaderboard_text(self.scores, self.columns, winner=self.found.best, winner_set=self.found.members)
+        table = leaderboard_text(self.scores, self.columns, winner=self.found.best, winner_set=self.found.members)
+        return "\n".join([table, "", f"{self.winner_set}.", *([self.surface_text] if self.surface else [])])
+
+    @property
+    def surface_text(self) -> str:
+        """Say where the fitted surface is best; empty without one."""
+        return self.surface.text((self.axes[0], self.axes[1])) if self.surface else ""
 
     @property
     def samples(self) -> list[Sample]:
         """Every scored point, for pictures."""
         scored = [label for label in self.points if not math.isnan(self.scores[label][self.objective].value)]
         best, members = self.found.best, self.found.members
-        return [
+        found = [
             Sample(self.points[label], self.scores[label][self.objective], label == best, label in members)
             for label in scored
         ]
+        return [*found, *self.early.values()]
 
     def draw(self, folder: Path, *, card: tuple[Value, Value] | None = None) -> dict[str, Path]:
         """Draw the pictures that suit the axes into a folder: what each shows, and its PNG.
@@ -132,6 +176,8 @@ class Review:
             card=card,
             winner=next((place for place, sample in cells.items() if sample.winner), None),
             winner_set=[place for place, sample in cells.items() if sample.member],
+            early={(s.values[one], s.values[two]): s.score.n for s in self.early.values()},
+            surface=self.surface,
             higher_is_better=samples[0].score.higher_is_better,
         )
 
@@ -176,6 +222,10 @@ def html_review(
     parts.append(_leaderboard(review))
     for name, file in pictures.items():
         caption = CAPTIONS.get(name, "").format(review.objective)
+        if name in ("heat map", "contour") and review.surface:
+            caption += f" {review.surface_text}"
+        if name == "heat map" and review.early:
+            caption += " Points that left the race show how far they lay behind the best on the prompts they had."
         parts.append(f"<h2>{escape(name.capitalize())}</h2>{picture(file, caption)}")
     parts += more
     if out:
@@ -186,6 +236,13 @@ def html_review(
     if command:
         parts.append(f"<h2>What made it</h2><pre>{escape(command)}</pre>")
     return page(review.title, parts, SORTS)
+
+
+def _beside(best: Measurement, behind: Floats) -> Measurement:
+    """The score of a point that was drawn on fewer prompts, beside the best one's: how far it lay behind it there."""
+    apart = behind[~np.isnan(behind)]
+    value = best.value - float(apart.mean()) if apart.size else math.nan
+    return Measurement(value, math.nan, math.nan, apart.size, best.higher_is_better)
 
 
 def _failures(failures: Mapping[str, str]) -> str:
@@ -226,8 +283,8 @@ def _leaderboard(review: Review) -> str:
         cells += [_measured(scores[name]) if name in scores else "<td></td>" for name in review.columns[1:]]
         rows.append(f"<tr{' class=winner' if best else ' class=member' if member else ''}>{''.join(cells)}</tr>")
     note = (
-        f"★ best by {escape(review.objective)}; = not significantly different from it ({len(review.found.members)} of "
-        f"{len(review.points)} points). Scores with the 95 % interval that each has alone. Behind the best: paired on "
+        f"★ best by {escape(review.objective)}; = not significantly different from it. "
+        f"{escape(review.winner_set)}. Scores with the 95 % interval that each has alone. Behind the best: paired on "
         "the same prompts and seeds, intervals that hold for all points at once. A click on a heading sorts."
     )
     return table("Leaderboard", note, head + "</tr>", rows).replace("<table>", "<table class=sorts>", 1)

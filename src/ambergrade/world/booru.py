@@ -1,6 +1,7 @@
 """Writes a mini-booru: picture files, a database in the danbooru2023 schema (B), prompts and reference pictures.
 
-    <folder>/booru.sqlite   pictures/   prompts/sweep.jsonl   prompts/heldout.jsonl   reference/   reference.txt
+    <folder>/booru.sqlite   pictures/   reference/   reference.txt
+    <folder>/prompts/{sweep,heldout}.jsonl   prompts/{sweep,heldout}/   the first prompts' own pictures
 
 Awkward specimens are among the pictures, as in the real thing: see AWKWARD.
 """
@@ -36,6 +37,9 @@ SCORES = {
     "explicit": (0, 5, 11, 16, 22, 28, 34, 40, 47, 54, 63, 72, 82, 94, 108, 124, 145, 174, 216, 296, 500, 900),
 }
 """Score at PERCENT, by rating: HakuBooru's `score_percentile_after_5m` between made-up ends."""
+
+ORIGINALS = 16
+"""So many prompts of a set have their picture drawn, for the first row of contact sheets."""
 
 AWKWARD = ("alpha", "exif", "cmyk", "palette", "16bit", "truncated", "duplicate")
 
@@ -118,17 +122,26 @@ def write_booru(
     _write_database(aside / "booru.sqlite", uploads, aside / "pictures", seed, tag_noise or {})
     (aside / "prompts").mkdir()
     for name in ("sweep", "heldout"):
-        write_prompts(aside / "prompts" / f"{name}.jsonl", seed=random_seed(seed, name), count=prompts)
+        path = aside / "prompts" / f"{name}.jsonl"
+        write_prompts(path, seed=random_seed(seed, name), count=prompts, originals=ORIGINALS)
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
 
 
-def write_prompts(path: Path, *, seed: int, count: int) -> None:
-    """Prompts of clean scenes in the order of the Kohaku rules, with the tags they ask for and rule out."""
+def write_prompts(path: Path, *, seed: int, count: int, originals: int = 0) -> None:
+    """Write prompts of clean scenes in the order of the Kohaku rules, with the tags they ask for and rule out.
+
+    The first `originals` are drawn, as `sweep/000.png` … beside `sweep.jsonl`.
+    """
+    pictures = path.with_suffix("")
+    if originals:
+        pictures.mkdir(parents=True, exist_ok=True)
     made = []
     for index in range(count):
         scene = grammar.sample(seed, index, clean=True)
         made.append(prompt(scene, f"{index:03d}", seed=random_seed(seed, "picture", index) % 2**32))
+        if index < originals:
+            draw(scene).save(pictures / f"{made[-1].id}.png")
     PromptSet(path.stem, tuple(made)).write(path)
 
 
