@@ -34,7 +34,7 @@ def main() -> None:
         for number in range(points):  # one of each in turn, so that both meet the same weather
             point, file = {"a": number / points}, Path(folder) / "point.safetensors"
             start = time.perf_counter()
-            sdxl.assign(networks, merge.at(point))
+            networks.assign(merge.at(point))
             middle = time.perf_counter()
             sdxl.write_checkpoint(file, merge.at(point), {})
             sdxl.load(file, config)

@@ -3,6 +3,7 @@
 Examples:
     python pipelines/merge.py recipe=recipe.yaml                          a file anywhere; its paths are relative to it
     python pipelines/merge.py recipe=recipe.yaml coefficients.a=0.9 out=gamma.safetensors
+    python pipelines/merge.py recipe=RELEASE/recipe.yaml models=DIR       its inputs are found by sha256
     python pipelines/merge.py merge=gamma_rev1 models.base7=FILE out=gamma.safetensors
     python pipelines/merge.py recipe=recipe.yaml dry_run=true             plan, costs and audit, from headers only
 """
@@ -16,7 +17,7 @@ def main(settings: MergePipelineSettings, invocation: Invocation) -> None:
     from ambergrade.chain.merging import written_recipe
     from ambergrade.door.files import run_recipe
 
-    given = settings.out, settings.dry_run, settings.compute.threads, settings.compute.device, settings.inputs
+    given = settings.out, settings.dry_run, settings.compute.threads, settings.compute.device, settings.models_path
     run_recipe(written_recipe(settings), *given, overwrite=settings.overwrite)
 
 

@@ -48,7 +48,7 @@ def main() -> None:
     sampler = SamplerSettings("euler", asked.steps, 7.0, asked.side, asked.side, asked.batch)
     networks = tiny() if asked.tiny else full_size()
 
-    stock = sdxl.pipeline(networks, EulerDiscreteScheduler.from_config(networks.scheduler_config))
+    stock = networks.pipeline(EulerDiscreteScheduler.from_config(networks.scheduler_config))
     stock.set_progress_bar_config(disable=True)
 
     def draw_stock() -> None:
@@ -61,7 +61,7 @@ def main() -> None:
     accelerate(networks, backend="eager" if asked.tiny else "inductor")
     ours_s = seconds(lambda: list(pictures(networks, prompts, sampler, progress=None)))
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    sdxl.assign(networks, {key: value * 0.999 for key, value in sdxl.tensors(networks).items() if value.ndim})
+    networks.assign({key: value * 0.999 for key, value in networks.tensors().items() if value.ndim})
     seconds(lambda: list(pictures(networks, prompts, sampler, progress=None)), warm=False)
     again = torch._dynamo.utils.counters["stats"]["unique_graphs"] - compiled
     score = tiny_battery() if asked.tiny else battery()

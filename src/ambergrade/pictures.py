@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+import numpy.typing as npt
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from ambergrade.errors import BadInput
@@ -62,6 +63,11 @@ def open_picture(path: Path) -> Image.Image:
         raise BadInput(f"No picture at {path}.") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise BadInput(f"{path} cannot be read as a picture: {error}.") from error
+
+
+def read_rgb(path: Path) -> npt.NDArray[np.uint8]:
+    """Return `open_picture` as (H, W, 3) uint8."""
+    return np.asarray(open_picture(path))
 
 
 def decode_bytes(data: bytes, name: str) -> Image.Image:

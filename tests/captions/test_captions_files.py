@@ -1,6 +1,7 @@
 """Pictures are found where danbooru's data sets keep them: loose, in numbered folders, in tars."""
 
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -168,6 +169,10 @@ def test_the_fingerprint_changes_with_the_pictures(folder: Path, tmp_path: Path)
     (folder / "1.png").write_bytes(png(2, tmp_path))  # written anew in place, as large as before
     assert (folder / "1.png").stat().st_size == edited.st_size
     told.append(now())
+    os.utime(folder / "1.png")  # touched: the same bytes
+    shutil.copy(folder / "1.png", folder / "copy.png")
+    (folder / "copy.png").rename(folder / "1.png")
+    assert now() == told[-1]
     (folder / "loose.png").unlink()
     told.append(now())
     write_tar(folder / "updates" / "data-0123.tar", {"2123.png": png(4, tmp_path)}, tmp_path)

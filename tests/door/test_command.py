@@ -40,6 +40,23 @@ def test_an_unknown_command_comes_back_with_the_nearest(capsys: pytest.CaptureFi
     assert "Did you mean 'gamma'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("line", [["merge", "--nonsense"], ["digest"], ["ui", "--nonsense"], ["init"]])
+def test_a_wrong_option_is_a_user_s_mistake(line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(line) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("usage: ambergrade")
+    assert len(told.splitlines()) <= 10
+
+
+def test_the_ui_calls_itself_by_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command.main(["ui", "--help"])
+    assert not ended.value.code
+    told = capsys.readouterr().out
+    assert told.startswith("usage: ambergrade ui")
+    assert "python -m" not in told
+
+
 def test_the_command_is_the_pipeline(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(HOUSE / "src")}
     for line in (["train", "trainer.clip=x"], ["train", "--help"], ["gamma", "search.objektive=fid"]):

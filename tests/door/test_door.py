@@ -20,6 +20,7 @@ PIPELINE = '''\
 Examples:
     python toast.py bread=rye minutes=3
 """
+import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -62,6 +63,9 @@ def run(settings: Toast, invocation: Invocation):
         raise ZeroDivisionError("our bug")
     if settings.minutes == 14:
         settings.no_such_key
+    if settings.minutes == 15:
+        logging.getLogger("oven").warning("a crumb is %s", "burnt")
+        logging.getLogger("fridge").warning("a crumb is burnt")
     shown = settings.bread.name, settings.minutes, settings.heat.watts
     print("toasted", *shown, "torch" in sys.modules, *settings.toppings.items(), settings.butter_path or "")
     return settings.minutes
@@ -190,6 +194,24 @@ def test_open_keys_are_added_and_a_key_like_a_group_is_resolved_by_its_path(kitc
     (kitchen / "conf" / "butter" / "salted.yaml").write_text("salt: 1\n")
     done = toast(kitchen, "toppings.ham=2", "butter=some/file.txt")
     assert done.stdout == "toasted white 2 800.0 False ('cheese', 1) ('ham', 2) some/file.txt\n", done.stderr
+
+
+def test_a_path_may_bear_a_group_s_name_beside_the_group(kitchen: Path) -> None:
+    (kitchen / "conf" / "toast.yaml").write_text(ROOT.replace("butter_path: null", "spread_path: null"))
+    program = (kitchen / "toast.py").read_text()
+    (kitchen / "toast.py").write_text(program.replace("butter_path", "spread_path"))
+    (kitchen / "cwd").mkdir()
+    (kitchen / "cwd" / "larder").mkdir()
+    (kitchen / "conf" / "spread" / "jam.yaml").write_text("sweet: 1\n")
+    for given, shown in (("spread=larder", "larder"), ("spread=./jam", "./jam"), ("spread=jam", "")):
+        done = toast(kitchen, given)
+        assert done.stdout == f"toasted white 2 800.0 False ('cheese', 1) {shown}\n", done.stderr
+
+
+def test_a_warning_is_told_once_and_as_it_is(kitchen: Path) -> None:
+    done = toast(kitchen, "minutes=15")
+    assert (done.stdout + done.stderr).count("a crumb is burnt") == 1
+    assert "[HYDRA]" not in done.stdout + done.stderr
 
 
 def test_a_reader_that_leaves_is_no_error(kitchen: Path) -> None:

@@ -33,7 +33,7 @@ def networks(tiny_config: Path) -> sdxl.Networks:
 @pytest.fixture(scope="module")
 def weights(networks: sdxl.Networks) -> dict[str, torch.Tensor]:
     """Of two precisions, so that the conversion cannot rely on one."""
-    found = {key: value.clone() for key, value in sdxl.tensors(networks).items()}
+    found = {key: value.clone() for key, value in networks.tensors().items()}
     return {key: value.half() if key.startswith("first_stage_model.") else value for key, value in found.items()}
 
 
@@ -74,7 +74,7 @@ def test_stock_diffusers_reads_our_folder_and_draws_our_picture(folder, networks
         # Mapped weights lie at odd addresses, where a matrix product may round otherwise.
         module.load_state_dict({key: value.clone() for key, value in module.state_dict().items()}, assign=True)
     stock.register_to_config(force_zeros_for_empty_prompt=False)
-    ours = sdxl.pipeline(networks, EulerDiscreteScheduler.from_config(networks.scheduler_config))
+    ours = networks.pipeline(EulerDiscreteScheduler.from_config(networks.scheduler_config))
     pictures = []
     for pipe in (ours, stock):
         pipe.set_progress_bar_config(disable=True)
@@ -85,7 +85,7 @@ def test_stock_diffusers_reads_our_folder_and_draws_our_picture(folder, networks
 
 def test_our_loader_reads_either_layout(single, folder, tiny_config):
     one, other = sdxl.load(single, tiny_config), sdxl.load(folder, tiny_config)
-    assert_same(sdxl.tensors(one), sdxl.tensors(other))
+    assert_same(one.tensors(), other.tensors())
 
 
 def test_moving_averages_are_left_out_or_used(weights, tiny_config, tmp_path):

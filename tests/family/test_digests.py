@@ -97,7 +97,7 @@ def test_one_reading_gives_both_digests(
 def test_a_folders_weights_digest_is_that_of_its_single_file(tiny_config: Path, tmp_path: Path) -> None:
     """Stacked and transposed tensors among them; the files' own digest is another."""
     networks = sdxl.from_config(tiny_config, seed=3)
-    sdxl.write_checkpoint(tmp_path / "single.safetensors", sdxl.tensors(networks), {})
+    sdxl.write_checkpoint(tmp_path / "single.safetensors", networks.tensors(), {})
     to_folder(tmp_path / "single.safetensors", tmp_path / "folder", tiny_config)
     known = Digests()
     single, folder = (model_digests(tmp_path / name, known) for name in ("single.safetensors", "folder"))

@@ -8,8 +8,11 @@ import torch
 from ambergrade.errors import BadInput, BadSetting, UnknownName
 from ambergrade.family import sd15, sdxl
 from ambergrade.family.convert import open_checkpoint
+from ambergrade.family.files import write_tensors
 from ambergrade.family.load import families, family
 from ambergrade.store import BUILTIN
+
+ROOT = BUILTIN.parents[1]
 
 
 def test_every_family_answers_to_its_name():
@@ -32,19 +35,32 @@ def test_blocks_and_parts_are_those_of_the_original_code():
 def test_networks_are_loaded_by_the_family(tiny_config, tmp_path):
     tiny = family("sdxl_tiny")
     networks = tiny.networks.from_config(tiny_config, seed=5)
-    weights = tiny.networks.tensors(networks)
-    digest = tiny.write_checkpoint(tmp_path / "x.safetensors", weights, {})
-    loaded = tiny.load(tmp_path / "x.safetensors", tiny_config)
+    weights = networks.tensors()
+    digest = write_tensors(tmp_path / "x.safetensors", weights, {})
+    loaded = tiny.networks.load(tmp_path / "x.safetensors", tiny_config)
     assert torch.equal(loaded.unet.conv_in.weight, networks.unet.conv_in.weight)
     assert tiny.weights_digest(tmp_path / "x.safetensors") == digest
     assert tiny.read_checkpoint(tmp_path / "x.safetensors").keys() == weights.keys()
-    for function in ("assign", "pipeline", "tokenize", "encode_text"):
-        assert callable(getattr(tiny.networks, function))
+
+
+def test_what_is_trained_and_drawn_with_is_asked_of_the_networks_alone():
+    """Another family is one file and one yaml: no room names SDXL's module."""
+    rooms = [ROOT / room for room in ("train", "generate", "merge", "score", "captions", "search", "track")]
+    told = [
+        file
+        for room in rooms
+        for file in room.rglob("*.py")
+        if "family.sdxl" in (text := file.read_text())
+        or "import sdxl" in text
+        or ("text_encoder_2" in text and room.name in ("train", "generate"))
+    ]
+    assert told == []
+    assert family("sdxl").trained == ("unet", "text_encoder", "text_encoder_2")
 
 
 def test_what_a_family_cannot_do_is_refused_by_name(tiny_config, tmp_path):
     with pytest.raises(BadSetting, match=r"family sd15 cannot be loaded.*\n.*family=sdxl, sdxl_tiny"):
-        family("sd15").load(tmp_path / "x.safetensors", tiny_config)
+        family("sd15").networks.load(tmp_path / "x.safetensors", tiny_config)
 
 
 def test_a_file_of_another_family_is_told_by_its_keys():

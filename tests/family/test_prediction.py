@@ -47,14 +47,17 @@ def test_marks_that_a_single_file_lacks():
 def test_a_headers_word_reaches_the_networks(tiny_config, tmp_path):
     """Such a file said epsilon to the loader and drew noise."""
     tiny = family("sdxl_tiny")
-    weights = tiny.networks.tensors(tiny.networks.from_config(tiny_config, seed=1))
+    weights = tiny.networks.from_config(tiny_config, seed=1).tensors()
     write_tensors(tmp_path / "v.safetensors", weights, {SPEC: "v"})
     assert tiny.read_checkpoint(tmp_path / "v.safetensors").keys() - weights.keys() == {"v_pred"}
     assert weights_sha256(tmp_path / "v.safetensors") == tiny.weights_digest(tmp_path / "v.safetensors")
-    assert tiny.load(tmp_path / "v.safetensors", tiny_config).scheduler_config["prediction_type"] == "v_prediction"
+    assert (
+        tiny.networks.load(tmp_path / "v.safetensors", tiny_config).scheduler_config["prediction_type"]
+        == "v_prediction"
+    )
     write_tensors(tmp_path / "flow.safetensors", weights, {SPEC: "flow"})
     with pytest.raises(BadInput, match=r"flow\.safetensors predicts 'flow'"):
-        tiny.load(tmp_path / "flow.safetensors", tiny_config)
+        tiny.networks.load(tmp_path / "flow.safetensors", tiny_config)
 
 
 def test_a_scheduler_that_is_no_json_is_told(tmp_path):

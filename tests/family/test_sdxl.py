@@ -20,7 +20,7 @@ def networks(tiny_config: Path) -> sdxl.Networks:
 @pytest.fixture(scope="module")
 def single_file(networks: sdxl.Networks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("files") / "model.safetensors"
-    sdxl.write_checkpoint(path, sdxl.tensors(networks), {"made": "by a test"})
+    sdxl.write_checkpoint(path, networks.tensors(), {"made": "by a test"})
     return path
 
 
@@ -44,7 +44,7 @@ def test_stock_diffusers_reads_our_single_file(networks, stock, component):
 
 
 def test_key_counts_are_those_of_sdxl(networks):
-    keys = list(sdxl.tensors(networks))
+    keys = list(networks.tensors())
     count = {prefix: sum(key.startswith(prefix) for key in keys) for prefix in ("model.", "first_stage_model.")}
     assert count == {"model.": 1680, "first_stage_model.": 248}
     # 16 tensors a layer and 4 more, 12 a layer and 5 more; position_ids and logit_scale: SDXL's file has 2515 so.
@@ -68,12 +68,12 @@ def test_key_counts_are_those_of_sdxl(networks):
     ],
 )
 def test_names_and_shapes_of_the_original_layout(networks, key, shape):
-    assert tuple(sdxl.tensors(networks)[key].shape) == shape
+    assert tuple(networks.tensors()[key].shape) == shape
 
 
 def test_load_restores_every_tensor_of_a_single_file(networks, single_file, tiny_config):
     loaded = sdxl.load(single_file, tiny_config)
-    assert sdxl.weights_digest(sdxl.tensors(loaded)) == sdxl.weights_digest(sdxl.tensors(networks))
+    assert sdxl.weights_digest(loaded.tensors()) == sdxl.weights_digest(networks.tensors())
 
 
 def test_load_reads_what_stock_diffusers_saved_as_a_folder(networks, stock, tiny_config, tmp_path):
@@ -84,7 +84,7 @@ def test_load_reads_what_stock_diffusers_saved_as_a_folder(networks, stock, tiny
 
 
 def test_load_converts_half_precision_files(networks, tiny_config, tmp_path):
-    half = {key: value.half() if value.is_floating_point() else value for key, value in sdxl.tensors(networks).items()}
+    half = {key: value.half() if value.is_floating_point() else value for key, value in networks.tensors().items()}
     sdxl.write_checkpoint(tmp_path / "half.safetensors", half, {})
     loaded = sdxl.load(tmp_path / "half.safetensors", tiny_config)
     assert loaded.unet.dtype == torch.float32
@@ -101,7 +101,7 @@ def test_random_weights_depend_on_the_seed_alone(networks, tiny_config):
 def test_encode_text_equals_the_stock_pipeline(networks, stock):
     texts = ["1girl, red hair, horns", ""]
     with torch.no_grad():
-        states, pooled = sdxl.encode_text(networks, texts)
+        states, pooled = networks.encode_text(texts)
         expected, _, expected_pooled, _ = stock.encode_prompt(texts, do_classifier_free_guidance=False)
     assert states.shape == (2, 77, 40)
     assert pooled.shape == (2, 12)
@@ -112,7 +112,7 @@ def test_encode_text_equals_the_stock_pipeline(networks, stock):
 
 def test_pipeline_draws_the_same_picture_as_stock(networks, stock, tiny_config):
     scheduler = EulerDiscreteScheduler.from_config(networks.scheduler_config)
-    ours = sdxl.pipeline(networks, scheduler)
+    ours = networks.pipeline(scheduler)
     pictures = []
     for pipe in (ours, stock):
         pipe.set_progress_bar_config(disable=True)
@@ -125,23 +125,23 @@ def test_pipeline_draws_the_same_picture_as_stock(networks, stock, tiny_config):
 def test_assign_changes_the_live_modules_in_place(tiny_config):
     target, source = sdxl.from_config(tiny_config, seed=1), sdxl.from_config(tiny_config, seed=2)
     weight = target.unet.conv_in.weight
-    sdxl.assign(target, sdxl.tensors(source))
+    target.assign(source.tensors())
     assert target.unet.conv_in.weight is weight
-    assert sdxl.weights_digest(sdxl.tensors(target)) == sdxl.weights_digest(sdxl.tensors(source))
+    assert sdxl.weights_digest(target.tensors()) == sdxl.weights_digest(source.tensors())
 
 
 def test_assign_names_every_fault_and_changes_nothing(networks):
-    before = sdxl.weights_digest(sdxl.tensors(networks))
-    wrong = {key: value + 1 for key, value in sdxl.tensors(networks).items()}
+    before = sdxl.weights_digest(networks.tensors())
+    wrong = {key: value + 1 for key, value in networks.tensors().items()}
     wrong["model.diffusion_model.extra"] = wrong.pop("model.diffusion_model.out.2.bias")
     wrong["model.diffusion_model.out.0.bias"] = torch.zeros(3)
     with pytest.raises(BadInput) as caught:
-        sdxl.assign(networks, wrong)
+        networks.assign(wrong)
     message = str(caught.value)
     assert "missing: model.diffusion_model.out.2.bias" in message
     assert "unexpected: model.diffusion_model.extra" in message
     assert "out.0.bias gives (3,), the unet has (8,)" in message
-    assert sdxl.weights_digest(sdxl.tensors(networks)) == before
+    assert sdxl.weights_digest(networks.tensors()) == before
 
 
 def test_a_pickle_is_refused_with_the_command_that_converts_it(tmp_path):

@@ -40,7 +40,7 @@ def test_compiled_blocks_draw_the_same_and_survive_a_swap_without_compiling_agai
     assert abs(drawn(networks) - plain).max() <= 1
     before = counters["stats"]["unique_graphs"]
     assert before > 0
-    sdxl.assign(networks, sdxl.read_checkpoint(find_file("builtin://anxl2.safetensors")))
+    networks.assign(sdxl.read_checkpoint(find_file("builtin://anxl2.safetensors")))
     swapped = drawn(networks)
     few = PromptSet("t", PROMPTS.prompts[:1])  # a last batch of one is filled up, not compiled anew
     alone = next(pictures(networks, few, SETTINGS, progress=None)).pixels.astype(int)

@@ -34,7 +34,7 @@ def drawn(
 
 
 def stock(networks: Networks, negative: str = "", **changes: object) -> npt.NDArray[np.int64]:
-    pipeline = sdxl.pipeline(networks, scheduler("euler", networks.scheduler_config))
+    pipeline = networks.pipeline(scheduler("euler", networks.scheduler_config))
     pipeline.set_progress_bar_config(disable=True)
     settings = {"num_inference_steps": 3, "guidance_scale": 4.0, "width": 64, "height": 48, **changes}
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
@@ -152,7 +152,7 @@ def test_bad_settings_and_broken_weights_are_refused(networks: Networks) -> None
 def test_remembered_text_spares_calls_and_changes_no_bit(networks: Networks) -> None:
     projection = next(module for name, module in networks.unet.named_modules() if name.endswith("attn2.to_k"))
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    texts = [sdxl.encode_text(networks, [text] * 2) for text in ("hair", "zebra")]
+    texts = [networks.encode_text([text] * 2) for text in ("hair", "zebra")]
 
     def denoised(text: tuple[Tensor, Tensor]) -> Tensor:
         condition = {"text_embeds": text[1], "time_ids": torch.full((2, 6), 64.0)}

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from ambergrade.errors import BadInput
-from ambergrade.family import sdxl
 from ambergrade.family.sdxl import Networks
 from ambergrade.generate.stream import pictures
 from ambergrade.generate.texts import TextEncoder
@@ -99,7 +98,7 @@ def test_break_begins_a_new_window(networks: Networks) -> None:
 
 
 def test_a_plain_prompt_is_the_pipelines_own(networks: Networks) -> None:
-    states, pooled = sdxl.encode_text(networks, ["hair, zebra", ""])
+    states, pooled = networks.encode_text(["hair, zebra", ""])
     found = TextEncoder(networks)(["hair, zebra", ""])
     for k in (0, 1):
         torch.testing.assert_close(found[k][0], states[k])
@@ -128,7 +127,7 @@ def test_long_prompts_are_windows_of_75_side_by_side(networks: Networks) -> None
     assert states.shape[0] == 75 * windows + 2
     assert encoder.windows((states, pooled)) == windows
     first = networks.tokenizer.decode(tokens[:75])
-    expected_states, expected_pooled = sdxl.encode_text(networks, [first])
+    expected_states, expected_pooled = networks.encode_text([first])
     torch.testing.assert_close(states[:76], expected_states[0, :76], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(pooled, expected_pooled[0], rtol=1e-4, atol=1e-5)
 

@@ -101,7 +101,7 @@ def test_a_merged_file_draws_the_same_picture_in_stock_diffusers_and_here(
         str(out), config=str(config), local_files_only=True, torch_dtype=torch.float32, add_watermarker=False
     )
     networks = sdxl.load(out, config)
-    ours = sdxl.pipeline(networks, EulerDiscreteScheduler.from_config(networks.scheduler_config))
+    ours = networks.pipeline(EulerDiscreteScheduler.from_config(networks.scheduler_config))
     theirs.scheduler = EulerDiscreteScheduler.from_config(networks.scheduler_config)
     pictures = []
     for pipe in (theirs, ours):

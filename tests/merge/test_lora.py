@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ambergrade.errors import BadInput
+from ambergrade.errors import BadInput, MissingObject
 from ambergrade.family import sd15, sdxl
 from ambergrade.merge.engine import merge
+from ambergrade.merge.files import verify
 from ambergrade.merge.formula import Formula
 from ambergrade.merge.job import open_job
-from ambergrade.merge.lora import alphas, check_shapes, difference, read_lora, targets
+from ambergrade.merge.lora import alphas, check_shapes, difference, lora_weights, read_lora, targets
 from ambergrade.merge.method import Context, Method
 from ambergrade.merge.resident import ResidentMerge
-from ambergrade.store import BUILTIN
+from ambergrade.store import BUILTIN, Digests
 
 lycoris = pytest.importorskip("lycoris.modules", reason="the extra 'lora' is not installed")
 
@@ -474,6 +476,29 @@ def test_a_lora_inside_a_method(files: Path, tmp_path: Path, formula: str) -> No
     live = {**{alias: load_file(paths[alias]) for alias in parsed.models}, "l": read_lora(paths["l"])}
     inside = ResidentMerge(parsed, live, dtype="fp32").at({})
     assert all(torch.equal(inside[name], found[name]) for name in expected)
+
+
+def test_the_strength_beside_a_lora_is_part_of_what_it_is(files: Path, tmp_path: Path) -> None:
+    """peft keeps alpha in adapter_config.json: with another one the same tensors are another input."""
+    paths = {"x": tmp_path / "x.safetensors", "l": tmp_path / "adapter"}
+    shutil.copy(files / "x.safetensors", paths["x"])
+    shutil.copytree(files / "adapter", paths["l"])
+    parsed, out = Formula.parse("x + lora(l)", paths), tmp_path / "made" / "out.safetensors"
+    out.parent.mkdir()
+
+    def made() -> tuple[str, str]:
+        recipe = merge(open_job(parsed, paths), out, threads=1).recipe
+        return recipe.inputs["l"], recipe.files["l"]
+
+    first = made()
+    assert first[0] == lora_weights(paths["l"], Digests())
+    assert verify(out, tmp_path, cache=tmp_path / "cache.json").same
+    (paths["l"] / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 2}))
+    with pytest.raises(MissingObject, match="l: sha256"):
+        verify(out, tmp_path, cache=tmp_path / "cache.json")
+    second = made()
+    assert first[0] != second[0]
+    assert first[1] != second[1]
 
 
 def test_modules_that_do_not_fit_are_left_out_where_asked(files: Path, tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_live_merge_is_the_written_file_and_rebuilds_from_its_header(config: Path, tmp_path: Path) -> None:
-    base = {name: tensor.clone() for name, tensor in sdxl.tensors(sdxl.from_config(config, 1)).items()}
+    base = {name: tensor.clone() for name, tensor in sdxl.from_config(config, 1).tensors().items()}
     inputs: dict[str, dict[str, Tensor]] = {}
     for number, alias in enumerate(MODELS):
         random = torch.Generator().manual_seed(number)
@@ -158,7 +158,7 @@ def test_the_live_merge_is_the_written_file_and_rebuilds_from_its_header(config:
     recipe = Recipe(GAMMA, {"a": 0.8, "b": 0.5}, {alias: sdxl.weights_digest(inputs[alias]) for alias in MODELS})
     point = ResidentMerge(GAMMA, inputs).at(recipe.coefficients)
     live = sdxl.from_config(config, 2)
-    sdxl.assign(live, point)
+    live.assign(point)
     path = tmp_path / "gamma.safetensors"
     written = sdxl.write_checkpoint(path, point, metadata(recipe, architecture="sdxl_tiny"))
     loaded = sdxl.load(path, config)

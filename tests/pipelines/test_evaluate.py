@@ -164,7 +164,10 @@ def test_folders_that_do_not_fit_their_prompts_are_told_by_name(drawn: Path, tmp
     odd = tmp_path / "odd"
     odd.mkdir()
     shutil.copy(drawn / "000.png", odd / "000.png")
-    assert "1 of 1 pictures lack a .txt: ['000.png']" in evaluate(tmp_path, f"pictures={odd}", fails=True)
+    lacks = "1 of 1 pictures lack a .txt with words in it: ['000.png']"
+    assert lacks in evaluate(tmp_path, f"pictures={odd}", fails=True)
+    (odd / "000.txt").write_text(" \n")  # an empty caption is none
+    assert lacks in evaluate(tmp_path, f"pictures={odd}", fails=True)
     (odd / "000.txt").write_text("1girl, (long hair:1.2), masterpiece")
     assert "tag_prob" in evaluate(tmp_path, f"pictures={odd}")
     shutil.copy(drawn / "000.png", odd / "stray.png")

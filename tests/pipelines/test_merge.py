@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -62,6 +63,18 @@ def merged(base7: Path, cache: Path) -> Path:
     assert "a = 0.9, b = 0.5" in told
     assert f"{out.stat().st_size:,} bytes" in told
     return out
+
+
+def test_a_recipe_s_inputs_are_found_in_a_folder_by_their_digests(tmp_path: Path, cache: Path) -> None:
+    file = tmp_path / "folder" / "under another name.safetensors"
+    file.parent.mkdir()
+    file.write_bytes((BUILTIN / "beta7.safetensors").read_bytes())
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"formula: beta7\nmodels:\n  beta7: {{file: {sha256}}}\n")
+    out = tmp_path / "out.safetensors"
+    run("merge", f"recipe={recipe}", f"models={file.parent}", f"out={out}", cache=cache)
+    assert load_file(out).keys() == load_file(file).keys()
 
 
 def test_the_group_is_merged_with_the_given_coefficient(merged: Path, base7: Path) -> None:

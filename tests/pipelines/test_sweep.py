@@ -210,7 +210,9 @@ def test_points_drawn_while_mlflow_was_down_are_journaled_by_the_same_command_la
     two = ["merge=unet_only", "coefficients.a=0.3,0.6", "prompts.sweep_count=2"]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    assert "not journaled" in sweep(*two, root=tmp_path)
+    told = sweep(*two, root=tmp_path)
+    assert "not journaled" in told
+    assert "/#/experiments" not in told  # no link to where nothing is
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert "2 of 2 points finished before" in sweep(*two, root=tmp_path)
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlruns' / 'mlflow.db'}")
@@ -232,15 +234,26 @@ def test_points_drawn_while_mlflow_was_down_are_journaled_by_the_same_command_la
         (["merge=plain", "coefficients.a=0.3,inf"], "coefficients.a: a finite number is needed"),
         (["merge=plain", "sampler=glob(eulr*)"], "matches nothing"),
         (["merge=plain,plane", "coefficients.a=0.3"], "'plane' is not known"),
+        (["merge=unet_only", "coefficients.a=0.3,0.6", "models.anxl3=/nowhere.safetensors"], "No file or folder at"),
+        (["merge=unet_only", "coefficients.a=0.3,0.6", "family=sd15"], "networks of family sd15 cannot be loaded"),
     ],
 )
 def test_what_would_fail_every_point_is_told_once_and_before_the_first(
     sweep: Sweep, tmp_path: Path, overrides: list[str], told: str
 ) -> None:
-    found = sweep(*overrides, root=tmp_path, fails=True)
+    found = sweep(*overrides, root=tmp_path, fails=True, draw=True)
     assert found.count(told) == 1, found
     assert "points failed" not in found
-    assert not (tmp_path / "mlruns" / "records").exists()
+    assert not (tmp_path / "mlruns").exists()  # nor is a world drawn for it
+
+
+def test_a_preview_draws_nothing(sweep: Sweep, tmp_path: Path) -> None:
+    two = ["merge=unet_only", "coefficients.a=0.3,0.6", "data.draw.prompts=7"]
+    found = sweep(*two, "dry=true", root=tmp_path, draw=True)
+    assert found.count("miss   7 pictures") == 2
+    assert "14 pictures, unknown time" in found
+    assert "not drawn yet" in sweep(*two, "why='a 0.3'", root=tmp_path, draw=True)
+    assert not (tmp_path / "mlruns").exists()
 
 
 def test_models_of_ones_own_can_be_named(sweep: Sweep, place: Path, tmp_path: Path) -> None:

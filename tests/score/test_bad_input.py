@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from ambergrade.errors import BadInput
 from ambergrade.nouns import Picture, Prompt, PromptSet
+from ambergrade.pictures import read_rgb
 from ambergrade.score.adherence import per_tag, rating_confusion
 from ambergrade.score.comparison import aggregates, differences, remarks, winners
 from ambergrade.score.features import feature_source
 from ambergrade.score.metrics.clip_score import ClipScore
 from ambergrade.score.metrics.tag_adherence import TagAdherence
-from ambergrade.score.reference import read_rgb
 from ambergrade.score.scoring import Metric, load_metric, score
 from ambergrade.score.sheet import ScoreSheet
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from ambergrade.errors import AmbergradeError, BadInput, MissingObject
 from ambergrade.nouns import Picture, PromptSet
+from ambergrade.pictures import read_rgb
 from ambergrade.score import folders as folders_module
 from ambergrade.score.distances import frechet_distance
 from ambergrade.score.features import feature_source
@@ -24,7 +25,7 @@ from ambergrade.score.folders import scorer_path
 from ambergrade.score.inception import FidInception
 from ambergrade.score.metrics.fid import Fid
 from ambergrade.score.metrics.kid import Kid
-from ambergrade.score.reference import Reference, build_reference, listed, read_rgb
+from ambergrade.score.reference import Reference, build_reference, listed
 from ambergrade.score.scoring import score
 from ambergrade.score.sheet import ScoreSheet
 

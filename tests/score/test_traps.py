@@ -12,9 +12,9 @@ from PIL import Image
 
 from ambergrade.errors import BadInput
 from ambergrade.nouns import Prompt, PromptSet
+from ambergrade.pictures import read_rgb
 from ambergrade.score.folders import scoring_mode
 from ambergrade.score.pictures import folder_pictures, folder_prompts
-from ambergrade.score.reference import read_rgb
 
 TESTS = Path(__file__).parents[1]
 TRAPS = {

@@ -17,6 +17,7 @@ from mlflow.store.db.utils import _get_alembic_config, _get_latest_schema_revisi
 from mlflow.store.tracking.dbmodels.initial_models import Base
 
 from ambergrade.errors import BadInput
+from ambergrade.places import CHECKOUT
 from ambergrade.track import database, ui
 from ambergrade.track.database import open_client
 from ambergrade.track.lookup import registered_checkpoint
@@ -81,9 +82,11 @@ def test_links_open_on_the_training_pages(tmp_path, monkeypatch):
         "?workflowType=machine_learning&viewStateShareKey=sweep-1234&compareRunsMode=CHART"
     )
     assert "workflowType=machine_learning" in run_link("7", "abc")
-    monkeypatch.chdir(tmp_path)
-    assert ui_command(tmp_path) == "make ui"
-    assert ui_command(tmp_path / "x") == f"python -m ambergrade.track.ui --root {tmp_path / 'x'}"
+    monkeypatch.chdir(CHECKOUT)
+    assert ui_command(CHECKOUT) == "make ui"
+    assert ui_command(tmp_path) == f"ambergrade ui --root {tmp_path}"
+    monkeypatch.chdir(tmp_path)  # a user's project, which has no Makefile
+    assert ui_command(tmp_path) == f"ambergrade ui --root {tmp_path}"
 
 
 def test_without_a_record_the_ui_says_what_to_do(tmp_path, monkeypatch):

@@ -61,7 +61,7 @@ def latents() -> Latents:
 @pytest.fixture(scope="session")
 def beginning(tiny_config: Path) -> dict[str, torch.Tensor]:
     """Weights every test run begins with."""
-    return {key: value.clone() for key, value in sdxl.tensors(sdxl.from_config(tiny_config, seed=7)).items()}
+    return {key: value.clone() for key, value in sdxl.from_config(tiny_config, seed=7).tensors().items()}
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +72,7 @@ def live_networks(tiny_config: Path) -> sdxl.Networks:
 @pytest.fixture
 def networks(live_networks: sdxl.Networks, beginning: dict[str, torch.Tensor]) -> sdxl.Networks:
     """The same modules for all tests, at their beginning again."""
-    sdxl.assign(live_networks, beginning)
+    live_networks.assign(beginning)
     for module in live_networks.modules().values():
         module.requires_grad_(True)
         module.zero_grad(set_to_none=True)

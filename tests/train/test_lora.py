@@ -49,9 +49,9 @@ def sdxl_config(tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_trained_is_what_a_merge_reads_back(sdxl_config, captions, latents, tmp_path, kind):
     networks = sdxl.from_config(sdxl_config, seed=7)
-    beginning = {key: value.clone() for key, value in sdxl.tensors(networks).items()}
+    beginning = {key: value.clone() for key, value in networks.tensors().items()}
     report = fine_tune(networks, captions, latents, replace(SETTINGS, lora=KINDS[kind]), scratch=tmp_path)
-    trained, file = sdxl.tensors(networks), read_tensors(report.lora)
+    trained, file = networks.tensors(), read_tensors(report.lora)
     with safe_open(report.lora, "np") as opened:
         assert opened.metadata()["ss_network_dim"] == str(KINDS[kind].rank)
     assert trained.keys() == beginning.keys()  # nothing of the adapters is left in the modules
@@ -71,27 +71,26 @@ def test_what_was_trained_is_what_a_merge_reads_back(sdxl_config, captions, late
 def test_a_killed_run_resumes(networks, beginning, tiny_config, captions, latents, tmp_path, kind, kill_at, killed):
     settings = replace(SETTINGS, lora=KINDS[kind], save_every=4)
     fine_tune(networks, captions, latents, settings, scratch=tmp_path / "whole")
-    expected = sdxl.weights_digest(sdxl.tensors(networks))
+    expected = sdxl.weights_digest(networks.tensors())
 
     for on_log in (kill_at(8), None):
         fresh = sdxl.from_config(tiny_config, seed=7)  # as in a new process
-        sdxl.assign(fresh, beginning)
+        fresh.assign(beginning)
         try:
             fine_tune(fresh, captions, latents, settings, scratch=tmp_path, on_log=on_log)
         except killed:
             assert on_log
-    assert sdxl.weights_digest(sdxl.tensors(fresh)) == expected
+    assert sdxl.weights_digest(fresh.tensors()) == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_begins_at_the_base(tiny_config, beginning, kind):
     fresh = sdxl.from_config(tiny_config, seed=7)
-    sdxl.assign(fresh, beginning)
+    fresh.assign(beginning)
     given = {
         "noisy": torch.ones(1, 4, 8, 8),
         "timesteps": torch.tensor([300]),
-        "ids_1": torch.zeros(1, 77, dtype=torch.int64),
-        "ids_2": torch.zeros(1, 77, dtype=torch.int64),
+        "ids": [torch.zeros(1, 77, dtype=torch.int64)] * 2,
         "time_ids": torch.ones(1, 6),
     }
     denoiser = Denoiser(fresh).eval()

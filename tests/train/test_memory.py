@@ -9,7 +9,7 @@ from diffusers.models.attention import BasicTransformerBlock
 
 from ambergrade.errors import BadSetting
 from ambergrade.family import sdxl
-from ambergrade.train.denoiser import TRAINED, Denoiser, choose_precision
+from ambergrade.train.denoiser import Denoiser, choose_precision
 from ambergrade.train.in_backward import StepsInBackward
 from ambergrade.train.plan import memory
 from ambergrade.train.settings import TrainSettings
@@ -31,7 +31,7 @@ SETTINGS = TrainSettings(
 def gradient_of(networks, beginning, captions, latents, tmp_path, **changed):
     """The first step's gradient."""
     found = {}
-    sdxl.assign(networks, beginning)
+    networks.assign(beginning)
     settings = replace(SETTINGS, images=4, **changed)
     keep = lambda gradients: found.update({name: value.clone() for name, value in gradients.items()})  # noqa: E731
     fine_tune(networks, captions, latents, settings, scratch=tmp_path, on_gradient=keep)
@@ -52,7 +52,7 @@ def test_steps_within_the_backward_pass_end_in_the_same_bits(
         report = fine_tune(
             fresh, captions, latents, replace(settings, in_backward=in_backward), scratch=tmp_path / str(in_backward)
         )
-        ends.append((sdxl.weights_digest(sdxl.tensors(fresh)), [row.loss for row in report.rows], report))
+        ends.append((sdxl.weights_digest(fresh.tensors()), [row.loss for row in report.rows], report))
         assert all(p.grad is None for p in fresh.unet.parameters())
     assert ends[0][:2] == ends[1][:2]
     assert ends[0][0] != sdxl.weights_digest(beginning)
@@ -80,14 +80,14 @@ def test_a_killed_run_may_go_on_within_the_backward_pass(
     """The states are the same, so one may change over between a kill and the next start."""
     settings = replace(SETTINGS, save_every=4)
     fine_tune(networks, captions, latents, settings, scratch=tmp_path / "whole")
-    expected = sdxl.weights_digest(sdxl.tensors(networks))
+    expected = sdxl.weights_digest(networks.tensors())
 
-    sdxl.assign(networks, beginning)
+    networks.assign(beginning)
     with pytest.raises(killed):
         fine_tune(networks, captions, latents, settings, scratch=tmp_path, on_log=kill_at(8))
-    sdxl.assign(networks, beginning)
+    networks.assign(beginning)
     fine_tune(networks, captions, latents, replace(settings, in_backward=True), scratch=tmp_path)
-    assert sdxl.weights_digest(sdxl.tensors(networks)) == expected
+    assert sdxl.weights_digest(networks.tensors()) == expected
 
 
 def test_steps_within_the_backward_pass_are_refused_where_they_would_be_wrong():
@@ -147,7 +147,7 @@ def test_channels_innermost_give_the_same_gradient_and_resume(
             fine_tune(
                 fresh, captions, latents, settings, scratch=tmp_path / folder, on_log=on_log, on_gradient=clones(keep)
             )
-            ends.append(sdxl.weights_digest(sdxl.tensors(fresh)))
+            ends.append(sdxl.weights_digest(fresh.tensors()))
         except killed:
             assert on_log
         weight = fresh.unet.mid_block.resnets[0].conv1.weight
@@ -166,7 +166,7 @@ def clones(keep):
 def test_embeddings_may_be_left_as_they_are(networks, beginning, captions, latents, tmp_path):
     fine_tune(networks, captions, latents, replace(SETTINGS, images=4, train_embeddings=False), scratch=tmp_path)
     tables = {key for key in beginning if "_embedding.weight" in key or key.endswith("positional_embedding")}
-    moved = {key for key, value in sdxl.tensors(networks).items() if not torch.equal(value, beginning[key])}
+    moved = {key for key, value in networks.tensors().items() if not torch.equal(value, beginning[key])}
     assert len(tables) == 4  # tokens and positions of both encoders
     assert not moved & tables
     assert any(key.startswith("conditioner.embedders.1.") for key in moved)
@@ -182,7 +182,7 @@ def test_compiled_blocks_give_the_same_gradient(tiny_config, beginning, captions
     scale = max(float(value.abs().max()) for value in plain.values())
     for name, value in plain.items():
         torch.testing.assert_close(fast[name], value, rtol=1e-3, atol=1e-5 * scale)
-    assert sdxl.tensors(compiled).keys() == sdxl.tensors(eager).keys()
+    assert compiled.tensors().keys() == eager.tensors().keys()
 
 
 def test_plain_bf16_is_refused_at_a_rate_it_cannot_express(networks):
@@ -232,7 +232,7 @@ def test_the_average_of_bf16_weights_and_their_moments_are_fp32(tiny_config, cap
 def test_parts_are_loaded_in_their_own_precision(beginning, tiny_config, tmp_path):
     """bf16 weights never lie in memory as fp32, and a VAE may be all that is loaded."""
     sdxl.write_checkpoint(tmp_path / "begin.safetensors", beginning, {})
-    half = dict.fromkeys(TRAINED, torch.bfloat16)
+    half = dict.fromkeys(sdxl.FAMILY.trained, torch.bfloat16)
     networks = sdxl.load(tmp_path / "begin.safetensors", tiny_config, dtype=half)
     assert {name: module.dtype for name, module in networks.modules().items()} == {**half, "vae": torch.float32}
     one = sdxl.load(tmp_path / "begin.safetensors", tiny_config, only=["vae"])

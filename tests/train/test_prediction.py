@@ -29,8 +29,8 @@ def test_a_v_prediction_model_stays_one(tiny_config, captions, latents, tmp_path
     report = fine_tune(networks, captions, latents, settings, scratch=tmp_path, validation=(captions, latents))
     assert report.after.mean > 0
     marks = {"v_pred", "ztsnr"} if terminal else {"v_pred"}
-    assert {key for key, value in sdxl.tensors(networks).items() if not value.numel()} == marks  # as others mark it
-    sdxl.write_checkpoint(tmp_path / "v.safetensors", sdxl.tensors(networks), {})
+    assert {key for key, value in networks.tensors().items() if not value.numel()} == marks  # as others mark it
+    sdxl.write_checkpoint(tmp_path / "v.safetensors", networks.tensors(), {})
 
     again = sdxl.load(tmp_path / "v.safetensors", tiny_config)  # whose own scheduler says epsilon
     assert again.scheduler_config["prediction_type"] == "v_prediction"
@@ -41,7 +41,7 @@ def test_a_v_prediction_model_stays_one(tiny_config, captions, latents, tmp_path
     sampler.set_timesteps(10)
     assert int(sampler.timesteps[0]) == (999 if terminal else 901)  # all noise, or SDXL's own beginning
     live = sdxl.from_config(tiny_config, seed=8)
-    sdxl.assign(live, sdxl.tensors(again))
+    live.assign(again.tensors())
     assert live.scheduler_config == again.scheduler_config
     with pytest.raises(BadSetting, match=r"Take loss@trainer\.loss=v"):
         fine_tune(again, captions, latents, replace(settings, loss={"name": "eps"}), scratch=tmp_path / "unlearn")
@@ -50,7 +50,7 @@ def test_a_v_prediction_model_stays_one(tiny_config, captions, latents, tmp_path
 def test_an_epsilon_model_has_no_mark(networks, captions, latents, tmp_path):
     settings = replace(SETTINGS, loss={"name": "eps"})
     fine_tune(networks, captions, latents, settings, scratch=tmp_path)
-    assert not {"v_pred", "ztsnr"} & sdxl.tensors(networks).keys()
+    assert not {"v_pred", "ztsnr"} & networks.tensors().keys()
 
 
 def test_all_noise_at_the_end_needs_v(tiny_config, captions, latents, tmp_path):

@@ -47,7 +47,7 @@ report = fine_tune(
     scratch=out,
 )
 if int(__import__("os").environ.get("RANK", 0)) == 0:
-    sdxl.write_checkpoint(out / "end.safetensors", sdxl.tensors(networks), {"loss": repr(report.rows[-1].loss)})
+    sdxl.write_checkpoint(out / "end.safetensors", networks.tensors(), {"loss": repr(report.rows[-1].loss)})
 """
 
 

@@ -58,6 +58,7 @@ def job(tiny_config, beginning, captions: CaptionSet, latents, tmp_path) -> Trai
         torch.testing.assert_close(stored.rows(bucket, [1, 0]), latents.rows(bucket, [1, 0]), atol=2e-3, rtol=1e-3)
     return TrainingJob(
         checkpoint=str(tmp_path / "begin.safetensors"),
+        family="sdxl_tiny",
         config=str(tiny_config),
         captions=str(tmp_path / "captions.jsonl"),
         latents=str(tmp_path / "latents"),

@@ -79,7 +79,7 @@ def test_all_faults_are_told_at_once():
         TrainSettings.read({**GOOD, "images": 65, "lr": {"unet": 1e-4}, "caption_dropout": 1.5})
     message = str(caught.value)
     assert "the nearest is 64" in message
-    assert "lr needs unet, te1, te2" in message
+    assert "lr needs a rate above 0" in message
     assert "caption_dropout" in message
 
 

@@ -88,7 +88,7 @@ def test_windows_lie_side_by_side_and_the_first_is_pooled(padded, tokens):
     """Against the stock encoders run on each window."""
     ids_1, ids_2 = tokenize_captions(padded, [["hair"] * 40, ["horns"]], tokens)
     with torch.no_grad():
-        states, pooled = encode(padded.text_encoder, padded.text_encoder_2, ids_1, ids_2)
+        states, pooled = encode(padded, (ids_1, ids_2))
         for number in range(2):
             first = padded.text_encoder(ids_1[number], output_hidden_states=True).hidden_states[-2]
             second = padded.text_encoder_2(ids_2[number], output_hidden_states=True)
@@ -125,9 +125,9 @@ def test_a_dropped_caption_is_what_guidance_is_contrasted_with(networks, caption
     alphas = alpha_bars(networks.scheduler_config)
     settings = replace(SETTINGS, caption_dropout=0.999999)
     micro = draw_micro_batch(networks, captions.pictures[:1], latents.rows((64, 64), [0]), [0], alphas, settings)
-    pipe = sdxl.pipeline(networks, DDPMScheduler.from_config(networks.scheduler_config))
+    pipe = networks.pipeline(DDPMScheduler.from_config(networks.scheduler_config))
     with torch.no_grad():
-        states, pooled = encode(networks.text_encoder, networks.text_encoder_2, micro.ids_1, micro.ids_2)
+        states, pooled = encode(networks, micro.ids)
         for negative in (None, ""):
             _, uncond, _, uncond_pooled = pipe.encode_prompt("1girl", negative_prompt=negative)
             torch.testing.assert_close(states, uncond)
@@ -140,22 +140,21 @@ def test_a_long_caption_is_read_alike_in_training_and_in_sampling(padded):
     encoder = TextEncoder(padded)
     with torch.no_grad():
         ids = tokenize_captions(padded, [tags], 225)
-        states, pooled = encode(padded.text_encoder, padded.text_encoder_2, *ids)
+        states, pooled = encode(padded, ids)
         ((drawn, drawn_pooled),) = encoder([", ".join(tags)])
     torch.testing.assert_close(drawn, states[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(drawn_pooled, pooled[0], rtol=1e-4, atol=1e-5)
 
 
 def test_the_layer_that_nobody_reads_is_not_computed_and_changes_nothing(padded):
-    modules = (padded.text_encoder, padded.text_encoder_2)
     ids = tokenize_captions(padded, [["hair", "horns"], ["tail"]], 75)
-    whole = encode(*modules, *ids)
+    whole = encode(padded, ids)
     last, calls = padded.text_encoder.encoder.layers[-1], []
     hook = last.self_attn.register_forward_hook(lambda *_: calls.append(1))
-    with unread_layer_left_out(padded.text_encoder):
-        for found, value in zip(encode(*modules, *ids), whole, strict=True):
+    with unread_layer_left_out(padded):
+        for found, value in zip(encode(padded, ids), whole, strict=True):
             assert torch.equal(found, value)
         assert not calls
-    encode(*modules, *ids)
+    encode(padded, ids)
     hook.remove()
     assert len(calls) == 1

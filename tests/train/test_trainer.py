@@ -31,7 +31,7 @@ SETTINGS = TrainSettings(
 
 
 def weights(networks: sdxl.Networks) -> dict[str, torch.Tensor]:
-    return {key: value.clone() for key, value in sdxl.tensors(networks).items()}
+    return {key: value.clone() for key, value in networks.tensors().items()}
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
@@ -41,18 +41,18 @@ def test_a_killed_run_resumes_and_ends_in_the_same_bits(
     settings = replace(SETTINGS, save_every=8, log_every=8, ema=ema)
     validation = (captions, latents)
     whole = fine_tune(networks, captions, latents, settings, scratch=tmp_path / "whole", validation=validation)
-    expected = sdxl.weights_digest(sdxl.tensors(networks))
+    expected = sdxl.weights_digest(networks.tensors())
 
-    sdxl.assign(networks, beginning)
+    networks.assign(beginning)
     with pytest.raises(killed):
         fine_tune(networks, captions, latents, settings, scratch=tmp_path, on_log=kill_at(16), validation=validation)
-    sdxl.assign(networks, beginning)  # a new process would load them afresh
+    networks.assign(beginning)  # a new process would load them afresh
     heard = []
     again = fine_tune(
         networks, captions, latents, settings, scratch=tmp_path, on_log=heard.append, validation=validation
     )
     assert [row.seen for row in heard] == [16, 24]  # it went on from 8
-    assert sdxl.weights_digest(sdxl.tensors(networks)) == expected
+    assert sdxl.weights_digest(networks.tensors()) == expected
     assert again == whole
 
 
@@ -93,7 +93,7 @@ def test_a_weight_of_a_tag_that_no_caption_has_is_refused(networks, captions, la
 def test_micro_batches_give_the_gradient_of_the_whole_batch(networks, beginning, captions, latents, tmp_path):
     found = []
     for micro in (4, 2, 1):
-        sdxl.assign(networks, beginning)
+        networks.assign(beginning)
         settings = replace(SETTINGS, images=4, micro=micro, clip=0.0, schedule={"name": "constant"})
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: found.append(trained_gradients(self)))
@@ -138,7 +138,7 @@ def test_a_part_without_learning_rate_stays_as_it_is(networks, beginning, captio
     changed = {
         part
         for part, prefix in prefixes.items()
-        for key, value in sdxl.tensors(networks).items()
+        for key, value in networks.tensors().items()
         if key.startswith(prefix) and not torch.equal(value, beginning[key])
     }
     assert changed == {"unet", "te1", "te2"} - still
@@ -149,7 +149,7 @@ def test_every_trained_tensor_moves_and_the_unread_ones_do_not(networks, beginni
     settings = replace(SETTINGS, images=8, optimizer={"name": "adamw", "weight_decay": 0.0})
     fine_tune(networks, captions, latents, settings, scratch=tmp_path)
     text_1 = "conditioner.embedders.0.transformer.text_model."
-    still = {key for key, value in sdxl.tensors(networks).items() if torch.equal(value, beginning[key])}
+    still = {key for key, value in networks.tensors().items() if torch.equal(value, beginning[key])}
     still -= {
         key for key in still if key.startswith("first_stage_model.") or key.endswith(("position_ids", "logit_scale"))
     }
@@ -177,7 +177,7 @@ def test_the_average_of_the_weights_is_the_result(networks, beginning, captions,
     fine_tune(
         networks, captions, latents, settings, scratch=tmp_path, on_log=lambda row: raw.append(weights(networks)[key])
     )
-    sdxl.assign(networks, beginning)
+    networks.assign(beginning)
     fine_tune(networks, captions, latents, replace(settings, ema=0.25), scratch=tmp_path)
     average = beginning[key]
     for step, value in enumerate(raw, start=1):
@@ -212,7 +212,7 @@ def test_the_schedule_is_followed_and_gradients_are_measured_before_clipping(net
 def test_clipping_scales_the_whole_gradient_of_all_three_networks(networks, beginning, captions, latents, tmp_path):
     found = []
     for clip in (0.0, 0.01):
-        sdxl.assign(networks, beginning)
+        networks.assign(beginning)
         settings = replace(SETTINGS, images=4, clip=clip)
         keep = lambda gradients: found.append({name: g.clone() for name, g in gradients.items()})  # noqa: E731
         fine_tune(networks, captions, latents, settings, scratch=tmp_path / str(clip), on_gradient=keep)
@@ -228,7 +228,7 @@ def test_a_row_is_the_mean_over_passes_and_steps(networks, beginning, captions, 
     """And the learning rate follows images, in however many passes they come."""
     rows = {}
     for micro, log_every in ((4, 4), (1, 4), (2, 8)):
-        sdxl.assign(networks, beginning)
+        networks.assign(beginning)
         settings = replace(SETTINGS, images=8, micro=micro, log_every=log_every, lr={"unet": 1e-6, "te1": 0, "te2": 0})
         folder = tmp_path / f"{micro} {log_every}"
         rows[micro] = fine_tune(networks, captions, latents, settings, scratch=folder).rows
@@ -252,7 +252,7 @@ def test_validation_on_the_way_is_of_the_average_and_changes_nothing(
 ):
     settings = replace(SETTINGS, images=16, ema=0.5, save_every=4)
     fine_tune(networks, captions, latents, settings, scratch=tmp_path / "plain")
-    expected = sdxl.weights_digest(sdxl.tensors(networks))
+    expected = sdxl.weights_digest(networks.tensors())
     held, seen, drawn = (captions, latents), [], []
 
     def kill(loss, images):
@@ -262,7 +262,7 @@ def test_validation_on_the_way_is_of_the_average_and_changes_nothing(
 
     settings = replace(settings, validate_every=6, sample_every=6)
     for again in (False, True):
-        sdxl.assign(networks, beginning)
+        networks.assign(beginning)
         try:
             report = fine_tune(
                 networks,
@@ -276,7 +276,7 @@ def test_validation_on_the_way_is_of_the_average_and_changes_nothing(
             )
         except killed:
             assert not again
-    assert sdxl.weights_digest(sdxl.tensors(networks)) == expected
+    assert sdxl.weights_digest(networks.tensors()) == expected
     assert [images for images, _ in seen] == [8, 12, 12]  # the states of 8 and what came before are kept
     assert list(report.between) == [8, 12]
     assert report.between == dict(seen)
@@ -287,14 +287,14 @@ def test_validation_on_the_way_is_of_the_average_and_changes_nothing(
 def test_a_disk_that_fills_up_leaves_the_last_good_state(networks, beginning, captions, latents, tmp_path):
     settings = replace(SETTINGS, save_every=8, log_every=8)
     fine_tune(networks, captions, latents, settings, scratch=tmp_path / "whole")
-    expected = sdxl.weights_digest(sdxl.tensors(networks))
+    expected = sdxl.weights_digest(networks.tensors())
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill(row):
         if row.seen == 16:  # the kernel refuses the next large file, half-way
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
 
-    sdxl.assign(networks, beginning)
+    networks.assign(beginning)
     try:
         with pytest.raises(MissingObject, match=r"after 16 images cannot[\s\S]*last whole one is of 8 images"):
             fine_tune(networks, captions, latents, settings, scratch=tmp_path, on_log=fill)
@@ -302,9 +302,9 @@ def test_a_disk_that_fills_up_leaves_the_last_good_state(networks, beginning, ca
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in (tmp_path / STATES).iterdir()] == ["000000008"]
     assert read_state(tmp_path / STATES)[1]["seen"] == 8
-    sdxl.assign(networks, beginning)
+    networks.assign(beginning)
     fine_tune(networks, captions, latents, settings, scratch=tmp_path)
-    assert sdxl.weights_digest(sdxl.tensors(networks)) == expected
+    assert sdxl.weights_digest(networks.tensors()) == expected
 
 
 def test_a_run_that_diverges_stops_and_says_so(networks, captions, latents, tmp_path):

@@ -5,7 +5,6 @@ import torch
 from diffusers import DDPMScheduler
 
 from ambergrade.errors import BadInput
-from ambergrade.family import sdxl
 from ambergrade.nouns import CaptionSet
 from ambergrade.train.diffusion import draw_noise, time_ids
 from ambergrade.train.validation import validation_loss
@@ -23,7 +22,7 @@ def test_timesteps_are_nine_quantiles_and_the_batch_changes_nothing(networks, ca
 def test_it_is_the_error_of_the_stock_networks_on_noise_added_by_stock_ddpm(networks, captions, latents):
     found = validation_loss(networks, captions, latents, quantiles=[0.3], seed=4)
     stock = DDPMScheduler.from_config(networks.scheduler_config)
-    pipe = sdxl.pipeline(networks, stock)
+    pipe = networks.pipeline(stock)
     errors = []
     for bucket, positions in latents.positions.items():
         for row, position in enumerate(positions.tolist()):

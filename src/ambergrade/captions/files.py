@@ -7,6 +7,7 @@ import os
 import re
 import stat
 import tarfile
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,10 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
 from ambergrade.errors import BadInput
 from ambergrade.identity import digest
-from ambergrade.store import written_aside
+from ambergrade.store import TICK_NS, written_aside
 
 PER_LAYOUT = 1000
 """Tars, and folders, of the danbooru datasets: a post lies in the one numbered id mod 1000."""
@@ -40,12 +42,22 @@ class _Members(NamedTuple):
     names: npt.NDArray[np.str_]
 
 
+class _Located(NamedTuple):
+    """Where a post's picture lies."""
+
+    name: str
+    size: int | None
+    """Bytes; None where there is no picture."""
+    changed: tuple[int, ...]
+    """What tells that the file, or the tar it lies in, was changed."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Index:
-    """A tar's members, and when the tar was last written."""
+    """A tar's members, and what tells that the tar was changed."""
 
     members: _Members
-    changed_ns: int
+    changed: tuple[int, ...]
 
     def place(self, post_id: int) -> int | None:
         place = int(np.searchsorted(self.members.ids, post_id))
@@ -84,23 +96,36 @@ class PictureFiles:
         is none. Raises OutsideFolder, or BadInput where the disk refuses to look.
         """
         found = self._located(post_id, file_name)
-        return found[0] if found else None
+        return found.name if found else None
 
     def fingerprint(self, posts: Iterable[tuple[int, str]]) -> str:
-        """Return a digest of which pictures are there for posts of (id, file name), without reading them.
+        """Return a digest of the pictures that are there for posts of (id, file name): of their names and bytes.
 
-        It holds each picture's name, size and time of change (a tar member's: its tar's), so that a picture that is
-        added, taken away or written anew changes it. Copied with new times, the same pictures give another digest: the
-        manifest made from them is then made again, and is the same one.
+        They are read only where a size, a time or an inode is another than when `index` last heard of them; a file that
+        was touched or copied and holds the same bytes changes nothing.
         """
+        found = [(post_id, *self._located_or_reason(post_id, file_name)) for post_id, file_name in posts]
+        newest = max((max(times) for *_, times in found), default=0)
+        kept = self.index / f"{digest(found)}.sha256" if self.index else None
+        if kept and kept.is_file():
+            return kept.read_text()
         hasher = hashlib.sha256()
-        for post_id, file_name in posts:
-            try:
-                found = self._located(post_id, file_name)
-            except BadInput as error:
-                found = (str(error), 0, 0)
-            hasher.update(repr((post_id, found)).encode())
-        return hasher.hexdigest()
+        for post_id, name, size, _ in tqdm(found, desc="pictures", unit="file", disable=None, leave=False):
+            read = hashlib.sha256(self.read(name)).hexdigest() if size is not None else ""
+            hasher.update(repr((post_id, name, read)).encode())
+        made = hasher.hexdigest()
+        if kept and time.time_ns() - newest > TICK_NS:  # a change within a tick of the disk's clock leaves no trace
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with written_aside(kept) as aside:
+                aside.write_text(made)
+        return made
+
+    def _located_or_reason(self, post_id: int, file_name: str) -> _Located:
+        """Where a post's picture lies; without a size, why there is none."""
+        try:
+            return self._located(post_id, file_name) or _Located("", None, (0,))
+        except BadInput as error:
+            return _Located(str(error), None, (0,))
 
     def read(self, name: str) -> bytes:
         """Return the bytes of a picture by its name. Raises BadInput where there is none, and OutsideFolder."""
@@ -114,17 +139,17 @@ class PictureFiles:
             raise BadInput(f"{self.folder / name} cannot be read: {error.strerror}.") from error
         raise BadInput(f"No picture at {self.folder / name}.")
 
-    def _located(self, post_id: int, file_name: str) -> tuple[str, int, int] | None:
-        """(name, size, time of change in ns) of a post's picture."""
+    def _located(self, post_id: int, file_name: str) -> _Located | None:
         for name in (file_name, f"{post_id % PER_LAYOUT:04d}/{file_name}"):
             about = self._stat(name)
             if about:
-                return name, about.st_size, about.st_mtime_ns
+                return _Located(name, about.st_size, _changed(about))
         for tar in self.tars.get(post_id % PER_LAYOUT, ()):
             index = self._opened(tar)
             place = index.place(post_id)
             if place is not None:
-                return f"{tar}/{index.members.names[place]}", int(index.members.sizes[place]), index.changed_ns
+                name = f"{tar}/{index.members.names[place]}"
+                return _Located(name, int(index.members.sizes[place]), index.changed)
         return None
 
     def _stat(self, name: str) -> os.stat_result | None:
@@ -184,8 +209,12 @@ class PictureFiles:
                 if kept:
                     with written_aside(kept) as aside, aside.open("wb") as file:
                         np.savez(file, allow_pickle=False, **members._asdict())
-            self._indices[tar] = _Index(members, about.st_mtime_ns)
+            self._indices[tar] = _Index(members, _changed(about))
         return self._indices[tar]
+
+
+def _changed(about: os.stat_result) -> tuple[int, ...]:
+    return about.st_ino, about.st_mtime_ns, about.st_ctime_ns
 
 
 def _members(path: Path) -> _Members:

@@ -25,6 +25,8 @@ from ambergrade.track.journal import Run
 
 DATASET = Stage("dataset", 3)
 SPLITS = ("train", "heldout")
+MARKER = "drawn.json"
+"""In the folder of a mini-booru: what was drawn there, written last."""
 SMALL = 20_000
 """Posts up to which one process builds the manifests: another takes 2 s to start."""
 
@@ -39,12 +41,12 @@ def draw_world(data: DataSettings, compute: Compute) -> None:
     if data.draw is None or data.folder is None:
         return
     wanted, folder = asdict(data.draw), Path(data.folder)
-    marker = folder / "drawn.json"
+    marker = folder / MARKER
     folder.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     with folder.with_name(f".{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        there = read_json(marker) == wanted
+        there = is_drawn(data)
         if not there:
             unfinished = not marker.exists() and folder.name == digest(wanted)[:12]  # killed before it was marked
             if folder.exists() and any(folder.iterdir()) and not unfinished:
@@ -54,6 +56,11 @@ def draw_world(data: DataSettings, compute: Compute) -> None:
             write_json(marker, wanted)
     how = "  finished before" if there else f"{time.monotonic() - start:8.1f} s"
     print(f"  {'mini-booru':<34}{how:<18}{digest(wanted)[:12]}", flush=True)
+
+
+def is_drawn(data: DataSettings) -> bool:
+    """Whether the mini-booru that `data.draw` describes is there, or none is asked for."""
+    return data.draw is None or data.folder is None or read_json(Path(data.folder) / MARKER) == asdict(data.draw)
 
 
 def read_sets(done: Finished) -> tuple[CaptionSet, CaptionSet]:

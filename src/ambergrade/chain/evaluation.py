@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 
 from ambergrade.chain.context import Context, Stage, open_journal, record_command, use_threads
 from ambergrade.chain.point import Scoring, open_checkpoint
@@ -26,11 +25,11 @@ from ambergrade.generate.post import postprocessor
 from ambergrade.generate.texts import TextEncoder
 from ambergrade.identity import digest, file_digest, random_seed
 from ambergrade.nouns import Picture, Prompt, PromptSet
+from ambergrade.pictures import SUFFIXES, read_rgb
 from ambergrade.score.adherence import per_tag
 from ambergrade.score.comparison import Noise, aggregates, differences, kernel_noise, remarks
 from ambergrade.score.metrics.control_response import ControlResponse
 from ambergrade.score.pictures import folder_pictures, folder_prompts
-from ambergrade.score.reference import read_rgb
 from ambergrade.score.report import html_report
 from ambergrade.score.scoring import Metric, load_metric, metric_class, score
 from ambergrade.score.sheet import ScoreSheet, refuse_unlike
@@ -40,12 +39,9 @@ from ambergrade.track.journal import Run
 from ambergrade.track.lookup import registered_checkpoint
 
 if TYPE_CHECKING:
-    from ambergrade.family.sdxl import Networks
+    from ambergrade.family.networks import Networks
 
-EVALUATION = Stage("evaluation", 4)
-_WHERE = ("root", "compute", "debug", "out", "name", "baseline", "primary")
-"""Settings that change no number of a sheet."""
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+EVALUATION = Stage("evaluation", 5)
 
 
 def run(settings: EvaluateSettings, invocation: Invocation) -> None:
@@ -65,7 +61,7 @@ def score_pictures(settings: EvaluateSettings, invocation: Invocation) -> None:
     baseline = ScoreSheet.read(find_file(settings.baseline)) if settings.baseline else None
     journal = open_journal(settings.root, settings.name, settings, invocation)
     prompts = read_prompts(settings)
-    what = {name: value for name, value in vars(settings).items() if name not in _WHERE}
+    what = settings.what("out", "name", "baseline", "primary")
     title = Path(settings.model or settings.pictures or "").name
     with journal.run(title, key=digest([what, prompts.digest]), kind="chain") as parent:
         record_command(parent, settings, invocation)
@@ -142,7 +138,7 @@ class _Subject:
     @cached_property
     def networks(self) -> Networks:
         chosen = self.settings.family
-        found = family(chosen.name).load(self.path, find_file(chosen.config), device=self.context.device)
+        found = family(chosen.name).networks.load(self.path, find_file(chosen.config), device=self.context.device)
         if self.how:
             dtype = torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
             accelerate(found, dtype=dtype, compiled=self.settings.compiled)
@@ -318,11 +314,10 @@ def _find(files: Mapping[str, Path], folder: Path | None, prompt_id: str, seed: 
     """The picture of a prompt: one that was drawn, or one of the folder."""
     kept = files.get(f"{prompt_id} {seed}")
     if kept is not None:
-        with Image.open(kept) as image:
-            return np.asarray(image.convert("RGB"))
+        return read_rgb(kept)
     if folder is not None:
         found = [path for path in sorted(folder.rglob("*")) if path.stem in (prompt_id, f"{prompt_id}-{seed}")]
-        shown = [path for path in found if path.suffix.lower() in PICTURE_SUFFIXES]
+        shown = [path for path in found if path.suffix.lower() in SUFFIXES]
         return read_rgb(shown[0]) if shown else None
     return None
 

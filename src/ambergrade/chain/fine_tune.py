@@ -11,9 +11,6 @@ from ambergrade.chain.training import Subject, prove, train
 from ambergrade.identity import digest
 from ambergrade.store import copy_file, find_file
 
-_WHERE = ("root", "compute", "debug", "out", "processes", "plan", "gpu", "pictures")
-"""Settings that change no result."""
-
 
 def run(settings: TrainPipelineSettings, invocation: Invocation) -> None:
     """Train, or prove what `verify` asks for."""
@@ -22,7 +19,7 @@ def run(settings: TrainPipelineSettings, invocation: Invocation) -> None:
     path = find_file(source)  # before anything slow
     use_threads(settings.compute)
     journal = open_journal(settings.root, settings.name, settings, invocation)
-    key = digest({name: value for name, value in vars(settings).items() if name not in _WHERE})
+    key = digest(settings.what("out", "processes", "plan", "gpu", "pictures"))
     title = settings.trained
     params = {"base": settings.base, "trained": title}
     with journal.run(title, key=key, kind="chain", params=params) as parent:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from html import escape
 from pathlib import Path
 
@@ -20,9 +20,10 @@ from ambergrade.chain.point import (
     open_checkpoint,
     read_prompts,
 )
+from ambergrade.chain.points import check_objective
 from ambergrade.chain.release import merged, publish, training
-from ambergrade.chain.review import Shown, draw, links_of
-from ambergrade.chain.settings import GammaSettings, Invocation, SweepSettings
+from ambergrade.chain.review import Shown, draw, links_of, tell_dashboard
+from ambergrade.chain.settings import GammaSettings, Invocation, SweepSettings, Swept
 from ambergrade.chain.sweep import SweepResult, keep_best, reviewed, run_sweep
 from ambergrade.chain.training import Subject, flat, train
 from ambergrade.identity import digest
@@ -39,6 +40,7 @@ from ambergrade.track import ui
 
 def run(settings: GammaSettings, invocation: Invocation) -> None:
     """Run the whole chain. Raises Refused at the end where a gate does not pass and `insist` is set."""
+    check_objective(settings.suite, settings.search.objective)
     paths = {alias: find_file(source) for alias, source in settings.models.items() if source}
     load_gates({label: one.as_mapping for label, one in settings.gates.items()})
     origins = {settings.trained: _origin_of_trained(settings), **settings.origins}
@@ -47,7 +49,7 @@ def run(settings: GammaSettings, invocation: Invocation) -> None:
     use_threads(settings.compute)
     title = f"{settings.release.name} {settings.release.version}"
     journal = open_journal(settings.root, settings.name, settings, invocation)
-    key = digest({name: value for name, value in vars(settings).items() if name not in _WHERE})
+    key = digest(settings.what("insist"))
     with journal.run(title, key=key, kind="chain", params=_parameters(settings)) as parent:
         print(f"{title}, {settings.root / 'mlruns'}")
         print(f"  {'stage':<34}{'time':>10}{'':8}record")
@@ -115,15 +117,10 @@ def run(settings: GammaSettings, invocation: Invocation) -> None:
     print(f"contact sheet  {final.contact_sheet}")
     print(f"review         {page}")
     print(f"release        {made.path}\n               model file sha256 {made.model_sha256}")
-    print(f"MLflow         {ui.ui_command(settings.root)}\n               ", end="")
-    print(ui.deep_link(journal.experiment_id, view=view))
+    tell_dashboard(journal, view, width=15)
     context.close()
     if settings.insist:
         insist(title, verdict)
-
-
-_WHERE = ("root", "compute", "debug", "insist")
-"""Settings that change no result."""
 
 
 def _parameters(settings: GammaSettings) -> dict[str, object]:
@@ -141,23 +138,9 @@ def _parameters(settings: GammaSettings) -> dict[str, object]:
 
 def _sweep_settings(settings: GammaSettings, models: dict[str, Checkpoint]) -> SweepSettings:
     """The chain's sweep as the sweep pipeline has it."""
-    return SweepSettings(
-        root=settings.root,
-        name=settings.name,
-        family=settings.family,
-        models={alias: str(model.path) for alias, model in models.items()},
-        data=settings.data,
-        merge=settings.merge,
-        search=settings.search,
-        prompts=settings.prompts,
-        sampler=settings.sampler,
-        suite=settings.suite,
-        compute=settings.compute,
-        leaderboard=settings.leaderboard,
-        sheet=settings.sheet,
-        write_winner=False,
-        race=settings.race,
-    )
+    shared = {field.name: getattr(settings, field.name) for field in fields(Swept)}
+    files = {alias: str(model.path) for alias, model in models.items()}
+    return SweepSettings(**{**shared, "models": files}, write_winner=False)
 
 
 def _review(settings: GammaSettings, result: SweepResult, folder: Path, key: str) -> Shown:

@@ -38,7 +38,7 @@ def encode(
         if not store.missing(captions) and not store.missing(validation):
             return 0
         loaded = load_family(family.name)
-        networks = loaded.load(base.path, find_file(family.config), device=context.device, only=["vae"])
+        networks = loaded.networks.load(base.path, find_file(family.config), device=context.device, only=["vae"])
         at_once = max(1, min(16, 16 * 512**2 // family.resolution**2))  # 10 GB in fp32 at most
         return sum(store.fill(networks.vae, chosen, pictures, batch=at_once) for chosen in (captions, validation))
 
@@ -63,7 +63,7 @@ def prove_latents(
     Nothing is written: pictures without a latent are counted, and a training makes their latents.
     """
     loaded = load_family(family.name)
-    networks = loaded.load(base.path, find_file(family.config), device=context.device, only=["vae"])
+    networks = loaded.networks.load(base.path, find_file(family.config), device=context.device, only=["vae"])
     store = LatentStore(context.ledger.root / "latents", vae_digest(loaded.read_checkpoint(base.path)))
     complaints = store.verify()
     print(f"  {len(list(store.folder.glob('*.safetensors')))} shard(s) hashed in {store.folder}")

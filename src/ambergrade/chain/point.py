@@ -15,7 +15,6 @@ from PIL import Image
 from ambergrade.chain.context import Context, Stage, Task
 from ambergrade.chain.settings import FamilySettings, MergeFormula, PromptFiles, Suite
 from ambergrade.errors import UnknownName
-from ambergrade.family.digests import model_digests
 from ambergrade.family.load import family
 from ambergrade.generate import stream
 from ambergrade.generate.contact_sheet import write_png
@@ -25,12 +24,12 @@ from ambergrade.merge.engine import merge as merge_files
 from ambergrade.merge.formula import Formula
 from ambergrade.merge.inputs import Digests, default_cache
 from ambergrade.merge.job import Job, open_job
-from ambergrade.merge.lora import read_lora
+from ambergrade.merge.lora import lora_weights, read_lora
 from ambergrade.merge.passes import placed
 from ambergrade.merge.recipe import Recipe
 from ambergrade.merge.resident import ResidentMerge
 from ambergrade.nouns import Checkpoint, Picture, Prompt, PromptSet, SamplerSettings
-from ambergrade.pictures import SUFFIXES
+from ambergrade.pictures import SUFFIXES, read_rgb
 from ambergrade.score.comparison import aggregates, remarks
 from ambergrade.score.scoring import Metric, load_metric, score
 from ambergrade.score.sheet import ScoreSheet
@@ -38,7 +37,7 @@ from ambergrade.store import Finished, Outputs, copy_file, find_file
 from ambergrade.track.journal import Run
 
 if TYPE_CHECKING:
-    from ambergrade.family.sdxl import Networks
+    from ambergrade.family.networks import Networks
 
 Point = Mapping[str, float]
 
@@ -91,7 +90,7 @@ class LiveNetworks:
     def filled(self, merge: ResidentMerge, point: Point, first: Path) -> Networks:
         """The networks with this point's weights; they are built from the file `first` the first time."""
         if self._networks is None:
-            chosen = family(self.family.name)
+            chosen = family(self.family.name).networks
             self._networks = chosen.load(first, find_file(self.family.config), device=self.device)
         merge.assign(self._networks.modules(), point)
         return self._networks
@@ -113,7 +112,7 @@ class LiveMerge:
         self.loras = {alias: find_file(path) for alias, path in self.formula.lora_paths.items()}
         self.inputs = {alias: models[alias].digest for alias in self.formula.models}
         known = Digests(default_cache())
-        self.inputs |= {alias: model_digests(path, known).weights for alias, path in self.loras.items()}
+        self.inputs |= {alias: lora_weights(path, known) for alias, path in self.loras.items()}
         known.save()
 
     @cached_property
@@ -271,7 +270,7 @@ def show_pictures(run: Run, done: Finished, prompts: PromptSet, width: int) -> N
 
 def cut(strip: Path, width: int) -> list[npt.NDArray[np.uint8]]:
     """The pictures that lie side by side in a file, each `width` pixels wide."""
-    pixels = np.asarray(Image.open(strip).convert("RGB"))
+    pixels = read_rgb(strip)
     return [pixels[:, start : start + width] for start in range(0, pixels.shape[1], width)]
 
 

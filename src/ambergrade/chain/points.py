@@ -24,11 +24,12 @@ from ambergrade.chain.point import (
     score_point,
 )
 from ambergrade.chain.point import open_checkpoint as open_anew
-from ambergrade.chain.settings import Invocation, SweepSettings
+from ambergrade.chain.settings import Invocation, Suite, SweepSettings
 from ambergrade.errors import MissingObject, UnknownName
 from ambergrade.identity import digest
 from ambergrade.merge.formula import Formula
 from ambergrade.nouns import Checkpoint, PromptSet
+from ambergrade.score.scoring import metric_class
 from ambergrade.score.sheet import ScoreSheet
 from ambergrade.score.statistics import prompt_means
 from ambergrade.search.driver import Job, Outcome
@@ -91,11 +92,6 @@ class PointScorer:
         self._scoring = self._scoring.at(settings.sampler)
         return self._merge, self._scoring
 
-    def check_objective(self, settings: SweepSettings) -> None:
-        """Raise UnknownName for an objective that no metric of the suite scores picture by picture."""
-        _, scoring = self.loaded(settings)
-        _check_objective(settings, {column: True for metric in scoring.metrics for column in metric.columns})
-
     def task(self, settings: SweepSettings, job: Job) -> Task:
         """What a job's scores are made of, and so whether they are there."""
         merge, scoring = self.loaded(settings)
@@ -137,15 +133,22 @@ class PointScorer:
 def value_of(settings: SweepSettings, done: Finished) -> dict[str, object]:
     """A scored point (`Scored`) as a plain mapping."""
     sheet = ScoreSheet.read(done.files["scores"])
-    _check_objective(settings, sheet.columns)
+    _check_column(settings.search.objective, sheet.columns)
     rows = prompt_means(sheet.columns[settings.search.objective], sheet.prompt_ids)
     score = math.nan if np.isnan(rows).all() else float(np.nanmean(rows))
     pictures = sheet.n if done.fresh else 0
     return asdict(Scored(score, [float(row) for row in rows], pictures, done.seconds, done.stage, done.identity))
 
 
-def _check_objective(settings: SweepSettings, columns: Mapping[str, object]) -> None:
-    objective = settings.search.objective
+def check_objective(suite: Suite, objective: str) -> None:
+    """Raise UnknownName for an objective that no metric of the suite scores picture by picture; nothing is loaded."""
+    metrics = suite.metrics.values()
+    _check_column(
+        objective, {name: True for one in metrics for name in metric_class(one.name).scores(**one.parameters)}
+    )
+
+
+def _check_column(objective: str, columns: Mapping[str, object]) -> None:
     if objective not in columns:
         raise UnknownName("search.objective", objective, columns, "These are scored picture by picture.")
 
@@ -197,6 +200,8 @@ def score_below(
 
 def score_alone(settings: SweepSettings, invocation: Invocation) -> dict[str, object]:
     """Score one point that belongs to no sweep."""
+    check_objective(settings.suite, settings.search.objective)
+    settings.check_files()
     draw_world(settings.data, settings.compute)
     point: Point = dict(settings.merge.coefficients)
     journal = _process().opened(settings, invocation)

@@ -156,13 +156,20 @@ def tell_unlike(
     run.note(f"```\n{table}\n```")
     higher = next(found[columns[0]].higher_is_better for found in scores.values() if columns[0] in found)
     view = run.view("sweep", "point", order_by=columns[0], ascending=not higher, params=[], metrics=columns)
-    print(f"\n{table}\n\nMLflow  {ui.ui_command(context.root)}")
-    print(f"        {ui.deep_link(context.journal.experiment_id, view=view)}", flush=True)
+    print(f"\n{table}\n")
+    tell_dashboard(context.journal, view)
+
+
+def tell_dashboard(journal: Journal, view: str, width: int = 8) -> None:
+    """Print where MLflow shows a saved view, under a heading of `width` characters; nothing if none is journaled."""
+    if journal.is_open:
+        print(f"{'MLflow':<{width}}{ui.ui_command(journal.root)}")
+        print(f"{'':<{width}}{ui.deep_link(journal.experiment_id, view=view)}", flush=True)
 
 
 def links_of(journal: Journal, run: Run, view: str) -> dict[str, str]:
     """Addresses of a sweep in MLflow's UI; none where nothing is journaled."""
-    if not run.id:
+    if not journal.is_open or not run.id:
         return {}
     number = journal.experiment_id
     return {

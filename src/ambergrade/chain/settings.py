@@ -18,7 +18,7 @@ from ambergrade.nouns import SamplerSettings
 from ambergrade.release.facts import Origin, check_name
 from ambergrade.release.licenses import load_license
 from ambergrade.store import find_file
-from ambergrade.train.settings import TrainSettings
+from ambergrade.train.settings import TrainSettings, check_parts
 from ambergrade.typed import Plugin
 
 Values = Mapping[str, Sequence[float | str | bool] | Mapping[str, float | bool]]
@@ -167,43 +167,60 @@ class ReleaseSettings:
             load_license(self.license)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Common:
     """What every pipeline has. None of it changes a result."""
 
     root: Path
     """Holds mlruns/ with all results."""
+    debug: bool = False
+
+    def what(self, *where: str) -> dict[str, Any]:
+        """The settings that decide a result: without those that every pipeline has and those that `where` names."""
+        return {key: value for key, value in vars(self).items() if key not in ("root", "debug", "compute", *where)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Journaled(Common):
+    """What every pipeline has that keeps a journal."""
+
     name: str
     """The name of the MLflow experiment."""
+    compute: Compute
 
 
-@dataclass(frozen=True)
-class GammaSettings(Common):
-    """conf/gamma.yaml: the whole story."""
+@dataclass(frozen=True, kw_only=True)
+class Swept(Journaled):
+    """What a sweep is made of, alone or within the whole story."""
 
     family: FamilySettings
     models: Mapping[str, str | None]
     data: DataSettings
-    captions: CaptionRecipe
-    trainer: TrainSettings
     merge: MergeFormula
     search: SearchSettings
     prompts: PromptFiles
     sampler: SamplerSettings
     suite: Suite
-    compute: Compute
+    leaderboard: tuple[str, ...]
+    sheet: int
+    race: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GammaSettings(Swept):
+    """conf/gamma.yaml: the whole story."""
+
+    captions: CaptionRecipe
+    trainer: TrainSettings
     gates: Mapping[str, Plugin]
     base: str
     trained: str
-    leaderboard: tuple[str, ...]
-    sheet: int
     insist: bool
     release: ReleaseSettings
     origins: Mapping[str, Origin] = field(default_factory=dict)
-    race: tuple[int, ...] | None = None
-    debug: bool = False
 
     def __post_init__(self) -> None:
+        check_networks(self.family, self.trainer)
         check_alias("base", self.base, self.models)
         check_formula_models(self.merge, {**self.models, self.trained: "made by the training stage"})
 
@@ -214,8 +231,8 @@ class GammaSettings(Common):
                 find_file(source)
 
 
-@dataclass(frozen=True)
-class TrainPipelineSettings(Common):
+@dataclass(frozen=True, kw_only=True)
+class TrainPipelineSettings(Journaled):
     """conf/train.yaml: a fine-tune alone."""
 
     family: FamilySettings
@@ -225,7 +242,6 @@ class TrainPipelineSettings(Common):
     trainer: TrainSettings
     prompts: PromptFiles
     sampler: SamplerSettings
-    compute: Compute
     base: str
     trained: str
     processes: int = 1
@@ -237,9 +253,9 @@ class TrainPipelineSettings(Common):
     steps: int = 6
     kills: int = 2
     compared: int = 8
-    debug: bool = False
 
     def __post_init__(self) -> None:
+        check_networks(self.family, self.trainer)
         check_alias("base", self.base, self.models)
         if self.processes < 1:
             raise BadSetting(f"processes is {self.processes}, at least 1 is needed.")
@@ -250,41 +266,35 @@ class TrainPipelineSettings(Common):
         find_file(self.models[self.base] or f"models.{self.base} (null)")
 
 
-@dataclass(frozen=True)
-class SweepSettings(Common):
+@dataclass(frozen=True, kw_only=True)
+class SweepSettings(Swept):
     """conf/sweep.yaml: one point of a sweep, with what is the same for all of them."""
 
-    family: FamilySettings
-    models: Mapping[str, str | None]
-    data: DataSettings
-    merge: MergeFormula
-    search: SearchSettings
-    prompts: PromptFiles
-    sampler: SamplerSettings
-    suite: Suite
-    compute: Compute
-    leaderboard: tuple[str, ...]
-    sheet: int
     write_winner: bool = True
-    race: tuple[int, ...] | None = None
     screen: tuple[str, ...] | None = None
     dry: bool = False
     why: str = ""
-    debug: bool = False
 
     def __post_init__(self) -> None:
+        check_networks(self.family)
         check_formula_models(self.merge, self.models)
 
+    def check_files(self) -> None:
+        """Raise MissingObject for a model of the formula that is not there."""
+        from ambergrade.merge.formula import Formula
 
-@dataclass(frozen=True)
-class EvaluateSettings(Common):
+        for alias in Formula.parse(self.merge.formula, self.models).models:
+            find_file(self.models[alias] or "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings(Journaled):
     """conf/evaluate.yaml: scores of a model or of pictures, and what is done with score sheets."""
 
     family: FamilySettings
     sampler: SamplerSettings
     suite: Suite
     captions: CaptionRecipe
-    compute: Compute
     action: Literal["score", "compare", "reference", "calibrate"] = "score"
     model: str | None = None
     pictures: str | None = None
@@ -304,7 +314,6 @@ class EvaluateSettings(Common):
     margins: Mapping[str, float] = field(default_factory=dict)
     tagger: str = "builtin://tagger"
     out: Path | None = None
-    debug: bool = False
 
     def __post_init__(self) -> None:
         numbers = {"count": self.count, "seeds": self.seeds, "noise_batch": self.noise_batch}
@@ -326,6 +335,8 @@ class EvaluateSettings(Common):
         needed = {"compare": ("sheet", "baseline"), "reference": ("reference",), "calibrate": ("pictures", "tagger")}
         missing = [name for name in needed.get(self.action, ()) if getattr(self, name) is None]
         if self.action == "score":
+            if self.model is not None:
+                check_networks(self.family)
             if (self.model is None) == (self.pictures is None):
                 raise BadSetting(
                     "Give either model=… (pictures are drawn) or pictures=DIR (they are there), and not both."
@@ -344,14 +355,13 @@ class Percentiles:
     last_id: int | None = None
 
 
-@dataclass(frozen=True)
-class DataPipelineSettings(Common):
+@dataclass(frozen=True, kw_only=True)
+class DataPipelineSettings(Journaled):
     """conf/data.yaml: what is done with a booru before training."""
 
     family: FamilySettings
     data: DataSettings
     captions: CaptionRecipe
-    compute: Compute
     action: Literal["build", "lint", "explain", "captions", "percentiles"]
     limits: Limits
     percentiles: Percentiles
@@ -359,43 +369,45 @@ class DataPipelineSettings(Common):
     pictures: str | None = None
     id: int | None = None
     out: Path | None = None
-    debug: bool = False
 
 
-@dataclass(frozen=True)
-class MergePipelineSettings:
+@dataclass(frozen=True, kw_only=True)
+class MergePipelineSettings(Common):
     """conf/merge.yaml: one merge of files."""
 
-    root: Path
     models: Mapping[str, str | None]
     merge: MergeFormula
     compute: Compute
     recipe: Path | None = None
     coefficients: Mapping[str, float] = field(default_factory=dict)
-    inputs: Path | None = None
+    models_path: Path | None = None
     out: Path | None = None
     dry_run: bool = False
     overwrite: bool = False
-    debug: bool = False
 
 
-@dataclass(frozen=True)
-class VerifySettings:
+@dataclass(frozen=True, kw_only=True)
+class VerifySettings(Common):
     """conf/verify.yaml: a merged file is made again from its own header."""
 
-    root: Path
     compute: Compute
     model: Path
     models_path: Path
-    debug: bool = False
 
 
-@dataclass(frozen=True)
-class ReindexSettings:
+@dataclass(frozen=True, kw_only=True)
+class ReindexSettings(Common):
     """conf/reindex.yaml: a lost MLflow database is made again."""
 
-    root: Path
-    debug: bool = False
+
+def check_networks(family: FamilySettings, trainer: TrainSettings | None = None) -> None:
+    """Raise BadSetting for a family that cannot be trained and drawn with, or not by this trainer."""
+    from ambergrade.family.load import family as named
+
+    chosen = named(family.name)
+    _ = chosen.networks
+    if trainer is not None:
+        check_parts(trainer, chosen.parts)
 
 
 def check_alias(key: str, alias: str, models: Mapping[str, str | None]) -> None:

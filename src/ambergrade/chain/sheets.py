@@ -10,15 +10,16 @@ import numpy as np
 import numpy.typing as npt
 
 from ambergrade.chain.context import torch_device, use_threads
-from ambergrade.chain.evaluation import PICTURE_SUFFIXES, print_scores, read_prompts
+from ambergrade.chain.evaluation import print_scores, read_prompts
 from ambergrade.chain.settings import EvaluateSettings
 from ambergrade.errors import BadInput
 from ambergrade.identity import digest
+from ambergrade.pictures import SUFFIXES, read_rgb
 from ambergrade.score.choice import choose
 from ambergrade.score.comparison import family
 from ambergrade.score.features import feature_source
 from ambergrade.score.pictures import folder_pictures
-from ambergrade.score.reference import build_reference, listed, read_rgb
+from ambergrade.score.reference import build_reference, listed
 from ambergrade.score.report import html_choice, html_report
 from ambergrade.score.sheet import ScoreSheet, refuse_unlike
 from ambergrade.score.statistics import interval_text
@@ -91,7 +92,7 @@ def build_references(settings: EvaluateSettings) -> None:
         raise BadInput("The suite has no metric that compares with real pictures.\nGive suite=full.")
     given, pictures = find_file(settings.reference), settings.reference_pictures
     if given.is_dir():
-        files = [path for path in sorted(given.iterdir()) if path.suffix.lower() in PICTURE_SUFFIXES]
+        files = [path for path in sorted(given.iterdir()) if path.suffix.lower() in SUFFIXES]
     else:
         files = listed(given, find_file(pictures) if pictures else given.parent)
     for extractor in dict.fromkeys(extractors):

@@ -15,7 +15,7 @@ import numpy as np
 
 from ambergrade.chain.context import Context
 from ambergrade.chain.point import LiveMerge, Scoring, label_of
-from ambergrade.chain.points import PointScorer, PointWork, Scored, evaluate, value_of
+from ambergrade.chain.points import PointScorer, PointWork, Scored, check_objective, evaluate, value_of
 from ambergrade.chain.review import Shown
 from ambergrade.chain.settings import SweepSettings, Values
 from ambergrade.errors import BadSetting, MissingObject
@@ -87,6 +87,7 @@ def run_sweep(context: Context, settings: SweepSettings, merge: LiveMerge, scori
 
     Points that fail are told and left out. Raises BadSetting if all did.
     """
+    check_objective(settings.suite, settings.search.objective)
     scorer = PointScorer()
     scorer.hold(settings, merge, scoring)
 
@@ -100,7 +101,6 @@ def run_sweep(context: Context, settings: SweepSettings, merge: LiveMerge, scori
     folder = SweepFolder(context.ledger.root / "sweeps" / key[:16])
     rungs = settings.race or ()
     plan = SweepPlan(key, folder, chosen, settings.search.values, label_of, settings_of, rungs)
-    scorer.check_objective(settings)
     with folder.alone(), evaluator(context, plan, scorer, settings.compute.workers) as where:
         swept = drive(context, plan, scorer, where)
     if swept.failed:

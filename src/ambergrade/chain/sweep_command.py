@@ -5,24 +5,28 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import yaml
 
 from ambergrade.chain.context import Context, Task, open_journal, record_command, use_threads
-from ambergrade.chain.dataset import draw_world
+from ambergrade.chain.dataset import draw_world, is_drawn
 from ambergrade.chain.point import find_originals, label_of, read_prompts, write_merge
-from ambergrade.chain.points import PointScorer
-from ambergrade.chain.review import Shown, draw, links_of, tell_unlike
+from ambergrade.chain.points import PointScorer, check_objective
+from ambergrade.chain.review import Shown, draw, links_of, tell_dashboard, tell_unlike
 from ambergrade.chain.settings import Invocation, SweepSettings
 from ambergrade.chain.sweep import SweepPlan, SweepResult, drive, keep_best, pool, result_of, reviewed
 from ambergrade.errors import AmbergradeError, BadInput, BadSetting
+from ambergrade.merge.formula import Formula
 from ambergrade.score.statistics import interval_text
 from ambergrade.search.driver import Evaluator, Job, Swept
 from ambergrade.search.explain import why_new
 from ambergrade.store import Ledger, find_file, write_json
 from ambergrade.track import ui
 from ambergrade.track.journal import Journal
+
+UNDRAWN = "the mini-booru is not drawn yet: every point is new"
 
 
 class SweepFailed(AmbergradeError):
@@ -32,22 +36,25 @@ class SweepFailed(AmbergradeError):
 def run(
     settings: SweepSettings,
     invocation: Invocation,
-    planned: Callable[[PointScorer], SweepPlan],
+    planned: Callable[[PointScorer | None], SweepPlan],
     launched: Callable[[SweepPlan], Evaluator | None],
 ) -> None:
     """Sweep, and show what came out. Raises SweepFailed at the end if any point failed.
 
-    settings: of any of the points. planned: makes the plan, once the world that the settings name is drawn.
-    launched: the evaluator of a launcher that was chosen, instead of the pool of `compute.workers`.
+    settings: of any of the points. planned: makes the plan, once the world that the settings name is drawn; without a
+    scorer, one that can only be looked at. launched: the evaluator of a launcher that was chosen, instead of the pool
+    of `compute.workers`.
     """
+    check_objective(settings.suite, settings.search.objective)
+    settings.check_files()
     use_threads(settings.compute)
+    if settings.dry or settings.why:
+        known = PointScorer() if is_drawn(settings.data) else None
+        preview(planned(known), known, settings)
+        return
     draw_world(settings.data, settings.compute)
     scorer = PointScorer()
-    scorer.check_objective(settings)
     plan = planned(scorer)
-    if settings.dry or settings.why:
-        preview(plan, scorer, settings)
-        return
     print(f"sweep {plan.key[:12]}, {len(plan.search)} points, {plan.folder.root}", flush=True)
     with plan.folder.alone():
         journal = open_journal(settings.root, settings.name, settings, invocation)
@@ -146,8 +153,8 @@ def _show(
     run.tags({"winner": shown.best, "winner_set": "; ".join(review.found.members)})
     run.text(yaml.safe_dump(recipe.document, sort_keys=False, allow_unicode=True), "recipe.yaml")
     shown.journal(run, page)
-    print(f"\nreview  {page}\nMLflow  {ui.ui_command(settings.root)}")
-    print(f"        {ui.deep_link(context.journal.experiment_id, view=view)}", flush=True)
+    print(f"\nreview  {page}", flush=True)
+    tell_dashboard(context.journal, view)
 
 
 def _facts(settings: SweepSettings, plan: SweepPlan, shown: Shown, result: SweepResult) -> dict[str, str]:
@@ -173,8 +180,11 @@ def _in_words(spec: Sequence[object] | Mapping[str, object]) -> str:
 # --- before, instead of drawing -------------------------------------------------------------------------------
 
 
-def preview(plan: SweepPlan, scorer: PointScorer, settings: SweepSettings) -> None:
-    """Print hit or miss and cost of every point; with `why`, what tells a point from the finished one most like it."""
+def preview(plan: SweepPlan, scorer: PointScorer | None, settings: SweepSettings) -> None:
+    """Print hit or miss and cost of every point; with `why`, what tells a point from the finished one most like it.
+
+    scorer: None where the mini-booru is not drawn yet, so that nothing of this sweep can be finished.
+    """
     ledger = Ledger(settings.root / "mlruns")
     total, seconds, names = 0, 0.0, set[str]()
     rungs = plan.rungs
@@ -183,27 +193,35 @@ def preview(plan: SweepPlan, scorer: PointScorer, settings: SweepSettings) -> No
         job = Job(plan.label(point), point)
         chosen = plan.settings_of(job)
         jobs = [replace(job, block=block) for block in blocks]
-        missing = [one for one in jobs if scorer.task(chosen, one).find(ledger) is None]
-        count = len(read_prompts(chosen.prompts, "sweep").prompts)
-        pictures = sum(one.block[1] - one.block[0] if one.block else count for one in missing)
-        task = scorer.task(chosen, jobs[0])
+        missing = [one for one in jobs if scorer is None or scorer.task(chosen, one).find(ledger) is None]
+        pictures = sum(one.block[1] - one.block[0] if one.block else _prompts(chosen) for one in missing)
         total += pictures
-        seconds += pictures * _seconds_a_picture(ledger, task) if pictures else 0
+        if scorer and pictures:
+            seconds += pictures * _seconds_a_picture(ledger, scorer.task(chosen, jobs[0]))
         print(f"  {job.label:<34}{f'miss   {pictures} pictures' if missing else 'hit'}", flush=True)
         known_as = {job.label, label_of(chosen.merge.coefficients)}
         names |= known_as
         if settings.why in known_as:
-            _explain(ledger, task)
+            _explain(ledger, scorer.task(chosen, jobs[0])) if scorer else print(f"    {UNDRAWN}")
     if settings.why and settings.why not in names:
         raise BadSetting(f"why={settings.why} is no point of this sweep: {', '.join(sorted(names)[:6])}.")
-    merge, _ = scorer.loaded(settings)
-    base = find_file(settings.models[merge.formula.models[0]] or "")
+    if scorer is None:
+        print(f"  {UNDRAWN}")
+    base = find_file(settings.models[Formula.parse(settings.merge.formula, settings.models).models[0]] or "")
     size = sum(file.stat().st_size for file in ([base] if base.is_file() else base.rglob("*.safetensors")))
     written = f"{size / 1e9:.2f} GB for the winner" if settings.write_winner else "no checkpoint"
     hours = seconds / 3600
     known = f"about {f'{hours:.1f} h' if hours >= 1 else f'{60 * hours:.1f} min'} on this device"
     time = known if hours or not total else "unknown time: nothing like it was drawn yet"
     print(f"{'at most ' if plan.rungs else ''}{total} pictures, {time}, {written}")
+
+
+def _prompts(settings: SweepSettings) -> int:
+    """How many prompts a whole point has, read or still to be drawn."""
+    files, draw = settings.prompts, settings.data.draw
+    if draw is None or Path(files.sweep).exists():
+        return len(read_prompts(files, "sweep").prompts)
+    return min(draw.prompts, files.sweep_count or draw.prompts)
 
 
 def _explain(ledger: Ledger, task: Task) -> None:

@@ -18,6 +18,7 @@ from ambergrade.chain.point import open_checkpoint
 from ambergrade.chain.settings import DataSettings, FamilySettings
 from ambergrade.errors import BadSetting
 from ambergrade.family.digests import model_digests
+from ambergrade.family.files import write_tensors
 from ambergrade.family.load import Family
 from ambergrade.family.load import family as load_family
 from ambergrade.generate import stream
@@ -30,13 +31,13 @@ from ambergrade.track.journal import Run
 from ambergrade.train import lora
 from ambergrade.train.latent_store import LatentStore
 from ambergrade.train.settings import TrainSettings
-from ambergrade.train.trainer import HALF, TRAINED, LogRow, fine_tune, unfinished_run
+from ambergrade.train.trainer import HALF, LogRow, fine_tune, unfinished_run
 from ambergrade.train.validation import ValidationLoss
 from ambergrade.train.verify import verify_gradients, verify_resume
 from ambergrade.train.worker import TrainingJob, launch
 
 if TYPE_CHECKING:
-    from ambergrade.family.sdxl import Networks
+    from ambergrade.family.networks import Networks
 
 TRAIN = Stage("train", 3)
 
@@ -85,7 +86,7 @@ def train(context: Context, subject: Subject) -> Checkpoint:
         about = {"modelspec.title": name, "modelspec.architecture": subject.loaded.architecture}
         if trainer.loss["name"] == "v":
             about["modelspec.prediction_type"] = "v"
-        subject.loaded.write_checkpoint(scratch / f"{name}.safetensors", kept, about)
+        write_tensors(scratch / f"{name}.safetensors", kept, about)
         files = {"checkpoint": scratch / f"{name}.safetensors"}
         if trainer.lora is not None:
             files["lora"] = scratch / lora.FILE
@@ -157,8 +158,8 @@ def _train_here(context: Context, subject: Subject, latents: LatentStore, scratc
     """Train in this process."""
     trainer, prompts = subject.trainer, subject.samples
     # bf16 weights are never in memory as fp32; the VAE, which draws samples, always is
-    half = dict.fromkeys(TRAINED, torch.bfloat16) if trainer.precision in HALF else None
-    networks = subject.loaded.load(subject.base.path, subject.config, dtype=half, device=context.device)
+    half = dict.fromkeys(subject.loaded.trained, torch.bfloat16) if trainer.precision in HALF else None
+    networks = subject.loaded.networks.load(subject.base.path, subject.config, dtype=half, device=context.device)
 
     def show(live: Networks, seen: int) -> None:
         assert prompts is not None
@@ -179,7 +180,7 @@ def _train_here(context: Context, subject: Subject, latents: LatentStore, scratc
     assert report.before is not None
     assert report.after is not None
     losses = {"before": asdict(report.before), "after": asdict(report.after)}
-    return subject.loaded.networks.tensors(networks), losses, report.seen
+    return networks.tensors(), losses, report.seen
 
 
 def _train_apart(context: Context, subject: Subject, latents: LatentStore, scratch: Path, run: Run) -> Trained:
@@ -204,6 +205,7 @@ def training_job(context: Context, subject: Subject, latents: LatentStore, folde
     lists = {split: str(folder / f"{split}.jsonl") for split in sets}
     return TrainingJob(
         checkpoint=str(subject.base.path),
+        family=subject.family.name,
         config=str(subject.config),
         captions=lists["train"],
         latents=str(latents.folder.parent),

@@ -17,6 +17,7 @@ from ambergrade.train.settings import TrainSettings
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
+    from ambergrade.family.networks import Networks as Live
     from ambergrade.family.sdxl import Networks
     from ambergrade.nouns import CaptionSet
     from ambergrade.train.trainer import LogRow
@@ -323,7 +324,7 @@ def _fit(settings: WorldSettings, networks: Networks, name: str, model: ModelSet
         cache_latents(networks.vae, captions, reader, latents)
     prompts = PromptSet.read(booru / "prompts" / "heldout.jsonl").first(16)
 
-    def show(live: Networks, seen: int) -> None:
+    def show(live: Live, seen: int) -> None:
         drawn = [picture.pixels for picture in pictures(live, prompts, settings.sampler, progress=None)]
         write_png(scratch / f"samples-{seen:07d}.png", picture_grid(drawn, 8))
 
@@ -342,7 +343,7 @@ def _fit(settings: WorldSettings, networks: Networks, name: str, model: ModelSet
         on_sample=show,
     )
     half = {
-        key: value.half().cpu() if value.is_floating_point() else value for key, value in sdxl.tensors(networks).items()
+        key: value.half().cpu() if value.is_floating_point() else value for key, value in networks.tensors().items()
     }
     assert all(torch.isfinite(value).all() for value in half.values() if value.is_floating_point())
     about = {"modelspec.title": name, "modelspec.architecture": "stable-diffusion-xl-v1-base"}

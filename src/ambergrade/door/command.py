@@ -46,6 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AmbergradeError as error:
         print(error, file=sys.stderr)
         return 1
+    except SystemExit as end:
+        if end.code != 2:
+            raise
+        return 1  # argparse has told what is wrong with the options
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -100,8 +104,7 @@ def _vote(rest: list[str]) -> int:
 def _ui(rest: list[str]) -> int:
     from ambergrade.track import ui
 
-    sys.argv = ["ambergrade ui", *rest]
-    ui.main()
+    ui.main(rest)
     return 0
 
 

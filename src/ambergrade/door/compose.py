@@ -92,18 +92,25 @@ def search_path(conf: Path) -> list[str]:
 def as_written(arguments: Sequence[str], name: str, conf: Path) -> list[str]:
     """Spell out what a pipeline's surface calls shorter than its configuration can.
 
-    - `<group>=VALUE` is `<group>_path=VALUE` in a pipeline that has the key `<group>_path` and not the group: Hydra
-      would look for an option of the group.
+    - `<group>=VALUE` is `<group>_path=VALUE` in a pipeline that has the key `<group>_path`: Hydra would look for an
+      option of the group. Where the pipeline has the group too, that holds for a VALUE with a slash, or of a folder.
     - `coefficients.a=…` is `merge.coefficients.a=…` where a pipeline has no coefficients of its own.
     """
     root = yaml.safe_load((conf / f"{name}.yaml").read_text()) or {}
     used = {key.lstrip("/").split("@")[0] for entry in root.get("defaults", []) for key in _keys(entry)}
     for group in (key.removesuffix("_path") for key in root if key.endswith("_path")):
-        if group not in used:
-            arguments = [re.sub(rf"^{group}=", f"{group}_path=", argument) for argument in arguments]
+        arguments = [
+            f"{group}_path={value}" if key == group and (group not in used or _is_place(value)) else argument
+            for argument in arguments
+            for key, _, value in [argument.partition("=")]
+        ]
     if "coefficients" not in root and "merge" in used:
         arguments = [re.sub(r"^(\+{0,2})coefficients\.", r"\1merge.coefficients.", argument) for argument in arguments]
     return list(arguments)
+
+
+def _is_place(value: str) -> bool:
+    return "/" in value or Path(value).is_dir()
 
 
 def _keys(entry: Any) -> list[str]:

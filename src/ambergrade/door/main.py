@@ -129,9 +129,7 @@ def _hand_to_hydra(
     @functools.wraps(task)
     def job(cfg: DictConfig) -> Any:
         try:
-            # Hydra lets every library's INFO through under its own name; only its own lines are worth reading
-            logging.getLogger().setLevel(logging.WARNING)
-            logging.getLogger("hydra").setLevel(logging.INFO)
+            plain_logs()
             prepare_compute(cfg)
             return task(read(cls, cfg), invocation(cfg))
         except (HydraException, OmegaConfBaseException) as error:
@@ -167,6 +165,32 @@ def invocation(cfg: DictConfig) -> Invocation:
     keys = secret_keys(cfg)
     secrets = Secrets.of(plain_settings(cfg), keys)
     return Invocation(secrets.text(line), tuple(secrets.overrides(overrides)), keys)
+
+
+class Once(logging.Filter):
+    """Lets each warning through once: what several stages find wrong with one file is one thing to know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        new = record.levelno < logging.WARNING or text not in self._told
+        self._told.add(text)
+        return new
+
+
+def plain_logs() -> None:
+    """Show warnings as they are written, each once, and of what is less than a warning Hydra's own lines alone.
+
+    Hydra lets every library's INFO through, with the time and its own name before it.
+    """
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("hydra").setLevel(logging.INFO)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.addFilter(Once())
 
 
 def prepare_compute(cfg: DictConfig) -> None:

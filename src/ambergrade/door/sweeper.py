@@ -9,8 +9,8 @@ line. Without, the sweeper behaves as Hydra's own does. The class that Hydra loa
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -23,7 +23,8 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from ambergrade.door.axes import Axes, read_axes
+from ambergrade.chain.settings import SearchSettings
+from ambergrade.door.axes import Axes, Spec, read_axes
 from ambergrade.door.launching import Launched, Recorded, end_workers_with_us
 from ambergrade.errors import BadSetting
 from ambergrade.identity import digest
@@ -32,9 +33,7 @@ from ambergrade.search.folder import SweepFolder
 from ambergrade.search.load import Search, search
 from ambergrade.search.single import Single
 from ambergrade.track import process
-
-VALUES = ("values", "start")
-"""Keys of a search's yaml that name points."""
+from ambergrade.typed import settings
 
 
 @dataclass
@@ -61,6 +60,7 @@ class Request:
     """What a command line asks for: a search over axes, each point a configuration."""
 
     asked: SweeperConf
+    chosen: SearchSettings
     config: DictConfig
     """The configuration without Hydra's own part, and without the swept values."""
     axes: Axes
@@ -70,11 +70,6 @@ class Request:
     """Composes overrides."""
     launcher: Launcher | None
     """None for Hydra's basic one in a keyed sweep: the task decides where points are evaluated."""
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The search's settings, without its values."""
-        return {"objective": "", **{key: self.asked.search[key] for key in self.asked.search if key not in VALUES}}
 
     @property
     def rungs(self) -> tuple[int, ...]:
@@ -87,16 +82,16 @@ class Request:
     @property
     def slots(self) -> int | None:
         """Jobs that a launcher gets at once; None: all there are."""
-        return self.asked.max_batch_size or (1 if self.settings["name"] != "grid" and not self.rungs else None)
+        return self.asked.max_batch_size or (1 if self.chosen.name != "grid" and not self.rungs else None)
 
     def search(self) -> Search:
         """The search, as one that nobody has asked yet."""
         if not self.axes.specs:
-            return Single(objective=self.settings["objective"])
+            return Single(objective=self.chosen.objective)
         space = f"{self.asked.space}." if self.asked.space else ""
-        start = {f"{space}{name}": value for name, value in (self.asked.search.get("start") or {}).items()}
+        start = {f"{space}{name}": value for name, value in (self.chosen.start or {}).items()}
         known = start if start and set(start) == set(self.axes.specs) else None
-        return search(**self.settings, values=self.axes.specs, start=known)
+        return search(**{**self.chosen.parameters, "values": self.axes.specs, "start": known})
 
     def composed(self, lines: Sequence[str]) -> DictConfig:
         """The configuration that overrides compose to."""
@@ -119,7 +114,7 @@ class Request:
         what = {
             "made_of": [made_of(job) for job in self.corners()],
             "axes": self.axes.specs,
-            "search": {key: value for key, value in self.settings.items() if key != "trials"},
+            "search": replace(self.chosen, values={}, start=None, trials=None),
             "rungs": self.rungs,
             "screen": self.screen,
         }
@@ -150,9 +145,10 @@ class SweeperBody(Sweeper):
     def __init__(self, **given: Any) -> None:
         super().__init__()
         self.asked = SweeperConf(**given)
+        self.chosen = _search_settings(self.asked.search)
         self.config: DictConfig | None = None
         self.launcher: Launcher | None = None
-        if self.asked.rungs and self.asked.search.get("sampler") not in (None, "qmc"):
+        if self.asked.rungs and self.chosen.sampler not in (None, "qmc"):
             raise BadSetting(
                 "A race compares points that are known beforehand.\nUse search=grid or search=qmc with it."
             )
@@ -188,15 +184,17 @@ class SweeperBody(Sweeper):
         asked = self.asked
         lines = [f"{key}={value}" for key, value in (asked.params or {}).items()] + list(arguments)
         overrides = OverridesParser.create(config_loader=self.loader).parse_overrides(lines)
-        values = asked.search.get("values") or {}
-        listed_only = asked.search["name"] == "grid"
-        axes = read_axes(overrides, {} if values == "???" else values, asked.space, listed_only=listed_only)
+        values: dict[str, Spec] = {
+            name: dict(spec) if isinstance(spec, Mapping) else list(spec) for name, spec in self.chosen.values.items()
+        }
+        axes = read_axes(overrides, values, asked.space, listed_only=self.chosen.name == "grid")
         whole = [key for key in axes.specs if key.partition(".")[0] in ("search", "race")]
         if asked.keyed and whole:
             raise BadSetting(f"{whole[0]} belongs to the whole sweep, not to a point.\nGive it one value.")
         basic = str(self.config.hydra.launcher._target_).endswith(".BasicLauncher")
         return Request(
             asked=asked,
+            chosen=self.chosen,
             config=without_hydra(self.config),
             axes=axes,
             base=Path(self.config.hydra.sweep.dir).absolute(),
@@ -224,6 +222,14 @@ class SweeperBody(Sweeper):
             launched += len(batch)
             returns.append(returned)
         return returns
+
+
+def _search_settings(given: Mapping[str, Any]) -> SearchSettings:
+    """Read a search's yaml; one without values of its own leaves them to the command line."""
+    values = OmegaConf.to_container(OmegaConf.create(dict(given)), throw_on_missing=False)
+    plain = {"objective": "", **{str(key): value for key, value in values.items()}} if isinstance(values, dict) else {}
+    own = plain.get("values")
+    return settings(SearchSettings, {**plain, "values": {} if own in (None, "???") else own}, "search")
 
 
 def without_hydra(config: DictConfig) -> DictConfig:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from ambergrade.chain.settings import Invocation, SweepSettings
 from ambergrade.door.compose import read
-from ambergrade.door.main import invocation, pipeline, prepare_compute
+from ambergrade.door.main import invocation, pipeline, plain_logs, prepare_compute
 from ambergrade.door.sweeper import Request
 from ambergrade.search.driver import Evaluator, Job
 from ambergrade.search.folder import job_of
@@ -48,8 +47,8 @@ class SweepCommand:
 
     def sweep(self, request: Request) -> None:
         """Run the sweep that a command line asks for."""
-        logging.getLogger().setLevel(logging.WARNING)  # Hydra lets every library's INFO through
-        prepare_compute(request.config)
+        plain_logs()
+        prepare_compute(request.config)  # before numpy is imported
 
         @functools.lru_cache(maxsize=256)
         def composed(lines: tuple[str, ...]) -> SweepSettings:
@@ -64,8 +63,8 @@ class SweepCommand:
         from ambergrade.chain.points import PointScorer
         from ambergrade.chain.sweep import SweepPlan
 
-        def planned(scorer: PointScorer) -> SweepPlan:
-            key = request.key(lambda job: scorer.task(settings_of(job), Job("", {})).identity)
+        def planned(scorer: PointScorer | None) -> SweepPlan:
+            key = request.key(lambda job: scorer.task(settings_of(job), Job("", {})).identity) if scorer else ""
             return SweepPlan(
                 key=key,
                 folder=request.folder(key),

@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any
 
 from ambergrade import family as package
 from ambergrade.errors import BadInput, BadSetting, UnknownName
@@ -24,42 +24,14 @@ from ambergrade.family.files import (
     read_tensors,
     weight_files,
     weights_digest,
-    write_tensors,
 )
 from ambergrade.family.layouts import Component, Shape, Source, listed
 from ambergrade.family.prediction import lacking_marks, prediction_type, read_scheduler
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-    from ambergrade.family.sdxl import Networks
-
-
-class Live(Protocol):
-    """What the module of a family defines so that its networks can be loaded, trained and drawn with."""
-
-    def load(
-        self,
-        checkpoint: Path,
-        config: Path,
-        *,
-        dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
-        device: str | torch.device = "cpu",
-        only: Collection[str] = (),
-    ) -> Networks: ...
-
-    def from_config(self, config: Path, seed: int) -> Networks: ...
-
-    def tensors(self, networks: Networks) -> dict[str, Tensor]: ...
-
-    def assign(self, networks: Networks, tensors: Mapping[str, Tensor]) -> None: ...
-
-    def pipeline(self, networks: Networks, scheduler: Any) -> Any: ...
-
-    def tokenize(self, networks: Networks, texts: Sequence[str]) -> tuple[Tensor, Tensor]: ...
-
-    def encode_text(self, networks: Networks, texts: Sequence[str]) -> tuple[Tensor, Tensor]: ...
+    from ambergrade.family.networks import Networks
 
 
 @dataclass(frozen=True)
@@ -78,38 +50,23 @@ class Family:
     variants: Mapping[str, str] = field(default_factory=dict)
     """Beginnings of keys that some files have instead of our own, the longer ones first."""
     live: str = ""
-    """The module of this package that holds its networks (see `Live`); empty where there are only names."""
+    """The module of this package whose `Networks` are its own; empty where there are only names."""
     like: str = ""
     """The family whose structure it has at other widths; files do not tell the two apart."""
 
     # --- live networks and checkpoints
 
     @property
-    def networks(self) -> Live:
-        """The functions that load, train and draw with its networks. Raises BadSetting where it has none."""
+    def networks(self) -> type[Networks]:
+        """The class of its networks, to train and draw with. Raises BadSetting where it has none."""
         if not self.live:
             able = ", ".join(family.name for family in _all() if family.live)
             raise BadSetting(
                 f"The networks of family {self.name} cannot be loaded: it can be inspected, converted and merged.\n"
                 f"Training and drawing work with family={able}."
             )
-        return cast(Live, importlib.import_module(f"{package.__name__}.{self.live}"))
-
-    def load(
-        self,
-        checkpoint: Path,
-        config: Path,
-        *,
-        dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
-        device: str | torch.device = "cpu",
-        only: Collection[str] = (),
-    ) -> Networks:
-        """Networks of a single file or a diffusers folder, fp32 unless `dtype` says otherwise, perhaps by component.
-
-        `config` is the family's diffusers-layout folder. Where `only` names components, the others stay without values.
-        Raises BadSetting for a family without networks, BadInput for weights that are damaged or of another family.
-        """
-        return self.networks.load(checkpoint, config, dtype=dtype, device=device, only=only)
+        found: type[Networks] = importlib.import_module(f"{package.__name__}.{self.live}").Networks
+        return found
 
     def read_checkpoint(self, path: Path) -> dict[str, Tensor]:
         """Weights under single-file keys, from a single file or a diffusers folder; pickles are refused.
@@ -139,10 +96,6 @@ class Family:
             return prediction_type(keys, None, read_scheduler(path))
         return prediction_type(keys, read_metadata(path))
 
-    def write_checkpoint(self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-        """Write a single file of canonical bytes under its final name in one step; returns the weights' digest."""
-        return write_tensors(path, tensors, metadata)
-
     def weights_digest(self, path: Path) -> str:
         """sha256 over the names and values of a checkpoint, whatever its layout, header and file name."""
         return weights_digest(self.read_checkpoint(path))
@@ -150,9 +103,14 @@ class Family:
     # --- names, and shapes by name
 
     @property
+    def trained(self) -> tuple[str, ...]:
+        """The components that may be trained: all but the VAE."""
+        return tuple(name for name, component in self.components.items() if component.short != "vae")
+
+    @property
     def parts(self) -> tuple[str, ...]:
-        """The short names of what is trained, each with a learning rate of its own: all but the VAE."""
-        return tuple(component.short for component in self.components.values() if component.short != "vae")
+        """The short names of what may be trained, each with a learning rate of its own."""
+        return tuple(self.components[name].short for name in self.trained)
 
     @property
     def block_names(self) -> tuple[str, ...]:

@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ambergrade.errors import BadInput
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MARKS: Mapping[str, tuple[str, Any]] = {
     "v_pred": ("prediction_type", "v_prediction"),
@@ -65,6 +68,19 @@ def scheduler_marks(scheduler: Mapping[str, Any]) -> list[str]:
 def scheduler_settings(keys: Collection[str]) -> dict[str, Any]:
     """What a scheduler's config must say where a file has these keys."""
     return dict(MARKS[mark] for mark in MARKS if mark in keys)
+
+
+def marks(scheduler: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The marks of a scheduler's config as tensors of a single file."""
+    import torch
+
+    return {mark: torch.empty(0) for mark in scheduler_marks(scheduler)}
+
+
+def from_noise(scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with sampling from the schedule's last step where that is all noise (Lin et al. 2023, section 3.3)."""
+    spacing = {"timestep_spacing": "trailing"} if scheduler.get("rescale_betas_zero_snr") else {}
+    return {**scheduler, **spacing}
 
 
 def read_scheduler(folder: Path) -> dict[str, Any]:

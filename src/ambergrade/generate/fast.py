@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ambergrade.family.sdxl import Networks
+from ambergrade.family.networks import Networks
 from ambergrade.generate.texts import MOST_WINDOWS
 from ambergrade.nouns import Picture
 

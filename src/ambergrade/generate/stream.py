@@ -1,4 +1,4 @@
-"""Pictures from prompts, one seed a picture, through the stock StableDiffusionXLPipeline.
+"""Pictures from prompts, one seed a picture, through the family's stock pipeline.
 
 A picture depends on its own prompt, seed and sampler settings, never on its neighbours in the batch: every picture
 draws from a CPU generator of its own. What is left of the batch size is the last bits of the kernels' sums.
@@ -20,8 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ambergrade.errors import BadInput, BadSetting, UnknownName
-from ambergrade.family import sdxl
-from ambergrade.family.sdxl import Networks
+from ambergrade.family.networks import Networks
 from ambergrade.generate.fast import is_compiled, room_to_compile
 from ambergrade.generate.text_cache import remembered_text
 from ambergrade.generate.texts import TextEncoder, refuse_undrawable
@@ -46,7 +45,7 @@ def pictures(
     """
     _check(sampler, networks)
     refuse_undrawable((prompt.id, text) for prompt in prompts.prompts for text in (prompt.text, prompt.negative))
-    pipeline = sdxl.pipeline(networks, scheduler(sampler.name, networks.scheduler_config))
+    pipeline = networks.pipeline(scheduler(sampler.name, networks.scheduler_config))
     pipeline.set_progress_bar_config(disable=True)
     encoder = texts or TextEncoder(networks)
     with tqdm(total=len(prompts.prompts), desc=progress, unit="picture", disable=progress is None or None) as bar:
@@ -110,16 +109,13 @@ def _draw_alike(
     conditions: Sequence[Sequence[tuple[Tensor, Tensor]]],
 ) -> list[Tensor | None]:
     """(H, W, 3) uint8 pixels of prompts whose conditions are equally long, None where they are not finite."""
-    (states, pooled), (negative_states, negative_pooled) = (
+    prompted, negative = (
         (torch.stack([one[which][0] for one in conditions]), torch.stack([one[which][1] for one in conditions]))
         for which in (0, 1)
     )
     with room_to_compile() if is_compiled(networks) else remembered_text(networks.unet):
         drawn = pipeline(
-            prompt_embeds=states,
-            pooled_prompt_embeds=pooled,
-            negative_prompt_embeds=negative_states,
-            negative_pooled_prompt_embeds=negative_pooled,
+            **networks.embeds(prompted, negative),
             generator=[torch.Generator("cpu").manual_seed(prompt.seed) for prompt in batch],
             num_inference_steps=sampler.steps,
             guidance_scale=sampler.guidance,
@@ -135,7 +131,7 @@ def _draw_alike(
 
 def _check(sampler: SamplerSettings, networks: Networks) -> None:
     complaints = []
-    layers = min(e.config.num_hidden_layers for e in (networks.text_encoder, networks.text_encoder_2))
+    layers = min(e.config.num_hidden_layers for e in networks.encoders.values())
     if not 1 <= sampler.clip_skip <= layers:
         complaints.append(f"clip_skip is {sampler.clip_skip}, 1 to {layers} are there, and 2 is SDXL's own")
     if not 0 <= sampler.rescale <= 1:

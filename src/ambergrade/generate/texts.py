@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ambergrade.errors import BadInput
-from ambergrade.family import sdxl
-from ambergrade.family.sdxl import Networks
+from ambergrade.family.networks import Networks
 from ambergrade.prompts import Weighted, read_prompt
 
 WINDOW = 75
@@ -51,7 +50,7 @@ class TextEncoder:
         new = {one.windows: one.text for one in read if (one.windows, skip) not in self._known}
         plain = {windows: text for windows, text in new.items() if self._is_plain(windows, text)}
         if plain:
-            states, pooled = sdxl.encode_text(self._networks, list(plain.values()), -skip)
+            states, pooled = self._networks.encode_text(list(plain.values()), -skip)
             self._known |= {(windows, skip): (states[k], pooled[k]) for k, windows in enumerate(plain)}
         for name, one in zip(names or prompts, read, strict=True):
             if (one.windows, skip) not in self._known:
@@ -71,7 +70,7 @@ class TextEncoder:
         return torch.cat([states[:-1], *[empty] * missing, states[-1:]]), pooled
 
     def _is_plain(self, windows: tuple[Weighted, ...], text: str) -> bool:
-        fits = all(len(_ids(tokenizer, text)) <= WINDOW for tokenizer in self._tokenizers)
+        fits = all(len(_ids(tokenizer, text)) <= WINDOW for tokenizer in self._networks.tokenizers)
         return fits and len(windows) <= 1 and all(weight == 1 for window in windows for _, weight in window)
 
     def _windowed(self, windows: tuple[Weighted, ...], name: str, skip: int) -> tuple[Tensor, Tensor]:
@@ -81,23 +80,18 @@ class TextEncoder:
         that may be near zero.) Begin of the first, text of all, end of the last; pooled of the first.
         """
         networks = self._networks
-        rows = [_rows(tokenizer, windows, name) for tokenizer in self._tokenizers]
+        tokenizers = networks.tokenizers
+        rows = [_rows(tokenizer, windows, name) for tokenizer in tokenizers]
         count = max(len(ids) for ids, _ in rows)
-        device = networks.text_encoder.device
-        ids = [_stacked(tokenizer, part, count) for tokenizer, (part, _) in zip(self._tokenizers, rows, strict=True)]
-        states, pooled = sdxl.encode_tokens(
-            networks.text_encoder, networks.text_encoder_2, ids[0].to(device), ids[1].to(device), -skip
-        )
+        device = next(iter(networks.encoders.values())).device
+        ids = [_stacked(tokenizer, part, count) for tokenizer, (part, _) in zip(tokenizers, rows, strict=True)]
+        states, pooled = networks.encode([one.to(device) for one in ids], -skip)
         weights = torch.ones(count, WINDOW + 2, device=device, dtype=states.dtype)
         for row, values in enumerate(rows[0][1]):
             weights[row, 1 : 1 + len(values)] = torch.tensor(values, device=device, dtype=states.dtype)
         empty = self([""], skip=skip)[0][0]
         states = empty + weights[..., None] * (states - empty)
         return torch.cat([states[0, :1], states[:, 1:-1].flatten(0, 1), states[-1, -1:]]), pooled[0]
-
-    @property
-    def _tokenizers(self) -> tuple[Any, Any]:
-        return self._networks.tokenizer, self._networks.tokenizer_2
 
 
 def _rows(tokenizer: Any, windows: tuple[Weighted, ...], name: str) -> tuple[list[list[int]], list[list[float]]]:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from ambergrade.errors import BadInput, MissingObject
 from ambergrade.family.digests import files_digest, model_digests, model_files
 from ambergrade.family.files import PASSIVE_FILE
+from ambergrade.merge.lora import with_config
 from ambergrade.store import Digests
 
 
@@ -45,7 +46,7 @@ def find_inputs(
     try:
         by_file = _matches(wanted["file"], candidates, lambda path: _file(path, known), passed_over)
         left = {alias: sha256 for alias, sha256 in wanted["weights"].items() if alias not in by_file}
-        by_weights = _matches(left, candidates, lambda path: model_digests(path, known).weights, passed_over)
+        by_weights = _matches(left, candidates, lambda path: _weights(path, known), passed_over)
     finally:
         known.save()
     paths = {**by_weights, **by_file}
@@ -63,7 +64,11 @@ def _told(digests: Mapping[str, str]) -> str:
 
 
 def _file(path: Path, known: Digests) -> str:
-    return files_digest(path, {part: known.of_file(part) for part in model_files(path)})
+    return with_config(path, files_digest(path, {part: known.of_file(part) for part in model_files(path)}), known)
+
+
+def _weights(path: Path, known: Digests) -> str:
+    return with_config(path, model_digests(path, known).weights, known)
 
 
 def _matches(

@@ -16,7 +16,7 @@ from ambergrade.family.dtypes import torch_dtypes
 from ambergrade.merge.formula import Formula
 from ambergrade.merge.header import header_bytes, read_exactly
 from ambergrade.merge.inputs import Digests, Input, Stored, open_input, parent_recipe
-from ambergrade.merge.lora import alphas, check_shapes, targets
+from ambergrade.merge.lora import alphas, check_shapes, targets, with_config
 from ambergrade.merge.parts import Parts, canonical_parts
 from ambergrade.merge.plan import Plan, Task, check_policies, input_names, make_plan, operands
 from ambergrade.merge.recipe import Recipe, ancestors, metadata
@@ -116,6 +116,9 @@ class Job:
         with ThreadPoolExecutor(len(paths)) as pool:
             reading = {owner: pool.submit(model_weights, path, files[owner], known) for owner, path in paths.items()}
         found = {alias: ModelDigests(files[alias], reading[owner].result()) for alias, owner in self.owner.items()}
+        for alias in self.formula.loras:
+            both, path = found[alias], self.inputs[alias].path
+            found[alias] = ModelDigests(*(with_config(path, one, known) for one in (both.file, both.weights)))
         if self.repeats is None:
             return self._recipe(found)
         for alias, digests in found.items():

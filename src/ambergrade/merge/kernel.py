@@ -93,6 +93,7 @@ class Kernel:
         for name, lanes in (("many", LANES), ("one", 1)):
             halves = _widens_halves(features)
             _Loop(module, name, lanes, inputs, out, careful=careful, gradual=gradual, halves=halves).build()
+        # ctypes is how llvmlite's own user guide calls what it compiled: its engine gives an address and nothing more
         pointer, real, whole = ctypes.c_void_p, ctypes.c_double, ctypes.c_int64
         kind = ctypes.CFUNCTYPE(ctypes.c_uint64, pointer, pointer, real, real, real, pointer, pointer, *(whole,) * 3)
         with _LOCK:

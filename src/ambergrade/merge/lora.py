@@ -19,8 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from ambergrade.errors import BadInput, BadSetting, nearest
 from ambergrade.family.detect import detect
+from ambergrade.family.digests import model_digests
 from ambergrade.family.files import read_metadata, read_tensors
 from ambergrade.family.layouts import Component, Shape, Source, listed
+from ambergrade.identity import digest
+from ambergrade.store import Digests
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,6 +79,25 @@ def lora_file(path: Path) -> Path:
     return path / PEFT_FILE if path.is_dir() else path
 
 
+def _config_beside(file: Path) -> Path | None:
+    beside = file.with_name(PEFT_CONFIG)
+    return beside if file.name == PEFT_FILE and beside.is_file() and beside.stat().st_size <= MOST_CONFIG else None
+
+
+def with_config(path: Path, sha256: str, known: Digests) -> str:
+    """The digest of a LoRA whose tensors have `sha256`: with peft's config beside them, since that holds its strength.
+
+    Without such a config, and for any other file, `sha256` itself.
+    """
+    beside = _config_beside(lora_file(path))
+    return sha256 if beside is None else digest({PEFT_FILE: sha256, PEFT_CONFIG: known.of_file(beside)})
+
+
+def lora_weights(path: Path, known: Digests) -> str:
+    """The digest of a LoRA's weights, of a file or a folder that peft saved. Raises as `model_digests`."""
+    return with_config(path, model_digests(lora_file(path), known).weights, known)
+
+
 def read_lora(path: Path) -> dict[str, Tensor]:
     """A LoRA's tensors, and the alphas that only its header or peft's config beside it tell. Raises as `alphas`."""
     import torch
@@ -93,10 +115,8 @@ def alphas(file: Path, shapes: Mapping[str, Shape], metadata: Mapping[str, str])
     over the rank, here too for adapters that are scaled by its root (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732).
     Raises BadInput for a config that is none, or that asks for what these files' tensors do not tell.
     """
-    beside = file.with_name(PEFT_CONFIG)
-    text = metadata.get("lora_adapter_metadata")
-    if file.name == PEFT_FILE and beside.is_file() and beside.stat().st_size <= MOST_CONFIG:
-        text = beside.read_text(errors="replace")
+    beside = _config_beside(file)
+    text = beside.read_text(errors="replace") if beside else metadata.get("lora_adapter_metadata")
     try:
         config = json.loads(text or "{}")
     except (ValueError, RecursionError):

@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ambergrade.pictures import open_picture
+
 SIDE = 320
 """Longest side of an embedded picture, pixels."""
 LARGE = 500_000
@@ -125,7 +127,7 @@ def picture(path: Path, caption: str) -> str:
     held, kind = path.read_bytes(), "png"
     if len(held) > LARGE:
         file = io.BytesIO()
-        Image.open(path).convert("RGB").save(file, "JPEG", quality=88)
+        open_picture(path).save(file, "JPEG", quality=88)
         if 2 * file.tell() < len(held):
             held, kind = file.getvalue(), "jpeg"
     source = f"data:image/{kind};base64,{base64.b64encode(held).decode()}"

@@ -7,31 +7,31 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ambergrade.errors import BadInput, MissingObject
+from ambergrade.lines import read_text
 from ambergrade.nouns import Prompt, PromptSet
+from ambergrade.pictures import SUFFIXES
 from ambergrade.score.tags import canonical_tags, rating_of
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def folder_prompts(folder: Path, ratings: Mapping[str, Sequence[str]], *, needed: bool = True) -> PromptSet:
     """The prompts of a folder: its prompts.jsonl, else a text file beside each picture (`a.png`, `a.txt`).
 
     A text file's prompt is taken as booru tags, with `ratings` as the words that ask for a rating. Where prompts are
-    not `needed`, a picture without one has an empty one. Raises MissingObject naming pictures without a prompt.
+    not `needed`, a picture without one has an empty one. Raises MissingObject naming pictures without a prompt; an
+    empty text file is none.
     """
     if (folder / "prompts.jsonl").is_file():
         return PromptSet.read(folder / "prompts.jsonl", folder.name)
-    files = _files(folder)
-    missing = [path.name for path in files if not path.with_suffix(".txt").is_file()]
+    texts = {path: _text_beside(path) for path in _files(folder)}
+    missing = [path.name for path, text in texts.items() if not text]
     if missing and needed:
         raise MissingObject(
-            f"{folder} has no prompts.jsonl, and {len(missing)} of {len(files)} pictures lack a .txt: {missing[:3]} …\n"
+            f"{folder} has no prompts.jsonl, and {len(missing)} of {len(texts)} pictures lack a .txt with words in it: "
+            f"{missing[:3]} …\n"
             "Write one of them, or give prompts=FILE.jsonl (keys: id, text; id is the picture's name without suffix)."
         )
     made = []
-    for path in files:
-        beside = path.with_suffix(".txt")
-        text = beside.read_text().strip() if beside.is_file() else ""
+    for path, text in texts.items():
         tags = canonical_tags(text)
         made.append(Prompt(path.stem, text, 0, tags=tags, rating=rating_of(tags, ratings)))
     return PromptSet(folder.name, tuple(made))
@@ -67,6 +67,12 @@ def folder_pictures(folder: Path, prompts: PromptSet) -> dict[tuple[str, int], P
         raise BadInput(f"{folder}: " + "\n".join(complaints) + "\nName pictures <id>.png or <id>-<seed>.png.")
     order = {prompt_id: place for place, prompt_id in enumerate(by_id)}
     return dict(sorted(found.items(), key=lambda item: (order[item[0][0]], item[0][1])))
+
+
+def _text_beside(picture: Path) -> str:
+    """What the text file beside a picture says; "" where there is none."""
+    beside = picture.with_suffix(".txt")
+    return read_text(beside) if beside.is_file() else ""
 
 
 def _files(folder: Path) -> list[Path]:

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from ambergrade.errors import BadInput, MissingObject
 from ambergrade.identity import canonical_json, digest, file_digest
+from ambergrade.pictures import read_rgb
 from ambergrade.store import find_file, written_aside
 
 if TYPE_CHECKING:  # whoever reads a sheet needs no networks' libraries, which take seconds to import
@@ -181,20 +181,3 @@ def listed(reference: Path, pictures: Path) -> list[Path]:
     if missing:
         raise MissingObject(f"{len(missing)} of {len(files)} reference pictures are not in {pictures}: {missing[:3]} …")
     return files
-
-
-def read_rgb(path: Path) -> npt.NDArray[np.uint8]:
-    """A picture file as it is seen: EXIF turned, transparency on white, 16 bits scaled to 8. Raises BadInput."""
-    try:
-        with Image.open(path) as file:
-            image: Image.Image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I;16"):
-                return np.repeat(np.rint(np.asarray(image) / 257).astype(np.uint8)[..., None], 3, axis=2)
-            if image.mode in ("I", "F"):
-                raise BadInput(f"{path}: pictures of {image.mode} pixels (32 bits) are not read; save it as 8-bit RGB.")
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise BadInput(f"{path} is not a whole picture: {str(error)[:200]}") from error

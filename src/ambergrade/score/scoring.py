@@ -56,6 +56,11 @@ class Metric(Protocol):
         return {}
 
     @classmethod
+    def scores(cls, **settings: Any) -> Mapping[str, bool]:
+        """The `columns` that it has when it is built with these settings; nothing is loaded."""
+        return getattr(cls, "columns", {})
+
+    @classmethod
     def aggregates(cls, sheet: ScoreSheet, *, seed: int) -> dict[str, Measurement]:
         """Set-level values beside the columns' means."""
         return {}

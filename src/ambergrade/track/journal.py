@@ -93,6 +93,11 @@ class Journal:
         return journal
 
     @property
+    def is_open(self) -> bool:
+        """Whether what is told is journaled."""
+        return self.client is not None
+
+    @property
     def ref(self) -> JournalRef:
         """Plain data by which another process attaches to this journal."""
         experiment = self.experiment_id if self.client is not None else ""

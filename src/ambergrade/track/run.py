@@ -16,6 +16,7 @@ from PIL import Image
 
 from ambergrade.errors import AmbergradeError, BadSetting
 from ambergrade.nouns import Measurement
+from ambergrade.pictures import open_picture
 from ambergrade.track import database, lines, models, process
 from ambergrade.track.database import locked
 from ambergrade.track.provenance import provenance
@@ -161,7 +162,7 @@ class Run:
         if place in self._pictures:
             return
         self._pictures.add(place)
-        image = picture if isinstance(picture, Image.Image) else Image.open(picture)
+        image = picture if isinstance(picture, Image.Image) else open_picture(picture)
         self.kept([f"picture {key}, {step}"])
         self._do(f"picture {key}", lambda client: client.log_image(self.id, image, key=name, step=step))
 

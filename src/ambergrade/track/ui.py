@@ -1,4 +1,4 @@
-"""Opens MLflow's own UI on the local record: `python -m ambergrade.track.ui [--root DIR] [--port N]` (make ui)."""
+"""Opens MLflow's own UI on the local record: `ambergrade ui [--root DIR] [--port N]`, in a checkout `make ui`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlencode
+
+from ambergrade.places import CHECKOUT
 
 PORT = 5000
 PORTS = 20
@@ -25,7 +27,7 @@ def ui_command(root: Path) -> str:
     """
     if _server():
         return base_url()
-    return "make ui" if root.resolve() == Path.cwd() else f"python -m ambergrade.track.ui --root {root}"
+    return "make ui" if root.resolve() == Path.cwd() == CHECKOUT else f"ambergrade ui --root {root}"
 
 
 def base_url() -> str:
@@ -84,12 +86,12 @@ def free_port(port: int) -> int:
     sys.exit(f"The ports {port} to {port + PORTS - 1} are taken.\nChoose another by --port N.")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the links, then become MLflow's server."""
-    parser = argparse.ArgumentParser(prog="python -m ambergrade.track.ui", description=__doc__)
+    parser = argparse.ArgumentParser(prog="ambergrade ui", description=__doc__)
     parser.add_argument("--root", type=Path, default=Path.cwd(), help="the folder that holds mlruns/")
     parser.add_argument("--port", type=int, default=PORT)
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     from ambergrade.track.database import artifact_root, database_file, open_client, tracking_uri
 
     if _server():

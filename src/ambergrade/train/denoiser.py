@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ambergrade.errors import BadSetting
-from ambergrade.family import sdxl
-from ambergrade.family.sdxl import Networks
+from ambergrade.family.networks import Networks
+from ambergrade.family.prediction import from_noise, marks
 from ambergrade.train.rounding import lost_share
 from ambergrade.train.settings import TrainSettings, plug_module
 from ambergrade.train.tokens import encode
 
-TRAINED = ("unet", "text_encoder", "text_encoder_2")
-"""Components that may be trained."""
 HALF = ("bf16-sr", "bf16-plain")
 """Precisions whose weights are bf16."""
 MOST_LOST = 0.5
@@ -24,26 +22,25 @@ MOST_LOST = 0.5
 
 
 class Denoiser(nn.Module):
-    """Joins the three trained networks, so that accumulation and gradient reduction cover them all."""
+    """Joins the trained networks under their short names, so that accumulation and gradient reduction cover all."""
 
     def __init__(self, networks: Networks, *, autocast: bool = False) -> None:
         """`autocast` computes fp32 weights' matrix products in bf16."""
         super().__init__()
         self.autocast = autocast
-        self.unet = networks.unet
-        self.te1 = networks.text_encoder
-        self.te2 = networks.text_encoder_2
+        self.networks = networks
+        for part, module in networks.trained.items():
+            self.add_module(part, module)
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, ids_1: Tensor, ids_2: Tensor, time_ids: Tensor) -> Tensor:
+    def forward(self, noisy: Tensor, timesteps: Tensor, ids: Sequence[Tensor], time_ids: Tensor) -> Tensor:
         """Predict the noise, (B, C, H, W)."""
         # Not accelerate's mixed precision, which would hold for every later run of the process.
         with torch.autocast(noisy.device.type, torch.bfloat16, enabled=self.autocast):
-            states, pooled = encode(self.te1, self.te2, ids_1, ids_2)
-            added = {"text_embeds": pooled, "time_ids": time_ids}
-            dtype = self.unet.conv_in.weight.dtype  # the property `dtype` walks through all modules
-            predicted: Tensor = self.unet(
-                noisy.to(dtype), timesteps, states, added_cond_kwargs=added, return_dict=False
-            )[0]
+            unet: Any = self.networks.unet
+            states, pooled = encode(self.networks, ids)
+            added = self.networks.added(pooled, time_ids)
+            dtype = unet.conv_in.weight.dtype  # the property `dtype` walks through all modules
+            predicted: Tensor = unet(noisy.to(dtype), timesteps, states, added_cond_kwargs=added, return_dict=False)[0]
         return predicted
 
 
@@ -62,8 +59,8 @@ def set_prediction(networks: Networks, settings: TrainSettings) -> None:
     if trained != found:
         networks.scheduler_config = {**networks.scheduler_config, "prediction_type": trained}
     if settings.zero_terminal_snr:
-        networks.scheduler_config = sdxl.from_noise({**networks.scheduler_config, "rescale_betas_zero_snr": True})
-    networks.passive |= sdxl.marks(networks.scheduler_config)
+        networks.scheduler_config = from_noise({**networks.scheduler_config, "rescale_betas_zero_snr": True})
+    networks.passive |= marks(networks.scheduler_config)
 
 
 def choose_precision(denoiser: Denoiser, settings: TrainSettings) -> None:
@@ -95,7 +92,7 @@ def save_memory(networks: Networks, settings: TrainSettings) -> None:
                     if hasattr(module, "gradient_checkpointing"):
                         module.gradient_checkpointing = False
         else:
-            for encoder in (networks.text_encoder, networks.text_encoder_2):
+            for encoder in networks.encoders.values():
                 # transformers 5 renamed it, and warns of the old name
                 enable = getattr(encoder, "activation_checkpointing_enable", encoder.gradient_checkpointing_enable)
                 enable({"use_reentrant": False})
@@ -109,13 +106,12 @@ def save_memory(networks: Networks, settings: TrainSettings) -> None:
 def freeze(denoiser: Denoiser, lr: Mapping[str, float], *, embeddings: bool = False) -> None:
     """Leave gradients on for parts with a learning rate, but for what no loss reaches and, if asked, embeddings.
 
-    SDXL reads the first text encoder's penultimate states: its last layer and final norm would stay without
-    gradient, and distributed training would wait for it.
+    Layers that nothing reads would stay without gradient, and distributed training would wait for it.
     """
     for part, rate in lr.items():
         getattr(denoiser, part).requires_grad_(rate > 0)
-    denoiser.te1.encoder.layers[-1].requires_grad_(False)
-    denoiser.te1.final_layer_norm.requires_grad_(False)
+    for module in denoiser.networks.unread:
+        module.requires_grad_(False)
     if embeddings:
         for module in denoiser.modules():
             if isinstance(module, nn.Embedding):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ambergrade.family.sdxl import Networks
+from ambergrade.family.networks import Networks
 from ambergrade.train.plan import DEVICES
 from ambergrade.train.tokens import WINDOW, encode
 
@@ -23,10 +23,11 @@ class StepFlop:
 
     def __init__(self, networks: Networks, lr: Mapping[str, float], tokens: int) -> None:
         """`lr` says which parts are trained: a frozen text encoder has no backward pass; backward is twice forward."""
-        self._unet = _on_meta(networks.unet)
-        self._encoders = [_on_meta(networks.text_encoder), _on_meta(networks.text_encoder_2)]
+        self._networks: Any = copy.copy(networks)
+        for name, module in networks.modules().items():
+            setattr(self._networks, name, _on_meta(module))
         self._tokens = tokens
-        self._factors = [3 if lr[part] else 1 for part in ("te1", "te2")]
+        self._factors = {part: 3 if lr[part] else 1 for part in networks.encoders}
         self._shrink = 2 ** (len(networks.vae.config.block_out_channels) - 1)
         self._text: float | None = None
         self._found: dict[tuple[int, int], float] = {}
@@ -36,10 +37,11 @@ class StepFlop:
         if bucket not in self._found:
             states, pooled = self._encoded()
             height, width = (side // self._shrink for side in bucket[::-1])
-            noisy = torch.empty(1, self._unet.config.in_channels, height, width, device="meta", dtype=self._unet.dtype)
-            added = {"text_embeds": pooled, "time_ids": torch.empty(1, 6, device="meta")}
+            unet = self._networks.unet
+            noisy = torch.empty(1, unet.config.in_channels, height, width, device="meta", dtype=unet.dtype)
+            added = self._networks.added(pooled, torch.empty(1, 6, device="meta"))
             with FlopCounterMode(display=False) as counter, torch.no_grad():
-                self._unet(noisy, torch.zeros(1, device="meta"), states, added_cond_kwargs=added, return_dict=False)
+                unet(noisy, torch.zeros(1, device="meta"), states, added_cond_kwargs=added, return_dict=False)
             self._found[bucket] = 3.0 * counter.get_total_flops() + (self._text or 0.0)
         return self._found[bucket]
 
@@ -50,12 +52,12 @@ class StepFlop:
         flat = ids.reshape(-1, LONG)
         if self._text is None:
             self._text = 0.0
-            for encoder, factor in zip(self._encoders, self._factors, strict=True):
+            for part, encoder in self._networks.encoders.items():
                 with FlopCounterMode(display=False) as counter, torch.no_grad():
                     encoder(flat, output_hidden_states=True)
-                self._text += factor * counter.get_total_flops()
+                self._text += self._factors[part] * counter.get_total_flops()
         with torch.no_grad():
-            return encode(self._encoders[0], self._encoders[1], ids, ids)
+            return encode(self._networks, [ids] * len(self._factors))
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -18,15 +18,12 @@ from ambergrade.errors import BadSetting
 from ambergrade.family.files import write_tensors
 from ambergrade.identity import random_seed
 from ambergrade.train import lycoris
+from ambergrade.train.denoiser import Denoiser
 from ambergrade.train.settings import LoraSettings
 
-TARGETS = {
-    "unet": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"],
-    "te1": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-    "te2": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-}
-"""Linear layers of attention and feed-forward, by part; LyCORIS' kinds go to all linear and convolution layers."""
-PREFIXES = {"unet": "lora_unet_", "te1": "lora_te1_", "te2": "lora_te2_"}
+OF_UNET = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
+OF_TEXT = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+"""Linear layers of attention and feed-forward; LyCORIS' kinds go to all linear and convolution layers."""
 FILE = "lora.safetensors"
 """In the scratch folder of a training."""
 
@@ -34,7 +31,7 @@ FILE = "lora.safetensors"
 class Adapters:
     """Holds the adapters of a network while they are trained."""
 
-    def __init__(self, denoiser: nn.Module, lr: Mapping[str, float], seed: int, settings: LoraSettings) -> None:
+    def __init__(self, denoiser: Denoiser, lr: Mapping[str, float], seed: int, settings: LoraSettings) -> None:
         """Put adapters into the parts with a learning rate, and freeze all else.
 
         An adapter adds alpha / rank times its product, which is 0 at first, so training begins at the base. Raises
@@ -57,17 +54,17 @@ class Adapters:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(random_seed(seed, "lora"))
             for part in self.parts:
-                config = peft.LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=TARGETS[part])
+                targets = OF_UNET if part == "unet" else OF_TEXT
+                config = peft.LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets)
                 peft.inject_adapter_in_model(config, getattr(denoiser, part))
-        if "te1" in self.parts:
-            last: nn.Module = getattr(getattr(denoiser, "te1").encoder, "layers")[-1]  # noqa: B009
-            last.requires_grad_(False)  # SDXL does not read it
+        for module in denoiser.networks.unread:
+            module.requires_grad_(False)
 
     def tensors(self) -> dict[str, Tensor]:
         """Collect the trained values under kohya's names (`lora_unet_down_blocks_….lora_up.weight`), with alphas."""
         found: dict[str, Tensor] = {}
         for name, values in (lycoris.entries(self.lycoris) if self.lycoris else self._peft()).items():
-            found |= {f"{_kohya(name)}.{leaf}": value.contiguous() for leaf, value in values.items()}
+            found |= {f"{self._kohya(name)}.{leaf}": value.contiguous() for leaf, value in values.items()}
         return found
 
     def write(self, path: Path) -> None:
@@ -101,10 +98,14 @@ class Adapters:
             if any(p.requires_grad for p in layer.parameters())
         }
 
+    def _kohya(self, name: str) -> str:
+        """Name a module as kohya: `te1.encoder.layers.0.mlp.fc1` is `lora_te1_text_model_encoder_layers_0_mlp_fc1`.
 
-def _kohya(name: str) -> str:
-    """Name a module as kohya: `te1.encoder.layers.0.mlp.fc1` is `lora_te1_text_model_encoder_layers_0_mlp_fc1`."""
-    part, _, path = name.partition(".")
-    if part != "unet" and not path.startswith(("text_model.", "text_projection")):
-        path = f"text_model.{path}"
-    return PREFIXES[part] + path.replace(".", "_")
+        The only text encoder of a family is `te`.
+        """
+        part, _, path = name.partition(".")
+        if part != "unet" and not path.startswith(("text_model.", "text_projection")):
+            path = f"text_model.{path}"
+        if part != "unet" and len(self.denoiser.networks.encoders) == 1:
+            part = "te"
+        return f"lora_{part}_{path.replace('.', '_')}"

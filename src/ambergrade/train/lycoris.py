@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from ambergrade.errors import BadSetting
 from ambergrade.identity import random_seed
+from ambergrade.train.denoiser import Denoiser
 from ambergrade.train.settings import LoraSettings
 
 LAYERS = (nn.Linear, nn.Conv2d)
 
 
-def inject(denoiser: nn.Module, lr: Mapping[str, float], seed: int, settings: LoraSettings) -> dict[str, nn.Module]:
+def inject(denoiser: Denoiser, lr: Mapping[str, float], seed: int, settings: LoraSettings) -> dict[str, nn.Module]:
     """Put an adapter on every linear and convolution layer of the parts with a learning rate, and freeze all else.
 
     Returns name (`unet.down_blocks…`) to adapter; each begins at no change. Raises BadSetting where lycoris-lora is
@@ -32,14 +33,14 @@ def inject(denoiser: nn.Module, lr: Mapping[str, float], seed: int, settings: Lo
     kinds = {"locon": modules.LoConModule, "loha": modules.LohaModule, "lokr": modules.LokrModule}
     made, about = kinds[settings.kind], {"factor": settings.factor} if settings.kind == "lokr" else {}
     denoiser.requires_grad_(False)
+    unread = {layer for module in denoiser.networks.unread for layer in module.modules()}
     adapters: dict[str, nn.Module] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(random_seed(seed, "lycoris"))
         for part in [part for part in lr if lr[part] > 0]:
             model = getattr(denoiser, part)
-            last = f"encoder.layers.{len(model.encoder.layers) - 1}." if part == "te1" else None
             for name, layer in list(model.named_modules()):
-                if isinstance(layer, LAYERS) and not (last and name.startswith(last)):  # SDXL does not read te1's last
+                if isinstance(layer, LAYERS) and layer not in unread:
                     adapter = made(name.replace(".", "_"), layer, 1.0, settings.rank, settings.alpha, **about)
                     adapter.apply_to()
                     adapters[f"{part}.{name}"] = adapter

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,27 @@ from ambergrade.identity import random_seed
 
 Group = dict[str, Any]
 State = dict[str, Any]
+
+
+class Rounded(torch.optim.Optimizer):
+    """An optimizer that gives each parameter its new fp32 value by itself, and stores it by `write_back`.
+
+    Its groups' defaults hold `weight_decay`, for groups that are `decayed`, and `seed`, which keys the rounding.
+    """
+
+    def __init__(self, groups: list[Group], defaults: Mapping[str, Any]) -> None:
+        super().__init__(groups, dict(defaults))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        for group, number, parameter, gradient, state in numbered(self):
+            shrink = group["lr"] * group["weight_decay"] if group["decayed"] else 0.0
+            value = self.moved(parameter.float() * (1 - shrink), gradient, group, state)
+            write_back(parameter, value, group["seed"], number, int(state["step"]))
+
+    def moved(self, value: Tensor, gradient: Tensor, group: Group, state: State) -> Tensor:
+        """The value, already decayed, after this step; `state["step"]` counts from 1."""
+        raise NotImplementedError
 
 
 def numbered(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Group, int, Tensor, Tensor, State]]:

@@ -6,7 +6,7 @@ import functools
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,6 @@ from typing import Any, Literal
 from ambergrade import typed
 from ambergrade.errors import BadSetting, UnknownName
 
-PARTS = ("unet", "te1", "te2")
 WHERE = ("save_every", "log_every", "sample_every", "validate_every", "checkpointing", "in_backward")
 """Settings that change no result, so no identity either."""
 KINDS = {"schedule": ("schedules", "factor"), "loss": ("losses", "loss"), "optimizer": ("optimizers", "optimizer")}
@@ -50,7 +49,7 @@ class TrainSettings:
     """Most images of one forward and backward pass on one process; where a process's share of a batch is less, so many
     as the share."""
     lr: Mapping[str, float]
-    """Peak learning rates of `unet`, `te1`, `te2`; 0 freezes the part."""
+    """Peak learning rates of the family's parts, such as `unet`, `te1` and `te2`; 0 freezes the part."""
     schedule: Mapping[str, Any]
     """`name` of a file in train/schedules and its parameters."""
     loss: Mapping[str, Any]
@@ -113,8 +112,8 @@ class TrainSettings:
         if self.batch < 1 or self.images < self.batch or self.images % self.batch:
             near = max(1, round(self.images / max(1, self.batch))) * self.batch
             complaints.append(f"images {self.images} is no multiple of batch {self.batch}: the nearest is {near}")
-        if set(self.lr) != set(PARTS) or any(rate < 0 for rate in self.lr.values()) or not any(self.lr.values()):
-            complaints.append(f"lr needs {', '.join(PARTS)}, none negative and one above 0, found {dict(self.lr)}")
+        if any(rate < 0 for rate in self.lr.values()) or not any(self.lr.values()):
+            complaints.append(f"lr needs a rate above 0 and none below, found {dict(self.lr)}")
         if self.micro < 1:
             complaints.append(f"micro must be at least 1, found {self.micro}")
         negative = [n for n in ("noise_offset", "pyramid_noise", "input_noise", "clip") if getattr(self, n) < 0]
@@ -244,3 +243,9 @@ def plug(kind: str, chosen: Mapping[str, Any]) -> Callable[..., Any]:
     takes = [(p.name, p.annotation, field(default=p.default)) for p in parameters if p.kind is p.KEYWORD_ONLY]
     given = {key: value for key, value in chosen.items() if key != "name"}
     return functools.partial(function, **vars(typed.settings(make_dataclass(kind, takes), given, f"trainer.{kind}")))
+
+
+def check_parts(settings: TrainSettings, parts: Sequence[str]) -> None:
+    """Raise BadSetting unless there is a learning rate for each of a family's parts, and for nothing else."""
+    if set(settings.lr) != set(parts):
+        raise BadSetting(f"trainer.lr needs {', '.join(parts)}, found {', '.join(settings.lr)}.")

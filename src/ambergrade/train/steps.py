@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ambergrade.family.sdxl import Networks
+from ambergrade.family.networks import Networks
 from ambergrade.nouns import Caption, CaptionedPicture
 from ambergrade.train.batches import caption_tags
 from ambergrade.train.diffusion import (
@@ -44,9 +44,8 @@ class MicroBatch:
     """(B,) int64"""
     alpha_bar: Tensor
     """(B,)"""
-    ids_1: Tensor
-    """(B, 77) int64"""
-    ids_2: Tensor
+    ids: tuple[Tensor, ...]
+    """(B, 77) int64, or (B, K, 77), for each text encoder."""
     time_ids: Tensor
     """(B, 6)"""
     weights: Tensor
@@ -56,12 +55,15 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """Move the tensors; to a GPU from pinned memory, so that the next batch is drawn while this one is computed."""
-        values: dict[str, Tensor] = vars(self)
-        if device.type == "cuda":
-            values = {name: value.pin_memory() for name, value in values.items()}
-        return MicroBatch(
-            **{name: value.to(device, non_blocking=device.type == "cuda") for name, value in values.items()}
-        )
+
+        def moved(value: Tensor) -> Tensor:
+            return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+
+        values: dict[str, Any] = {
+            name: tuple(map(moved, value)) if isinstance(value, tuple) else moved(value)
+            for name, value in vars(self).items()
+        }
+        return MicroBatch(**values)
 
 
 class Step(NamedTuple):
@@ -108,7 +110,7 @@ def draw_micro_batch(
         target(networks.scheduler_config.get("prediction_type", "epsilon"), clean, noise, alpha_bar),
         timesteps,
         alpha_bar,
-        *tokenize_captions(networks, tags, settings.tokens),
+        tokenize_captions(networks, tags, settings.tokens),
         time_ids(pictures),
         torch.tensor([loss_weight(picture.caption, settings.loss_weights) for picture in pictures]),
         timesteps * len(QUARTERS) // len(alphas),
@@ -169,5 +171,5 @@ def step_in_backward(
 
 def _losses(model: nn.Module, micro: MicroBatch, loss_per_image: LossPerImage) -> Tensor:
     """Compute one loss an image, (B,)."""
-    predicted = model(micro.noisy, micro.timesteps, micro.ids_1, micro.ids_2, micro.time_ids)
+    predicted = model(micro.noisy, micro.timesteps, micro.ids, micro.time_ids)
     return loss_per_image(predicted, micro.target, micro.alpha_bar) * micro.weights

@@ -1,6 +1,6 @@
 """Encodes captions of up to 225 tokens: windows of 75, each with its begin and end, side by side in the context.
 
-One window is read exactly as SDXL's own pipeline reads it.
+One window is read exactly as the family's own pipeline reads it.
 """
 
 from __future__ import annotations
@@ -10,54 +10,54 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ambergrade.family.sdxl import Networks, encode_tokens, tokenize
+from ambergrade.family.networks import Networks
 
 WINDOW = 75
 """Tokens of text between begin and end."""
 
 
-def tokenize_captions(networks: Networks, captions: Sequence[Sequence[str]], tokens: int) -> tuple[Tensor, Tensor]:
-    """Tokenize captions given as tags, for both encoders: (B, 77) int64 for 75 tokens, else (B, tokens / 75, 77).
+def tokenize_captions(networks: Networks, captions: Sequence[Sequence[str]], tokens: int) -> tuple[Tensor, ...]:
+    """Tokenize captions given as tags, for each encoder: (B, 77) int64 for 75 tokens, else (B, tokens / 75, 77).
 
     What does not fit is left out: with one window as the pipeline cuts it, with more whole tags at the end, so that
     no half tag is learned.
     """
     if tokens == WINDOW:
-        return tokenize(networks, [", ".join(tags) for tags in captions])
-    pairs = (networks.tokenizer, networks.tokenizer_2)
-    ids_1, ids_2 = (torch.stack([_windows(tokenizer, tags, tokens) for tags in captions]) for tokenizer in pairs)
-    return ids_1, ids_2
+        return networks.tokenize([", ".join(tags) for tags in captions])
+    return tuple(torch.stack([_windows(one, tags, tokens) for tags in captions]) for one in networks.tokenizers)
 
 
-def encode(text_encoder: nn.Module, text_encoder_2: nn.Module, ids_1: Tensor, ids_2: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode (B, 77) or (B, K, 77) ids: (B, T, C1+C2) states and (B, P) pooled.
+def encode(networks: Networks, ids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Encode (B, 77) or (B, K, 77) ids of each encoder: (B, T, C) states and (B, P) pooled.
 
     With K windows T is 75 K + 2: the first window's begin, all windows' text, the last window's end. Pooled is the
     first window's. Each window is padded as its own tokenizer pads.
     """
-    if ids_1.ndim == 2:
-        return encode_tokens(text_encoder, text_encoder_2, ids_1, ids_2)
-    batch, windows, _ = ids_1.shape
-    states, pooled = encode_tokens(text_encoder, text_encoder_2, ids_1.flatten(0, 1), ids_2.flatten(0, 1))
+    if ids[0].ndim == 2:
+        return networks.encode(ids)
+    batch, windows, _ = ids[0].shape
+    states, pooled = networks.encode([one.flatten(0, 1) for one in ids])
     states = states.view(batch, windows, *states.shape[1:])
     text = states[:, :, 1:-1].flatten(1, 2)
     return torch.cat([states[:, 0, :1], text, states[:, -1, -1:]], dim=1), pooled.view(batch, windows, -1)[:, 0]
 
 
 @contextmanager
-def unread_layer_left_out(text_encoder: Any) -> Iterator[None]:
-    """Leave out, while it lasts, the first text encoder's last layer, whose states SDXL never reads.
+def unread_layer_left_out(networks: Networks) -> Iterator[None]:
+    """Leave out, while it lasts, a text encoder's last layer where nothing reads its states (SDXL's first encoder).
 
-    Its own last state is then wrong; `encode` and the stock pipeline take the one before and the second's pooled.
+    Its own last state is then wrong; `encode` and the stock pipeline take the one before.
     """
-    last = text_encoder.encoder.layers[-1]
-    last.forward = lambda hidden_states, *_, **__: hidden_states
+    last: list[Any] = list(networks.unread[:1])
+    for layer in last:
+        layer.forward = lambda hidden_states, *_, **__: hidden_states
     try:
         yield
     finally:
-        del last.forward
+        for layer in last:
+            del layer.forward
 
 
 def _windows(tokenizer: Any, tags: Sequence[str], tokens: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Fine-tunes an SDXL UNet and both text encoders: CaptionSet + Networks in, the same Networks trained.
+"""Fine-tunes a UNet and its text encoders: CaptionSet + Networks in, the same Networks trained.
 
 Everything random is keyed by (seed, purpose, number of the image in the run), so a killed run resumes to the bit,
 and process count and micro-batch change only the order of sums.
@@ -18,13 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ambergrade.errors import BadSetting, UnknownName
-from ambergrade.family.sdxl import Networks
+from ambergrade.family.networks import Networks
 from ambergrade.nouns import CaptionSet
 from ambergrade.train import lora
 from ambergrade.train.batches import Batches
 from ambergrade.train.denoiser import (
     HALF,
-    TRAINED,
     Denoiser,
     choose_precision,
     freeze,
@@ -37,13 +36,13 @@ from ambergrade.train.flops import StepFlop, peak_flops
 from ambergrade.train.in_backward import StepsInBackward
 from ambergrade.train.latents import Cached
 from ambergrade.train.run import LogRow, TrainingRun
-from ambergrade.train.settings import TrainSettings, plug
+from ambergrade.train.settings import TrainSettings, check_parts, plug
 from ambergrade.train.state import images_seen
 from ambergrade.train.steps import draw_micro_batch, optimizer_step, step_in_backward
 from ambergrade.train.tokens import unread_layer_left_out
 from ambergrade.train.validation import ValidationLoss, validation_loss
 
-__all__ = ["HALF", "TRAINED", "LogRow", "TrainingReport", "fine_tune", "unfinished_run"]
+__all__ = ["HALF", "LogRow", "TrainingReport", "fine_tune", "unfinished_run"]
 
 STATES = "state"
 """Folder of resumable states within a run's scratch folder."""
@@ -90,6 +89,7 @@ def fine_tune(
     could not learn, or `scratch` holds another run, UnknownName for a weight of a tag that no caption has.
     """
     settings.check()
+    check_parts(settings, networks.family.parts)
     check_loss_weights(settings, captions)
     accelerator = Accelerator(gradient_accumulation_steps=1, mixed_precision="no")
     accumulation = settings.accumulation(accelerator.num_processes)
@@ -127,7 +127,7 @@ def fine_tune(
     stock = settings.compile or adapters is not None
     with (
         tqdm(total=settings.images, initial=run.seen, desc="train", unit="img", disable=silent) as bar,
-        nullcontext() if stock else unread_layer_left_out(networks.text_encoder),
+        nullcontext() if stock else unread_layer_left_out(networks),
     ):
         while run.seen < settings.images:
             bucket, rows = batches(run.seen // settings.batch)

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from ambergrade.errors import BadInput
-from ambergrade.family.sdxl import Networks
+from ambergrade.family.networks import Networks
 from ambergrade.nouns import CaptionSet
 from ambergrade.train.diffusion import add_noise, alpha_bars, draw_noise, target, time_ids
 from ambergrade.train.latents import Cached
@@ -50,7 +50,7 @@ def validation_loss(
     prediction = networks.scheduler_config.get("prediction_type", "epsilon")
     timesteps = [round(quantile * len(alphas)) for quantile in quantiles]
     sums = dict.fromkeys(timesteps, 0.0)
-    modules = (networks.unet, networks.text_encoder, networks.text_encoder_2)
+    modules = list(networks.trained.values())
     training = [module.training for module in modules]
     for module in modules:
         module.eval()
@@ -62,9 +62,9 @@ def validation_loss(
                 pictures = [captions.pictures[place] for place in places]
                 clean = latents.rows(bucket, rows)
                 tags = [(*p.caption.keep, *p.caption.flexible, *p.caption.suffix) for p in pictures]
-                ids = (ids.to(device) for ids in tokenize_captions(networks, tags, tokens))
-                states, pooled = encode(networks.text_encoder, networks.text_encoder_2, *ids)
-                added = {"text_embeds": pooled, "time_ids": time_ids(pictures).to(device)}
+                ids = [ids.to(device) for ids in tokenize_captions(networks, tags, tokens)]
+                states, pooled = encode(networks, ids)
+                added = networks.added(pooled, time_ids(pictures).to(device))
                 for timestep in timesteps:
                     noise = draw_noise(clean.shape[1:], seed, places, f"validation noise {timestep}")
                     alpha_bar = alphas[timestep].expand(len(rows))

@@ -11,7 +11,7 @@ import torch
 from ambergrade.errors import BadSetting
 from ambergrade.family.files import read_tensors
 from ambergrade.identity import file_digest
-from ambergrade.train.settings import PARTS, TrainSettings
+from ambergrade.train.settings import TrainSettings
 from ambergrade.train.worker import TrainingJob, launch
 
 CLOSE = 1e-6
@@ -91,7 +91,7 @@ def verify_gradients(job: TrainingJob, processes: int, *, cpu: bool = True) -> G
     if a.keys() != b.keys():
         raise BadSetting(f"Gradients of {len(a.keys() ^ b.keys())} tensors are there in one run only.")
     difference = {}
-    for part in PARTS:
+    for part in trainer.lr:
         names = [name for name in a if name.startswith(f"{part}.")]
         if names:
             apart = torch.stack([(a[name] - b[name]).square().sum() for name in names]).sum().sqrt()

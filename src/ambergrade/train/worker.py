@@ -27,6 +27,7 @@ class TrainingJob:
 
     checkpoint: str
     """Weights to begin with: a single file or a diffusers folder."""
+    family: str
     config: str
     """The family's config folder."""
     captions: str
@@ -90,18 +91,19 @@ def run(job: TrainingJob) -> None:
     """Train as the job says; the first rank writes."""
     import torch
 
-    from ambergrade.family import sdxl
     from ambergrade.family.files import write_tensors
+    from ambergrade.family.load import family
     from ambergrade.nouns import CaptionSet
     from ambergrade.train.latent_store import LatentStore
     from ambergrade.train.settings import TrainSettings
-    from ambergrade.train.trainer import HALF, TRAINED, LogRow, fine_tune
+    from ambergrade.train.trainer import HALF, LogRow, fine_tune
 
     torch.set_num_threads(job.threads)
     first = int(os.environ.get("RANK", "0")) == 0
     settings = TrainSettings.read(job.settings)
     dtype = torch.float64 if job.gradients else torch.bfloat16 if settings.precision in HALF else torch.float32
-    networks = sdxl.load(Path(job.checkpoint), Path(job.config), dtype=dict.fromkeys(TRAINED, dtype))
+    chosen = family(job.family)
+    networks = chosen.networks.load(Path(job.checkpoint), Path(job.config), dtype=dict.fromkeys(chosen.trained, dtype))
     out = Path(job.out)
 
     def tell(row: LogRow) -> None:
@@ -128,7 +130,7 @@ def run(job: TrainingJob) -> None:
         validation=(held, store.open(held)) if held else None,
     )
     if first and not job.gradients:
-        sdxl.write_checkpoint(out / "trained.safetensors", sdxl.tensors(networks), {})
+        write_tensors(out / "trained.safetensors", networks.tensors(), {})
         ends = {"before": report.before, "after": report.after}
         losses: dict[str, Any] = {when: loss and asdict(loss) for when, loss in ends.items()}
         losses["between"] = {str(seen): asdict(loss) for seen, loss in report.between.items()}

@@ -73,7 +73,21 @@ class TagAdherence(Metric):
         file = find_file(rates) if rates else own_rates if own_rates.is_file() else None
         self._rates = read_rates(file) if file else {}
         self._rated = set(self._tagger.ratings) == set(RATINGS)
+        every = self.scores(groups=self._groups)
         self.columns: Mapping[str, bool] = {
+            name: better for name, better in every.items() if self._rated or not name.startswith("rating_")
+        }
+        self.fingerprint: Mapping[str, Any] = {
+            **self._tagger.fingerprint,
+            "groups": self._groups,
+            "exclusive": self._exclusive,
+            **({"implied": {tag: sorted(more) for tag, more in self._implied.items()}} if self._implied else {}),
+        }
+
+    @classmethod
+    def scores(cls, *, groups: Mapping[str, Sequence[str]] | None = None, **settings: Any) -> Mapping[str, bool]:
+        """See `Metric`; a tagger without the four ratings scores no `rating_…`."""
+        return {
             "tag_recall": True,
             "tag_prob": True,
             "tag_leak": False,
@@ -82,14 +96,10 @@ class TagAdherence(Metric):
             "tag_contradiction": False,
             "tag_excess": False,
             "tag_scorable": True,
-            **({"rating_hit": True, "rating_error": False, "rating_leak": False} if self._rated else {}),
-            **{f"tag_{what}_{group}": True for group in self._groups for what in ("recall", "prob")},
-        }
-        self.fingerprint: Mapping[str, Any] = {
-            **self._tagger.fingerprint,
-            "groups": self._groups,
-            "exclusive": self._exclusive,
-            **({"implied": {tag: sorted(more) for tag, more in self._implied.items()}} if self._implied else {}),
+            "rating_hit": True,
+            "rating_error": False,
+            "rating_leak": False,
+            **{f"tag_{what}_{group}": True for group in groups or {} for what in ("recall", "prob")},
         }
 
     def rows(self, pictures: Sequence[Picture], prompts: Mapping[str, Prompt]) -> Mapping[str, npt.NDArray[Any]]:

@@ -8,13 +8,12 @@ UNet instead of 1.5 MB. The state is fp32 whatever the weights are, and bf16 wei
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ambergrade.train.rounding import numbered, write_back
+from ambergrade.train.rounding import Rounded
 
 ROUNDS_STOCHASTICALLY = True
 
@@ -37,16 +36,9 @@ def optimizer(
     return Adafactor(groups, defaults)
 
 
-class Adafactor(torch.optim.Optimizer):
-    def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
-        super().__init__(groups, defaults)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        for group, number, parameter, gradient, state in numbered(self):
-            shrink = group["lr"] * group["weight_decay"] if group["decayed"] else 0.0
-            value = parameter.float() * (1 - shrink) - group["lr"] * _update(gradient, state, group)
-            write_back(parameter, value, group["seed"], number, int(state["step"]))
+class Adafactor(Rounded):
+    def moved(self, value: Tensor, gradient: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
+        return value - group["lr"] * _update(gradient, state, group)
 
 
 def _update(gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:

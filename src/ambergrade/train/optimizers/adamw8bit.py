@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
 
-from ambergrade.errors import BadSetting
+from ambergrade.train.eight_bit import eight_bit
 
 
 def optimizer(
     groups: list[dict[str, Any]], *, betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.01
 ) -> torch.optim.Optimizer:
     """Make an optimizer of the groups (`params`, `lr`, `decayed`). Raises BadSetting where bitsandbytes is missing."""
-    try:
-        library = importlib.import_module("bitsandbytes")
-    except ImportError as error:
-        raise BadSetting(
-            f"optimizer=adamw8bit needs bitsandbytes, which is not installed ({error}).\n"
-            "Install it with: pip install bitsandbytes; or take optimizer=adamw."
-        ) from error
-    groups = [{**group, "weight_decay": weight_decay if group["decayed"] else 0.0} for group in groups]
-    made: torch.optim.Optimizer = library.optim.AdamW8bit(groups, betas=tuple(betas))
-    return made
+    return eight_bit("AdamW8bit", groups, betas, weight_decay, instead="adamw")

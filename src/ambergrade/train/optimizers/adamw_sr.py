@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ambergrade.train.rounding import numbered, write_back
+from ambergrade.train.rounding import Rounded
 
 ROUNDS_STOCHASTICALLY = True
 
@@ -27,22 +27,14 @@ def optimizer(
     return AdamWSR(groups, {"betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "seed": seed})
 
 
-class AdamWSR(torch.optim.Optimizer):
-    def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
-        super().__init__(groups, defaults)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        for group, number, parameter, gradient, state in numbered(self):
-            beta_1, beta_2 = group["betas"]
-            decay = group["lr"] * group["weight_decay"] if group["decayed"] else 0.0
-            if "exp_avg" not in state:
-                state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
-                state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
-            step = int(state["step"])
-            state["exp_avg"].lerp_(gradient, 1 - beta_1)
-            state["exp_avg_sq"].mul_(beta_2).addcmul_(gradient, gradient, value=1 - beta_2)
-            root = (state["exp_avg_sq"] / (1 - beta_2**step)).sqrt_().add_(group["eps"])
-            value = parameter.float() * (1 - decay)
-            value.addcdiv_(state["exp_avg"], root, value=-group["lr"] / (1 - beta_1**step))
-            write_back(parameter, value, group["seed"], number, step)
+class AdamWSR(Rounded):
+    def moved(self, value: Tensor, gradient: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
+        beta_1, beta_2 = group["betas"]
+        if "exp_avg" not in state:
+            state["exp_avg"] = torch.zeros_like(value)
+            state["exp_avg_sq"] = torch.zeros_like(value)
+        step = int(state["step"])
+        state["exp_avg"].lerp_(gradient, 1 - beta_1)
+        state["exp_avg_sq"].mul_(beta_2).addcmul_(gradient, gradient, value=1 - beta_2)
+        root = (state["exp_avg_sq"] / (1 - beta_2**step)).sqrt_().add_(group["eps"])
+        return value.addcdiv_(state["exp_avg"], root, value=-group["lr"] / (1 - beta_1**step))

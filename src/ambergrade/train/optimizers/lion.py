@@ -6,12 +6,12 @@ it in bf16, and the weights are rounded stochastically: signs of small momenta, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ambergrade.train.rounding import numbered, write_back
+from ambergrade.train.rounding import Rounded
 
 ROUNDS_STOCHASTICALLY = True
 
@@ -27,18 +27,11 @@ def optimizer(
     return Lion(groups, {"betas": tuple(betas), "weight_decay": weight_decay, "seed": seed})
 
 
-class Lion(torch.optim.Optimizer):
-    def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
-        super().__init__(groups, defaults)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        for group, number, parameter, gradient, state in numbered(self):
-            beta_1, beta_2 = group["betas"]
-            shrink = group["lr"] * group["weight_decay"] if group["decayed"] else 0.0
-            if "exp_avg" not in state:
-                state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
-            direction = state["exp_avg"].lerp(gradient, 1 - beta_1).sign_()
-            state["exp_avg"].lerp_(gradient, 1 - beta_2)
-            value = parameter.float() * (1 - shrink) - group["lr"] * direction
-            write_back(parameter, value, group["seed"], number, int(state["step"]))
+class Lion(Rounded):
+    def moved(self, value: Tensor, gradient: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
+        beta_1, beta_2 = group["betas"]
+        if "exp_avg" not in state:
+            state["exp_avg"] = torch.zeros_like(value)
+        direction = state["exp_avg"].lerp(gradient, 1 - beta_1).sign_()
+        state["exp_avg"].lerp_(gradient, 1 - beta_2)
+        return value - group["lr"] * direction
