@@ -24,8 +24,9 @@ from ambergrade.merge.find import find_inputs
 from ambergrade.merge.formula import Formula
 from ambergrade.merge.inputs import Digests, default_cache
 from ambergrade.nouns import Checkpoint, PromptSet, SamplerSettings
+from ambergrade.pictures import SUFFIXES
 from ambergrade.release.facts import FACTS, ReleaseFacts, read_facts
-from ambergrade.score.pictures import SUFFIXES, folder_pictures, folder_prompts
+from ambergrade.score.pictures import folder_pictures, folder_prompts
 from ambergrade.search.folder import read_outcome
 from ambergrade.store import BUILTIN, Outputs, find_file, read_json
 from ambergrade.track.journal import Run

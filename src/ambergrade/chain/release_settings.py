@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ambergrade.chain.settings import (
-    Common,
-    Compute,
     DataSettings,
     FamilySettings,
+    Journaled,
     PromptFiles,
     ReleaseSettings,
     Suite,
@@ -22,8 +21,8 @@ from ambergrade.store import find_file
 from ambergrade.typed import Plugin
 
 
-@dataclass(frozen=True)
-class ReleasePipelineSettings(Common):
+@dataclass(frozen=True, kw_only=True)
+class ReleasePipelineSettings(Journaled):
     """conf/release.yaml: a release of a finished sweep, or of a model file."""
 
     family: FamilySettings
@@ -32,7 +31,6 @@ class ReleasePipelineSettings(Common):
     prompts: PromptFiles
     sampler: SamplerSettings
     suite: Suite
-    compute: Compute
     gates: Mapping[str, Plugin]
     leaderboard: tuple[str, ...]
     sheet: int
@@ -43,7 +41,6 @@ class ReleasePipelineSettings(Common):
     models: Mapping[str, str] = field(default_factory=dict)
     model: str | None = None
     inputs: Path | None = None
-    debug: bool = False
 
     def __post_init__(self) -> None:
         if (self.sweep is None) == (self.model is None):

@@ -42,7 +42,6 @@ from ambergrade.track import ui
 
 RELEASED = "released"
 """The alias of a model file that is released, in `origins` and in the formula of one that is only rounded."""
-_WHERE = ("root", "compute", "debug", "insist")
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def run(settings: ReleasePipelineSettings, invocation: Invocation) -> None:
         settings = replace(settings, **{name: getattr(swept, name) for name in same})
     title = f"{settings.release.name} {settings.release.version}"
     journal = open_journal(settings.root, settings.name, settings, invocation)
-    key = digest({name: value for name, value in vars(settings).items() if name not in _WHERE})
+    key = digest(settings.what("insist"))
     with journal.run(title, key=key, kind="chain") as parent:
         print(f"{title}, {settings.root / 'mlruns'}")
         draw_world(settings.data, settings.compute)

@@ -34,7 +34,7 @@ def rescored(folder: Path, facts: ReleaseFacts) -> tuple[list[str], str]:
         raise BadInput("None of the release's scorers can be loaded here: it names no place of theirs.")
     prompts = PromptSet.read(inside(folder, "prompts.jsonl"), evaluation.prompts.name)
     recorded = ScoreSheet.read(inside(folder, evaluation.sheets[evaluation.released]))
-    networks = family(facts.family).load(folder / facts.file, folder / "config", device="cpu")
+    networks = family(facts.family).networks.load(folder / facts.file, folder / "config", device="cpu")
     metrics = [load_metric(name, **settings, device="cpu") for name, settings in known.items()]
     drawn = stream.pictures(networks, prompts, evaluation.sampler, progress="draw again")
     sheet = score(drawn, prompts, metrics, sampler=evaluation.sampler)

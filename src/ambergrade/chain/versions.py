@@ -11,10 +11,10 @@ from ambergrade.errors import BadInput
 from ambergrade.generate.contact_sheet import contact_sheet, write_png
 from ambergrade.merge.plan import POLICIES
 from ambergrade.nouns import Measurement
+from ambergrade.pictures import read_rgb
 from ambergrade.release.facts import ReleaseFacts, Sample, read_facts
 from ambergrade.release.sums import inside, shown
 from ambergrade.score.comparison import aggregates, differences
-from ambergrade.score.reference import read_rgb
 from ambergrade.score.sheet import ScoreSheet, suspected
 from ambergrade.score.statistics import PairedDifference, interval_text
 

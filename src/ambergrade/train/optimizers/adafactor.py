@@ -38,7 +38,8 @@ def optimizer(
 
 class Adafactor(Rounded):
     def moved(self, value: Tensor, gradient: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
-        return value - group["lr"] * _update(gradient, state, group)
+        moved: Tensor = value - group["lr"] * _update(gradient, state, group)
+        return moved
 
 
 def _update(gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
