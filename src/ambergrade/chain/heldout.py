@@ -45,9 +45,11 @@ class Finalists:
     def text(self) -> str:
         """The tables as the command prints them."""
         scores = {label: aggregates(sheet) for label, sheet in self.sheets.items()}
-        table = figures.leaderboard_text(scores, self.leaderboard, winner=self.winner, chosen="the sweep's winner")
+        word = self.winner.partition(":")[0]
+        chosen = "the sweep's winner" if word == "winner" else "what is released"
+        table = figures.leaderboard_text(scores, self.leaderboard, winner=self.winner, chosen=chosen)
         lines = [f"Held-out prompts ({len(self.prompts.prompts)}):", table]
-        lines += ["", f"Winner minus {self.base}, paired:"] if self.base else []
+        lines += ["", f"{word.capitalize()} minus {self.base}, paired:"] if self.base else []
         for name in filter(self.apart.__contains__, self.leaderboard):
             found = self.apart[name]
             limits = interval_text(found.low, found.high, "+.3f")

@@ -14,7 +14,7 @@ from ambergrade.errors import BadInput
 
 _PATHS = re.compile(
     r"""
-      (?<![\w.:/*<>-])/(?=[A-Za-z0-9._~-])[^\s"'`<>|/]+(?:/[^\s"'`<>|]*)   # /home/kim, not https://…, and/or, 1/2
+      (?<![\w.:/*<>-])/(?=[A-Za-z0-9._~-])[^\s"'`<>|/]+(?:/[^\s"'`<>|]*)   # a path; not https://…, and/or, 1/2
     | (?<![\w.:/])/(?:home|root|tmp|Users|mnt|var|opt|data)\b              # /root
     | (?<![\w/])~[\w.-]*/                                                  # ~/models, ~kim/models
     | \bfile:/+
