@@ -12,12 +12,14 @@ from typing import Any
 
 __version__ = "0.1.0"
 __all__ = [
+    "compare_releases",
     "compare_sheets",
     "merge_files",
     "parse_formula",
     "score_pictures",
     "sweep",
     "verify_file",
+    "verify_release",
 ]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ambergrade.chain.verification import Finding
     from ambergrade.merge.files import Verdict
     from ambergrade.merge.formula import Formula
     from ambergrade.nouns import Picture, PromptSet
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
     from ambergrade.score.statistics import PairedDifference
     from ambergrade.search.driver import Swept
 
-__all__ = ["compare_sheets", "merge_files", "parse_formula", "score_pictures", "sweep", "verify_file"]
+__all__ = [
+    *("compare_releases", "compare_sheets", "merge_files", "parse_formula"),
+    *("score_pictures", "sweep", "verify_file", "verify_release"),
+]
 
 
 def parse_formula(text: str, models: Iterable[str]) -> Formula:
@@ -77,6 +81,37 @@ def verify_file(model: Path, models: Path) -> Verdict:
     from ambergrade.merge.files import verify
 
     return verify(model, models)
+
+
+def verify_release(folder: Path, models: Path | None = None, *, rebuild: bool = False) -> list[Finding]:
+    """Check a release; return what each level found, `wrong` empty where it holds.
+
+    models: the folder that holds the parents, under any names; None takes those that the release bundles. rebuild:
+    merge again and compare every byte. Raises BadInput for a folder that is no release.
+
+    >>> import tempfile
+    >>> verify_release(Path(tempfile.mkdtemp()))  # doctest: +IGNORE_EXCEPTION_DETAIL
+    Traceback (most recent call last):
+    ambergrade.errors.BadInput: … is no release: it has no release.json.
+    """
+    from ambergrade.chain import verification
+
+    return list(verification.verify_release(folder, verification.Asked(models=models, rebuild=rebuild)))
+
+
+def compare_releases(one: Path, other: Path, out: Path | None = None) -> str:
+    """Compare two releases; return plain text, and write the pictures that both drew from the same prompts to `out`.
+
+    Raises BadInput for a folder that is no release.
+
+    >>> import tempfile
+    >>> compare_releases(*[Path(tempfile.mkdtemp())] * 2)  # doctest: +IGNORE_EXCEPTION_DETAIL
+    Traceback (most recent call last):
+    ambergrade.errors.BadInput: … is no release: it has no release.json.
+    """
+    from ambergrade.chain import versions
+
+    return versions.compare_releases(one, other, out)
 
 
 def score_pictures(

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from ambergrade.chain.portable import is_portable
 from ambergrade.identity import file_digest
 from ambergrade.places import CHECKOUT
 from ambergrade.release.facts import Environment
@@ -21,7 +22,7 @@ def environment() -> Environment:
     return Environment(
         ambergrade=version("ambergrade"),
         python=platform.python_version(),
-        isa=torch.backends.cpu.get_cpu_capability(),
+        isa=torch.backends.cpu.get_cpu_capability() + (", portable" if is_portable() else ""),
         lock=file_digest(lock) if lock and lock.is_file() else None,
         packages=packages("ambergrade"),
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ambergrade import __version__
 from ambergrade.errors import AmbergradeError, BadInput, BadSetting, UnknownName
 from ambergrade.family.digests import listed_digests, weights_sha256
 from ambergrade.family.header import read_header
@@ -99,7 +100,7 @@ def verify_release(folder: Path, asked: Asked) -> Iterator[Finding]:
     A level after one that does not hold is still checked, but for merging and drawing again: what that would run is not
     to be trusted then. Raises BadInput where `folder` holds no release at all.
     """
-    if not (folder / FACTS).is_file():
+    if not any((folder / name).is_file() for name in (FACTS, MANIFEST)):
         raise BadInput(f"{folder} is no release: it has no {FACTS}.\nGive a release's folder, or a merged file.")
     release = _Opened(folder, asked)
     models = asked.models or (folder / PARENTS if (folder / PARENTS).is_dir() else None)
@@ -152,8 +153,8 @@ class _Opened:
 
     @property
     def weights(self) -> Path:
-        """The released file; its name comes from the facts, which allow no slash in it."""
-        return self.folder / self.facts.file
+        """The released file."""
+        return inside(self.folder, self.facts.file)
 
 
 def _sums(release: _Opened) -> str:
@@ -171,7 +172,7 @@ def _headers(release: _Opened) -> str:
     wrong = [f"{file.name}: {path} is {found}, {FACTS} says {wanted}" for path, found, wanted in _apart(found, said)]
     for name in sorted(facts.files):
         if name.endswith(".safetensors") and name != file.name:
-            read_header(release.folder / name)
+            read_header(inside(release.folder, name))
     if facts.recipe is not None:
         written = read_recipe(release.folder / "recipe.yaml").recipe
         if written is None:
@@ -207,6 +208,11 @@ def _papers(release: _Opened) -> str:
     for name in sorted(known.keys() | listed.keys() - wanted.keys() - {FACTS}):
         if known.get(name) != listed.get(name):
             wrong.append(f"{name} is not the file that {FACTS} names" if name in known else f"{name} is not in {FACTS}")
+    if wrong and facts.environment.ambergrade != __version__:
+        made = facts.environment.ambergrade
+        wrong.append(
+            f"The release was made with ambergrade {made}, and this is {__version__}: that one may write otherwise"
+        )
     if wrong:
         raise _Wrong(wrong)
     return f"{', '.join(sorted(wanted))} follow from {FACTS}"

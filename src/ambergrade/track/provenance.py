@@ -99,13 +99,17 @@ def hardware() -> dict[str, Any]:
     cards, driver = _cards()
     if cards:
         found |= {"gpu": cards, "gpu.driver": driver}
-    return found | cuda()
+    return found | kernels()
 
 
-def cuda() -> dict[str, str]:
-    """Return CUDA's version where torch is imported, as in a process that computes: the import takes seconds."""
-    found = getattr(getattr(sys.modules.get("torch"), "version", None), "cuda", None)
-    return {"cuda": str(found)} if found else {}
+def kernels() -> dict[str, str]:
+    """Return CUDA's version and the instruction set of torch's kernels, where that is imported: it takes seconds."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return {}
+    return {"cpu.isa": torch.backends.cpu.get_cpu_capability()} | (
+        {"cuda": torch.version.cuda} if torch.version.cuda else {}
+    )
 
 
 def _cpu() -> str:
