@@ -87,7 +87,8 @@ def run(settings: GammaSettings, invocation: Invocation) -> None:
         merge = LiveMerge(settings.merge, models, live)
         folder = settings.root / "mlruns" / "reports" / key[:12]
         result = run_sweep(context, _sweep_settings(settings, models), merge, scoring)
-        shown = _review(settings, result, folder / "sweep", parent.key)
+        shown = _review(settings, result, folder / "sweep")
+        keep_best(result, shown, parent.key, origins)
         point, members = _winner(result, shown)
         merge = merge.of_dtype(settings.release.dtype)
         final = _last_word(context, settings, scoring, merge, point, folder)
@@ -143,7 +144,7 @@ def _sweep_settings(settings: GammaSettings, models: dict[str, Checkpoint]) -> S
     return SweepSettings(**{**shared, "models": files}, write_winner=False)
 
 
-def _review(settings: GammaSettings, result: SweepResult, folder: Path, key: str) -> Shown:
+def _review(settings: GammaSettings, result: SweepResult, folder: Path) -> Shown:
     """The winner set, the leaderboard and the pictures of the sweep."""
     review = reviewed(
         result, title=settings.merge.formula, objective=settings.search.objective, columns=settings.leaderboard
@@ -154,9 +155,7 @@ def _review(settings: GammaSettings, result: SweepResult, folder: Path, key: str
     prompts = read_prompts(settings.prompts, "sweep").first(settings.sheet).prompts
     marked = (card[0], card[1]) if len(card) == 2 else None
     originals = find_originals(settings.prompts, "sweep", prompts)
-    shown = draw(review, folder, result.strips, prompts, settings.sampler, card=marked, originals=originals)
-    keep_best(result, shown, key)
-    return shown
+    return draw(review, folder, result.strips, prompts, settings.sampler, card=marked, originals=originals)
 
 
 def _winner(result: SweepResult, shown: Shown) -> tuple[Point, tuple[Point, ...]]:

@@ -78,7 +78,7 @@ def measured(apart: Mapping[str, PairedDifference]) -> dict[str, Measurement]:
 
 
 def _by_metric(found: Mapping[str, Mapping[str, Measurement]]) -> Numbers:
-    metrics = dict.fromkeys(metric for row in found.values() for metric in row)
+    metrics = sorted({metric for row in found.values() for metric in row})  # a sheet that was read has another order
     return {
         metric: {label: Score.of(row[metric]) for label, row in found.items() if metric in row} for metric in metrics
     }

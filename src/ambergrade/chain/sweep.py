@@ -20,6 +20,7 @@ from ambergrade.chain.review import Shown
 from ambergrade.chain.settings import SweepSettings, Values
 from ambergrade.errors import BadSetting, MissingObject
 from ambergrade.identity import digest
+from ambergrade.release.facts import Origin
 from ambergrade.score.figures import Value
 from ambergrade.score.review import Review
 from ambergrade.score.sheet import ScoreSheet
@@ -234,9 +235,11 @@ class Best:
     heat_map: Path | None = None
     key: str = ""
     """Of the run in MLflow that shows the sweep."""
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+    """Where its models come from, as far as the command that swept was told."""
 
 
-def keep_best(result: SweepResult, shown: Shown, key: str) -> None:
+def keep_best(result: SweepResult, shown: Shown, key: str, origins: Mapping[str, Origin] | None = None) -> None:
     """Write best.json into the sweep's folder: what a release of the sweep, or a vote on it, starts from.
 
     key: of the run in MLflow that shows the sweep.
@@ -246,7 +249,7 @@ def keep_best(result: SweepResult, shown: Shown, key: str) -> None:
     names = [name for name in best.merge.coefficients if name in result.points[shown.best]]
     whole = len(names) == len(result.points[shown.best])
     points = [{name: one.merge.coefficients[name] for name in names} for one in members] if whole else []
-    found = Best(shown.best, best, tuple(points), shown.pictures.get("heat map"), key)
+    found = Best(shown.best, best, tuple(points), shown.pictures.get("heat map"), key, origins or {})
     write_json(result.folder / "best.json", plain(found))
 
 
