@@ -279,8 +279,3 @@ def label_of(point: Mapping[str, float | str | bool]) -> str:
     return ", ".join(
         f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in point.items()
     )
-
-
-def coefficients(names: Sequence[str], values: Sequence[float]) -> dict[str, float]:
-    """A point from its values in the order of the names."""
-    return dict(zip(names, values, strict=True))

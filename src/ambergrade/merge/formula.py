@@ -178,9 +178,7 @@ def exact(node: Node, coefficients: Mapping[str, float]) -> Fraction:
             first, second = exact(left, coefficients), exact(right, coefficients)
             if sign == "/" and second == 0:
                 raise BadSetting(f"'{written(node)}' divides by zero with {dict(coefficients)}.")
-            return (
-                {"+": first + second, "-": first - second, "*": first * second}[sign] if sign != "/" else first / second
-            )
+            return _OPERATORS[sign](first, second)
         case Model() | Local() | Call():
             raise AssertionError(f"{written(node)} is no number")
 

@@ -38,8 +38,7 @@ def optimizer(
 
 class Adafactor(Rounded):
     def moved(self, value: Tensor, gradient: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
-        moved: Tensor = value - group["lr"] * _update(gradient, state, group)
-        return moved
+        return value.sub_(group["lr"] * _update(gradient, state, group))
 
 
 def _update(gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:

@@ -34,5 +34,4 @@ class Lion(Rounded):
             state["exp_avg"] = torch.zeros_like(value)
         direction = state["exp_avg"].lerp(gradient, 1 - beta_1).sign_()
         state["exp_avg"].lerp_(gradient, 1 - beta_2)
-        moved: Tensor = value - group["lr"] * direction
-        return moved
+        return value.sub_(group["lr"] * direction)
