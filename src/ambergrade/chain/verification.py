@@ -133,6 +133,13 @@ def verify_release(folder: Path, asked: Asked) -> Iterator[Finding]:
             yield Finding(level, "does not hold", tuple(str(error).splitlines()))
 
 
+_CONTRADICTED = (
+    *(LookupError, TypeError, ValueError, ArithmeticError),
+    *(AttributeError, RuntimeError, AssertionError, StopIteration),
+)
+"""What deriving papers raises where facts that are sound one by one do not fit each other."""
+
+
 class _Wrong(Exception):
     """A level does not hold."""
 
@@ -196,7 +203,7 @@ def _papers(release: _Opened) -> str:
     wrong = [] if write_facts(facts) == text else [f"{FACTS} is not written as a release writes it"]
     try:
         wanted = papers(facts)
-    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, AssertionError) as error:
+    except _CONTRADICTED as error:
         raise BadInput(f"{FACTS} contradicts itself: {type(error).__name__} {str(error)[:120]}.") from None
     for name, paper in sorted(wanted.items()):
         wrong += _paper_wrong(name, read_text(release.folder / name, MOST_BYTES * 4), paper)

@@ -85,6 +85,10 @@ class Evaluation:
     winner_set: tuple[Mapping[str, float], ...] = ()
     """Points of the sweep that are not significantly different from the best; empty where there was no sweep."""
 
+    def __post_init__(self) -> None:
+        if not self.sheets:
+            raise BadSetting("An evaluation names the score sheet that its numbers follow from.")
+
     @property
     def released(self) -> str:
         """Return what tables call the released model."""
