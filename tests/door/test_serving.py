@@ -62,7 +62,7 @@ def test_only_the_address_with_its_token_answers(place: tuple[str, int, str]) ->
     assert len(path) > 24
     assert ask(place, "GET", path) == (200, b"<p>page")
     assert ask(place, "GET", "/")[0] == 404
-    assert ask(place, "GET", path[:-2] + "x/")[0] == 404
+    assert ask(place, "GET", path[:-2] + ("x/" if path[-2] != "x" else "y/"))[0] == 404
     assert ask(place, "GET", f"{path}../../etc/passwd")[0] == 404
     assert ask(place, "GET", path, Host="evil.example")[0] == 404  # DNS rebinding
     assert ask(place, "POST", "/result", b"x")[0] == 404
