@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from ambergrade.errors import BadSetting, UnknownName
-from ambergrade.train.settings import TrainSettings, plug
+from ambergrade.train.settings import TrainSettings, check_parts, plug
 
 CONF = Path(__file__).parents[2] / "conf"
 GOOD = {
@@ -76,11 +76,17 @@ def test_settings_that_change_no_result_are_in_no_identity():
 
 def test_all_faults_are_told_at_once():
     with pytest.raises(BadSetting) as caught:
-        TrainSettings.read({**GOOD, "images": 65, "lr": {"unet": 1e-4}, "caption_dropout": 1.5})
+        TrainSettings.read({**GOOD, "images": 65, "lr": {"unet": 0.0}, "caption_dropout": 1.5})
     message = str(caught.value)
     assert "the nearest is 64" in message
     assert "lr needs a rate above 0" in message
     assert "caption_dropout" in message
+
+
+def test_each_part_of_a_family_has_a_learning_rate():
+    check_parts(TrainSettings.read(GOOD), ("unet", "te1", "te2"))
+    with pytest.raises(BadSetting, match=r"trainer\.lr needs unet, te1, found unet, te1, te2"):
+        check_parts(TrainSettings.read(GOOD), ("unet", "te1"))
 
 
 def test_misspelt_names_are_told_with_the_nearest():
