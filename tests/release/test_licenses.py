@@ -92,3 +92,12 @@ def test_gamma_rev1_bears_the_licence_that_the_real_one_bears() -> None:
     rows = yaml.safe_load((CONF / "origins" / "kohaku.yaml").read_text())
     parents = {alias: row["license"] for alias, row in rows.items()} | {"base7": rows["beta7"]["license"]}
     assert derive(parents).name == "faipl-1.0-sd"  # https://huggingface.co/KBlueLeaf/Kohaku-XL-gamma/blob/main/LICENSE
+
+
+def test_the_chain_takes_the_origins_of_its_models_and_a_release_assumes_none() -> None:
+    from ambergrade.door.compose import compose
+
+    assert compose("gamma", ["models=kohaku"])["origins"]["anxl3"]["license"] == "faipl-1.0-sd"
+    assert compose("gamma", [])["origins"]["anxl3"]["license"] == "apache-2.0"
+    given = ["release.name=a", "release.version=1", "model=builtin://beta7.safetensors"]
+    assert compose("release", given)["origins"] == {}

@@ -86,6 +86,7 @@ def run(settings: GammaSettings, invocation: Invocation) -> None:
         folder = settings.root / "mlruns" / "reports" / key[:12]
         result = run_sweep(context, _sweep_settings(settings, models), merge, scoring)
         shown = _review(settings, result, folder / "sweep")
+        keep_best(result, shown, origins)
         point, members = _winner(result, shown)
         merge = merge.of_dtype(settings.release.dtype)
         final = _last_word(context, settings, scoring, merge, point, folder)
@@ -169,9 +170,7 @@ def _review(settings: GammaSettings, result: SweepResult, folder: Path) -> Shown
     prompts = read_prompts(settings.prompts, "sweep").first(settings.sheet).prompts
     marked = (card[0], card[1]) if len(card) == 2 else None
     originals = find_originals(settings.prompts, "sweep", prompts)
-    shown = draw(review, folder, result.strips, prompts, settings.sampler, card=marked, originals=originals)
-    keep_best(result, shown)
-    return shown
+    return draw(review, folder, result.strips, prompts, settings.sampler, card=marked, originals=originals)
 
 
 def _winner(result: SweepResult, shown: Shown) -> tuple[Point, tuple[Point, ...]]:

@@ -75,7 +75,8 @@ def run(settings: ReleasePipelineSettings, invocation: Invocation) -> None:
         best = read_best(settings.sweep)
         swept = best.settings
         same = ("family", "data", "prompts", "sampler", "suite", "leaderboard", "sheet")
-        settings = replace(settings, **{name: getattr(swept, name) for name in same})
+        origins = {**best.origins, **settings.origins}
+        settings = replace(settings, origins=origins, **{name: getattr(swept, name) for name in same})
     title = f"{settings.release.name} {settings.release.version}"
     journal = open_journal(settings.root, settings.name, settings, invocation)
     key = digest({name: value for name, value in vars(settings).items() if name not in _WHERE})

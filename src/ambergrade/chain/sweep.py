@@ -20,6 +20,7 @@ from ambergrade.chain.review import Shown
 from ambergrade.chain.settings import SweepSettings, Values
 from ambergrade.errors import BadSetting, MissingObject
 from ambergrade.identity import digest
+from ambergrade.release.facts import Origin
 from ambergrade.score.figures import Value
 from ambergrade.score.review import Review
 from ambergrade.score.sheet import ScoreSheet
@@ -232,16 +233,18 @@ class Best:
     members: tuple[Mapping[str, float], ...]
     """Coefficients of the points that are not significantly different from it; empty where more than they was swept."""
     heat_map: Path | None = None
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+    """Where its models come from, as far as the command that swept was told."""
 
 
-def keep_best(result: SweepResult, shown: Shown) -> None:
+def keep_best(result: SweepResult, shown: Shown, origins: Mapping[str, Origin] | None = None) -> None:
     """Write best.json into the sweep's folder: what a release of the sweep starts from."""
     members = [result.settings[label] for label in shown.review.found.members]
     best = result.settings[shown.best]
     names = [name for name in best.merge.coefficients if name in result.points[shown.best]]
     whole = len(names) == len(result.points[shown.best])
     points = [{name: one.merge.coefficients[name] for name in names} for one in members] if whole else []
-    found = Best(shown.best, best, tuple(points), shown.pictures.get("heat map"))
+    found = Best(shown.best, best, tuple(points), shown.pictures.get("heat map"), origins or {})
     write_json(result.folder / "best.json", plain(found))
 
 
