@@ -146,6 +146,16 @@ def test_whatever_is_added_is_named(release: Path, name: str, sums_redone: bool)
     assert any(name.partition("\n")[0] in line for line in found.wrong), found.wrong
 
 
+def test_what_a_hostile_manifest_names_cannot_reach_the_terminal(release: Path) -> None:
+    manifest = read_manifest(release)
+    odd = {"\x1b[2Jgone.txt": Listed("ab" * 32, 1), "x" * 5000: Listed("ab" * 32, 1)}
+    (release / MANIFEST).write_text(replace(manifest, files={**manifest.files, **odd}).text, "utf-8")
+    found = first_wrong(release)
+    assert found is not None
+    assert any("\\x1b[2Jgone.txt is missing" in line for line in found.wrong)
+    assert all(line.isprintable() and len(line) < 700 for line in found.wrong)
+
+
 def test_a_file_that_became_a_link_is_named(release: Path, tmp_path: Path) -> None:
     (release / "contact_sheet.png").rename(tmp_path / "elsewhere.png")
     (release / "contact_sheet.png").symlink_to(tmp_path / "elsewhere.png")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from ambergrade.release.sums import MANIFEST, MOST_BYTES, check_sums, inside, re
 
 MOST_TENSORS = 20
 """Lines that tell of tensors."""
+MOST_LETTERS = 600
+"""Of a line that tells what does not hold."""
 PARENTS = "parents"
 """The folder of a release that holds what it was merged from, where it is bundled."""
 
@@ -102,9 +104,8 @@ def verify_release(folder: Path, asked: Asked) -> Iterator[Finding]:
     """
     if not any((folder / name).is_file() for name in (FACTS, MANIFEST)):
         raise BadInput(f"{folder} is no release: it has no {FACTS}.\nGive a release's folder, or a merged file.")
-    release = _Opened(folder, asked)
     models = asked.models or (folder / PARENTS if (folder / PARENTS).is_dir() else None)
-    release = replace(release, models=models)
+    release = _Opened(folder, asked, models)
     checks: Mapping[str, Callable[[_Opened], str] | None] = {
         "sums": _sums,
         "headers": _headers,
@@ -127,10 +128,10 @@ def verify_release(folder: Path, asked: Asked) -> Iterator[Finding]:
             yield Finding(level, check(release))
         except _Wrong as wrong:
             holds = False
-            yield Finding(level, "does not hold", wrong.lines)
+            yield Finding(level, "does not hold", tuple(map(_printable, wrong.lines)))
         except AmbergradeError as error:
             holds = False
-            yield Finding(level, "does not hold", tuple(str(error).splitlines()))
+            yield Finding(level, "does not hold", tuple(map(_printable, str(error).splitlines())))
 
 
 _CONTRADICTED = (
@@ -152,7 +153,7 @@ class _Wrong(Exception):
 class _Opened:
     folder: Path
     asked: Asked
-    models: Path | None = None
+    models: Path | None
 
     @property
     def facts(self) -> ReleaseFacts:
@@ -254,6 +255,12 @@ def _apart(found: Any, wanted: Any, path: str = "") -> Iterator[tuple[str, str, 
             yield from _apart(one, other, f"{path}[{number}]")
     elif found != wanted or isinstance(found, bool) != isinstance(wanted, bool):
         yield path, _short(found), _short(wanted)
+
+
+def _printable(line: str) -> str:
+    """Escape what a hostile name could do to a terminal, and cut what is endless."""
+    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line[:MOST_LETTERS])
+    return text if len(line) <= MOST_LETTERS else text + " …"
 
 
 def _short(value: Any) -> str:
