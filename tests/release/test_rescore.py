@@ -33,7 +33,7 @@ def drawn(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     shutil.copytree(BUILTIN / "sdxl_tiny", folder / "config")
     prompts = PromptSet("heldout", tuple(Prompt(str(k), f"1girl, {k} hats", k) for k in range(10)))
     prompts.write(folder / "prompts.jsonl")
-    networks = family("sdxl_tiny").load(folder / facts.file, folder / "config")
+    networks = family("sdxl_tiny").networks.load(folder / facts.file, folder / "config")
     pictures = stream.pictures(networks, prompts, SAMPLER, progress=None)
     file = folder / facts.evaluation.sheets["gamma"]
     score(pictures, prompts, [load_metric("mosaic")], sampler=SAMPLER).write(file)
