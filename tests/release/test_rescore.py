@@ -62,6 +62,20 @@ def test_a_number_that_the_model_does_not_draw_is_named(drawn: tuple[Path, Relea
     assert "outside of" in line
 
 
+def test_too_few_prompts_for_intervals_are_compared_to_the_last_bit(drawn: tuple[Path, ReleaseFacts]) -> None:
+    folder, facts = drawn
+    said = facts.evaluation.scores["mosaic"]["gamma"]
+    bare = {"mosaic": {"gamma": replace(said, low=None, high=None)}}
+    told = rescored(folder, replace(facts, evaluation=replace(facts.evaluation, scores=bare)))
+    assert told == ([], "10 of 10 pictures score the same to the last bit; not scored again: fid")
+    prompts = (folder / "prompts.jsonl").read_bytes()
+    rows = PromptSet.read(folder / "prompts.jsonl").prompts
+    PromptSet("heldout", (*rows[:-1], replace(rows[-1], seed=99))).write(folder / "prompts.jsonl")
+    with pytest.raises(BadInput, match="cannot be compared"):
+        rescored(folder, replace(facts, evaluation=replace(facts.evaluation, scores=bare)))
+    (folder / "prompts.jsonl").write_bytes(prompts)
+
+
 def test_what_no_machine_should_draw_is_refused(drawn: tuple[Path, ReleaseFacts]) -> None:
     folder, facts = drawn
     for sampler in (replace(SAMPLER, steps=10**9), replace(SAMPLER, width=1 << 20), replace(SAMPLER, batch=0)):

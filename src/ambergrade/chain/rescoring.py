@@ -47,10 +47,15 @@ def rescored(folder: Path, facts: ReleaseFacts) -> tuple[list[str], str]:
         compared += 1
         if not said.low <= found.value <= said.high:
             outside.append(f"{name} is {found.value:.4f} here, outside of [{said.low:.4f}, {said.high:.4f}]")
-    if not compared:
-        raise BadInput("No number of the release has an interval that could be compared: it has too few prompts.")
+    equal = _equal_rows(sheet, recorded)
+    if not compared and equal < sheet.n:
+        raise BadInput(
+            "No number of the release has an interval, since it has too few prompts, and only "
+            f"{equal:,} of {sheet.n:,} pictures score the same here."
+        )
     left = sorted(evaluation.scorers.keys() - known.keys())
-    told = f"{compared} numbers lie within their intervals; {_equal_rows(sheet, recorded)}"
+    told = f"{compared} numbers lie within their intervals; " if compared else ""
+    told += f"{equal:,} of {sheet.n:,} pictures score the same to the last bit"
     return outside, told + (f"; not scored again: {', '.join(left)}" if left else "")
 
 
@@ -65,10 +70,10 @@ def _refuse_endless(sampler: SamplerSettings) -> None:
         )
 
 
-def _equal_rows(sheet: ScoreSheet, recorded: ScoreSheet) -> str:
-    """Say how many pictures have the same scores to the last bit, as they do on a processor of the same kind."""
+def _equal_rows(sheet: ScoreSheet, recorded: ScoreSheet) -> int:
+    """Count the pictures that score the same to the last bit, as they do on a processor of the same kind."""
     equal = np.ones(sheet.n, bool)
     for name, values in sheet.columns.items():
         if name in recorded.columns:
             equal &= (values == recorded.columns[name]) | (np.isnan(values) & np.isnan(recorded.columns[name]))
-    return f"{np.count_nonzero(equal):,} of {sheet.n:,} pictures score the same to the last bit"
+    return int(np.count_nonzero(equal))
