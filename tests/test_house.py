@@ -113,3 +113,10 @@ def test_an_experiment_composes_but_for_what_the_user_must_name(experiment: str)
         compose(root, [f"experiment={experiment}"])
     except BadSetting as error:
         assert str(error).startswith("No value for: ")  # noqa: PT017
+
+
+def test_no_source_file_is_long_and_a_pipeline_is_a_call() -> None:
+    lengths = {path: len(path.read_text().splitlines()) for path in committed() if path.suffix == ".py"}
+    rooms, pipelines = HOUSE / "src", HOUSE / "pipelines"
+    assert {path.name: n for path, n in lengths.items() if path.is_relative_to(rooms) and n > 450} == {}
+    assert {path.name: n for path, n in lengths.items() if path.is_relative_to(pipelines) and n > 30} == {}

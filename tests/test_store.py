@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ambergrade.door.outputs import refuse_overwrite
 from ambergrade.errors import BadInput, BadSetting, MissingObject, UnknownName
 from ambergrade.identity import file_digest
 from ambergrade.store import (
@@ -22,7 +23,6 @@ from ambergrade.store import (
     copy_file,
     find_file,
     link_or_copy,
-    refuse_overwrite,
     write_json,
     written_aside,
 )

@@ -129,11 +129,11 @@ def run_recipe(
     models: the folder for inputs that the recipe names by digest. Raises AmbergradeError for what cannot be merged,
     for an output that may not be replaced, and where a release's recipe does not give the release's bytes.
     """
+    from ambergrade.door.outputs import refuse_overwrite
     from ambergrade.identity import file_digest
     from ambergrade.merge.engine import merge
     from ambergrade.merge.header import read_header
     from ambergrade.merge.inputs import Digests, default_cache
-    from ambergrade.store import refuse_overwrite
 
     target = out or written.out or (Path(written.result["name"]) if written.result else None)
     job = written.job(models)
@@ -182,7 +182,7 @@ def _verify(given: argparse.Namespace) -> int:
 
 def _compare(given: argparse.Namespace) -> int:
     from ambergrade.chain.versions import compare_releases
-    from ambergrade.store import refuse_overwrite
+    from ambergrade.door.outputs import refuse_overwrite
 
     if given.out is not None:
         refuse_overwrite(given.out, [".png"])
