@@ -3,8 +3,7 @@
 Examples:
     python pipelines/train.py experiment=base7_tiny                       beta7 to base7 in the embedded world
     python pipelines/train.py experiment=base7_tiny verify=resume         prove that a kill costs nothing
-    python pipelines/train.py experiment=base7_tiny verify=gradients processes=2
-    python pipelines/train.py experiment=base7_tiny verify=latents        are the stored latents whole, and right
+    python pipelines/train.py experiment=base7_tiny verify=latents        or gradients: are they whole, and right
     python pipelines/train.py experiment=base7 plan=true gpu=a100 processes=2    what the card's run takes
     python pipelines/train.py experiment=base7 data.database=… data.pictures=…   run it
 """
