@@ -224,6 +224,8 @@ def test_the_card_s_tables_hold_no_html_of_others(folder: Path) -> None:
     sample = replace(facts.samples[0], text="<script>|`x`\n# head")
     text = papers(replace(facts, samples=(sample,)))["README.md"].partition("## Samples")[2].partition("## Use")[0]
     assert "<script>" not in text
+    terms = {name: replace(one, url="javascript:alert(1)") for name, one in facts.licenses.items()}
+    assert "javascript" not in papers(replace(facts, licenses=terms))["README.md"].partition("## Licence")[2]
     assert "| &lt;script&gt;\\|`x` # head" in text
 
 

@@ -118,6 +118,13 @@ def test_places_that_cannot_be_are_told(release: Path, tmp_path: Path) -> None:
         plan(release, "nonsense://bucket")
     with pytest.raises(BadSetting, match="hf://OWNER/NAME"):
         plan(release, "hf://just-a-name")
+    for nothing in ("", " ", "/"):
+        with pytest.raises(BadSetting, match="names no place"):
+            plan(release, nothing)
+    with pytest.raises(BadSetting, match="in the release itself"):
+        plan(release, str(release / "again"))
+    with pytest.raises(NotReached, match="cannot be read"):  # fsspec raises IndexError
+        plan(release, "data:,x")
     (tmp_path / "out" / "README.md").mkdir(parents=True)
     with pytest.raises(BadInput, match="where a file should go"):
         plan(release, str(tmp_path / "out"))
@@ -167,6 +174,27 @@ def test_a_repository_is_seen_only_where_that_was_said(release: Path, hub: Any) 
     assert hub.private == {"kay/g": False}
     with pytest.raises(BadSetting, match="--public"):
         plan(release, "hf://kay/g", endpoint=hub.address)
+
+
+def test_a_private_repository_that_is_whole_is_opened_later(
+    release: Path, hub: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["publish", str(release), "hf://kay/g", "--endpoint", hub.address, "--really"]
+    assert command.main(line) == 0
+    assert hub.private == {"kay/g": True}
+    capsys.readouterr()
+    assert command.main([*line, "--public"]) == 0
+    assert hub.private == {"kay/g": False}
+    assert "can see it now" in capsys.readouterr().out
+    assert len(hub.commits) == 1
+
+
+def test_no_password_of_an_address_is_printed(release: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for scheme in ("http", "ftp"):  # nobody listens at port 9
+        assert command.main(["publish", str(release), f"{scheme}://kay:hunter2long@127.0.0.1:9/x", "--really"]) == 1
+        told = capsys.readouterr()
+        assert "127.0.0.1" in told.err
+        assert "hunter2long" not in told.out + told.err
 
 
 def test_without_a_token_the_hub_says_no_and_the_command_tells_it(

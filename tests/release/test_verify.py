@@ -23,7 +23,7 @@ from ambergrade.chain.versions import compare_releases
 from ambergrade.door import command
 from ambergrade.errors import BadSetting, UnknownName
 from ambergrade.identity import file_digest
-from ambergrade.release.facts import Draft, read_facts
+from ambergrade.release.facts import Draft, Scorer, read_facts
 from ambergrade.release.papers import papers
 from ambergrade.release.sums import MANIFEST, SUMS, Listed, read_manifest, sums_text, walk
 
@@ -261,6 +261,7 @@ def test_exit_codes_are_those_of_the_first_level_that_does_not_hold(
 def test_mistakes_are_told_in_a_few_lines(sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for line, told in [
         ([str(tmp_path)], "is no release"),
+        ([str(tmp_path / "nowhere")], "Nothing at"),
         ([str(sound), "--skip", "sum"], "Did you mean 'sums'"),
         ([str(sound), "--key", "x"], "Give both"),
         ([str(sound / "gamma-rev1.safetensors")], "--models DIR"),
@@ -363,3 +364,16 @@ def test_releases_of_other_prompts_are_not_paired(
     told = capsys.readouterr().out
     assert "Not paired" in told
     assert "prompts: equal ids, but other text" in told
+
+
+def test_a_rescore_of_what_no_library_loads_is_told_and_not_raised(
+    sound: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = read_facts(sound)
+    scorers = {"clip_score": Scorer("x", settings={"model": 5, "device": "cuda"})}
+    forged = replace(facts, evaluation=replace(facts.evaluation, scorers=scorers))
+    monkeypatch.setattr("ambergrade.chain.verification.read_facts", lambda folder: forged)
+    asked = Asked(rescore=True, skip=("headers", "papers", "scores"))
+    *_, found = verify_release(sound, asked)
+    assert found.level.name == "rescore"
+    assert "cannot be loaded" in found.wrong[0]

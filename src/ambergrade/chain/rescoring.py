@@ -35,7 +35,7 @@ def rescored(folder: Path, facts: ReleaseFacts) -> tuple[list[str], str]:
     prompts = PromptSet.read(inside(folder, "prompts.jsonl"), evaluation.prompts.name)
     recorded = ScoreSheet.read(inside(folder, evaluation.sheets[evaluation.released]))
     networks = family(facts.family).networks.load(folder / facts.file, folder / "config", device="cpu")
-    metrics = [load_metric(name, **settings, device="cpu") for name, settings in known.items()]
+    metrics = [load_metric(name, **{**settings, "device": "cpu"}) for name, settings in known.items()]
     drawn = stream.pictures(networks, prompts, evaluation.sampler, progress="draw again")
     sheet = score(drawn, prompts, metrics, sampler=evaluation.sampler)
     refuse_unlike(sheet, recorded)

@@ -332,7 +332,13 @@ def _rebuild(release: _Opened) -> str:
 def _rescore(release: _Opened) -> str:
     from ambergrade.chain.rescoring import rescored  # torch
 
-    outside, told = rescored(release.folder, release.facts)
+    try:
+        outside, told = rescored(release.folder, release.facts)
+    except (*_CONTRADICTED, OSError) as error:  # scorers, configs and tokenizers are loaded by libraries
+        raise BadInput(
+            f"What the release says of its scorers, or a file in config/, cannot be loaded: {type(error).__name__} "
+            f"{str(error)[:160]}"
+        ) from None
     if outside:
         raise _Wrong(outside)
     return told

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ambergrade.errors import AmbergradeError, BadSetting
+from ambergrade.errors import AmbergradeError, BadSetting, MissingObject
 
 if TYPE_CHECKING:
     from ambergrade.merge.files import RecipeFile
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except OSError as error:  # no right to read, too long a name, a full disk
-        print(f"{str(error.filename or '')[:200]}: {error.strerror}", file=sys.stderr)
+        print(f"{str(error.filename)[:200]}: {error.strerror}" if error.filename else error, file=sys.stderr)
         return 1
 
 
@@ -163,6 +163,8 @@ def run_recipe(
 def _verify(given: argparse.Namespace) -> int:
     from ambergrade.chain.verification import Asked, verify_release
 
+    if not given.subject.exists():
+        raise MissingObject(f"Nothing at {given.subject}.\nGive a release's folder, or a merged file.")
     if not given.subject.is_dir():
         if given.models is None:
             raise BadSetting(f"{given.subject} is merged again from its inputs.\nName their folder: --models DIR")

@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from ambergrade.errors import AmbergradeError
 from ambergrade.track.secrets import Secrets
 
 
@@ -26,11 +27,15 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     from ambergrade.release.publish import plan
 
-    found = plan(given.release, given.target, public=given.public, endpoint=given.endpoint)
-    print(Secrets().text(found.text))
-    if not given.really:
-        print("Nothing was sent: this is the plan. Send with --really.")
-        return 0
-    found.run(replace=given.replace)
-    print("Sent." if found.sent else "All of it is there already.")
+    try:
+        found = plan(given.release, given.target, public=given.public, endpoint=given.endpoint)
+        print(Secrets().text(found.text))
+        if not given.really:
+            print("Nothing was sent: this is the plan. Send with --really.")
+            return 0
+        found.run(replace=given.replace)
+    except AmbergradeError as error:  # an address may hold a password
+        raise AmbergradeError(Secrets().text(str(error))) from None
+    told = "All of it was there already; everybody can see it now." if found.place.closed else ""
+    print("Sent." if found.sent else told or "All of it is there already.")
     return 0

@@ -15,6 +15,8 @@ UNKNOWN_ORIGIN = (
     "Nobody recorded how these weights were made. Their digests say which file this is, and the scores what it draws."
 )
 
+_ADDRESS = re.compile(r"https?://[^\s<>()|\\]+")
+
 
 def card(facts: ReleaseFacts) -> str:
     """Write the model card."""
@@ -123,6 +125,15 @@ def cell(text: str) -> str:
     return escape(" ".join(text.split()), quote=False).replace("|", "\\|")
 
 
+def link(words: str, address: str) -> str:
+    """Return a markdown link; the words alone where the address is none of the web, or would end the link early.
+
+    >>> link("a", "https://x.org/b"), link("a", "javascript:b"), link("a", "https://x.org/) <b>")
+    ('[a](https://x.org/b)', 'a', 'a')
+    """
+    return f"[{cell(words)}]({address})" if _ADDRESS.fullmatch(address) else cell(words)
+
+
 def _formula(recipe: Recipe) -> str:
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", recipe.formula)), default=0))
     rows = [[cell(alias), _source(parent), *_digests(parent)] for alias, parent in sorted(recipe.models.items())]
@@ -135,8 +146,8 @@ def _formula(recipe: Recipe) -> str:
 
 def _source(parent: Parent) -> str:
     origin = parent.origin
-    where = f"[{cell(origin.hub)}](https://huggingface.co/{origin.hub})" if origin.hub else ""
-    if not where and origin.url and origin.url.startswith(("https://", "http://")):
+    where = link(origin.hub, f"https://huggingface.co/{origin.hub}") if origin.hub else ""
+    if not where and origin.url and _ADDRESS.fullmatch(origin.url):
         where = f"<{origin.url}>"
     told = [where, cell(f"by {origin.author}") if origin.author else "", cell(origin.note or "")]
     return ", ".join(filter(None, told)) or "–"
@@ -265,8 +276,7 @@ def _limits(evaluation: Evaluation) -> str:
 
 def _license(facts: ReleaseFacts) -> str:
     found = facts.licenses[facts.license]
-    title = f"[{cell(found.title)}]({found.url})" if found.url else cell(found.title)
-    told = [f"{title}: {cell(facts.license_why)}."]
+    told = [f"{link(found.title, found.url)}: {cell(facts.license_why)}."]
     if found.commercial is not None:
         told.append("Commercial use is allowed within its terms." if found.commercial else "**No commercial use.**")
     if found.share_alike:

@@ -55,6 +55,11 @@ class Place(Protocol):
         """What it is, in a few words."""
         ...
 
+    @property
+    def closed(self) -> bool:
+        """Whether it is still to be opened to everybody, though all files may be there."""
+        ...
+
     def differs(self, files: Sequence[File]) -> Mapping[str, bool | None]:
         """Name to whether other bytes are there; None where there is no such file."""
         ...
@@ -99,7 +104,7 @@ class Plan:
                 f"Other files are there under the names of this release: {', '.join(self.replaced[:5])}.\n"
                 "Name another place, or replace them: --replace"
             )
-        if self.sent:
+        if self.sent or self.place.closed:
             self.place.send(self.sent)
 
 
@@ -117,7 +122,7 @@ def plan(folder: Path, target: str, *, public: bool = False, endpoint: str | Non
     listed = {name: one.sha256 for name, one in read_manifest(folder).files.items()}
     listed |= {name: file_digest(folder / name) for name in LAST}
     files = tuple(File(name, folder / name, (folder / name).stat().st_size, listed[name]) for name in _in_order(listed))
-    place = _Hub.at(target, public, endpoint) if target.startswith(HUB) else _FileSystem.at(target)
+    place = _Hub.at(target, public, endpoint) if target.startswith(HUB) else _FileSystem.at(target, folder)
     return Plan(place, files, place.differs(files))
 
 
@@ -127,17 +132,27 @@ def _in_order(names: Mapping[str, str]) -> list[str]:
 
 @dataclass(frozen=True)
 class _FileSystem:
-    """A folder, or whatever fsspec makes look like one."""
+    """A folder, or whatever fsspec makes look like one.
+
+    What its file systems raise has no class in common: a missing login of S3 is no OSError.
+    """
 
     fs: fsspec.AbstractFileSystem
     root: str
+    closed = False
 
     @classmethod
-    def at(cls, target: str) -> _FileSystem:
+    def at(cls, target: str, folder: Path) -> _FileSystem:
         try:
             fs, root = fsspec.url_to_fs(target)
         except (ImportError, ValueError) as error:  # a protocol that nobody knows, or whose package is not installed
             raise BadSetting(f"{target.partition('://')[0]}:// cannot be written: {error}") from error
+        except Exception as error:
+            raise NotReached(f"{target} does not answer: {_short(error)}") from error
+        if not target.strip() or not root.rstrip("/"):
+            raise BadSetting(f"'{target}' names no place for a release.\nGive a folder, an address or hf://OWNER/NAME.")
+        if isinstance(fs, LocalFileSystem) and folder.resolve() in Path(root).resolve().parents:
+            raise BadSetting(f"{target} lies in the release itself.\nName a place outside of it.")
         return cls(fs, root.rstrip("/"))
 
     @property
@@ -159,7 +174,9 @@ class _FileSystem:
                 return _sha256(opened) != file.sha256
         except FileNotFoundError:
             return None
-        except OSError as error:
+        except AmbergradeError:
+            raise
+        except Exception as error:
             raise NotReached(f"{place} cannot be read: {_short(error)}") from error
 
     def send(self, files: Sequence[File]) -> None:
@@ -171,7 +188,7 @@ class _FileSystem:
                     copy_file(file.path, Path(place))  # aside, and renamed: half a file never bears the name
                 else:
                     self.fs.put_file(str(file.path), place)
-            except OSError as error:
+            except Exception as error:
                 raise NotReached(
                     f"{place} cannot be written: {_short(error)}\nThe same command again goes on from here."
                 ) from error
@@ -185,6 +202,7 @@ class _Hub:
     name: str
     public: bool
     exists: bool
+    closed: bool = False
 
     @classmethod
     def at(cls, target: str, public: bool, endpoint: str | None) -> _Hub:
@@ -200,7 +218,7 @@ class _Hub:
             raise NotReached(f"The hub does not tell of {name}: {_short(error)}") from error
         if not private and not public:
             raise BadSetting(f"{name} is there and public.\nName a private one, or say that it may be seen: --public")
-        return cls(api, name, public, True)
+        return cls(api, name, public, True, closed=public and bool(private))
 
     @property
     def told(self) -> str:
@@ -222,7 +240,8 @@ class _Hub:
         try:
             if not self.exists:
                 self.api.create_repo(self.name, private=True, exist_ok=True)
-            self.api.create_commit(self.name, operations, commit_message=f"Release, {len(files)} files")
+            if operations:
+                self.api.create_commit(self.name, operations, commit_message=f"Release, {len(files)} files")
             if self.public:  # only now, when it is whole
                 self.api.update_repo_settings(self.name, private=False)
         except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:  # ValueError: the card's head
