@@ -84,3 +84,11 @@ def test_what_no_machine_should_draw_is_refused(drawn: tuple[Path, ReleaseFacts]
     unknown = {"fid": Scorer(digest("fid"), settings=None)}
     with pytest.raises(BadInput, match="None of the release's scorers"):
         rescored(folder, replace(facts, evaluation=replace(facts.evaluation, scorers=unknown)))
+    for place in (
+        str(folder / "config"),
+        "../scorer",
+        "~/scorer",
+    ):  # a path of this machine is not a stranger's to name
+        foreign = {"mosaic": Scorer(digest("mosaic"), settings={"model": place})}
+        with pytest.raises(BadInput, match="None of the release's scorers"):
+            rescored(folder, replace(facts, evaluation=replace(facts.evaluation, scorers=foreign)))

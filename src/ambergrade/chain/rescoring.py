@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from ambergrade.score.comparison import aggregates
 from ambergrade.score.scoring import load_metric, score
 from ambergrade.score.sheet import ScoreSheet, refuse_unlike
 
-MOST_STEPS, MOST_SIDE = 1000, 4096
+MOST_STEPS, MOST_SIDE, MOST_PICTURES = 1000, 4096, 20_000
 """What a release may ask this machine to draw."""
 
 
@@ -29,10 +30,16 @@ def rescored(folder: Path, facts: ReleaseFacts) -> tuple[list[str], str]:
     """
     evaluation = facts.evaluation
     _refuse_endless(evaluation.sampler)
-    known = {name: scorer.settings for name, scorer in evaluation.scorers.items() if scorer.settings is not None}
+    known = {
+        name: scorer.settings
+        for name, scorer in evaluation.scorers.items()
+        if scorer.settings is not None and not _names_a_place(scorer.settings)
+    }
     if not known:
         raise BadInput("None of the release's scorers can be loaded here: it names no place of theirs.")
     prompts = PromptSet.read(inside(folder, "prompts.jsonl"), evaluation.prompts.name)
+    if len(prompts.prompts) > MOST_PICTURES:
+        raise BadInput(f"The release asks for {len(prompts.prompts):,} pictures: more than {MOST_PICTURES:,}.")
     recorded = ScoreSheet.read(inside(folder, evaluation.sheets[evaluation.released]))
     networks = family(facts.family).networks.load(folder / facts.file, folder / "config", device="cpu")
     metrics = [load_metric(name, **{**settings, "device": "cpu"}) for name, settings in known.items()]
@@ -57,6 +64,12 @@ def rescored(folder: Path, facts: ReleaseFacts) -> tuple[list[str], str]:
     told = f"{compared} numbers lie within their intervals; " if compared else ""
     told += f"{equal:,} of {sheet.n:,} pictures score the same to the last bit"
     return outside, told + (f"; not scored again: {', '.join(left)}" if left else "")
+
+
+def _names_a_place(settings: Mapping[str, object]) -> bool:
+    """Say whether a setting is a path on this machine: what a stranger's release names there is not opened."""
+    texts = [value for value in settings.values() if isinstance(value, str)]
+    return any(Path(text).exists() or text.startswith(("/", "~", ".")) or "\\" in text for text in texts)
 
 
 def _refuse_endless(sampler: SamplerSettings) -> None:
