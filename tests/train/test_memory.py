@@ -67,7 +67,7 @@ def test_one_gradient_at_a_time_is_there(networks):
     optimizer.register_step_post_hook(lambda *_: there.append(sum(p.grad is not None for p in denoiser.parameters())))
     steps = StepsInBackward(optimizer)
     ids = torch.zeros(1, 77, dtype=torch.int64)
-    denoiser(torch.ones(1, 4, 8, 8), torch.tensor([5]), ids, ids, torch.ones(1, 6)).square().sum().backward()
+    denoiser(torch.ones(1, 4, 8, 8), torch.tensor([5]), [ids, ids], torch.ones(1, 6)).square().sum().backward()
     steps.remove()
     assert len(there) > 100
     assert set(there) == {1}
