@@ -102,6 +102,8 @@ class ControlResponse(Metric):
                 column = f"seen_{what}"
                 gap = _apart(sheet.columns[column], rows) - _apart(baseline.columns[column], other)
                 means = prompt_means(gap, bases)
+                if (known := ~np.isnan(means)).any():  # a picture that cannot be measured leaves its prompt out
+                    means = means[known]
                 weights = resampling_weights(len(means), seed=seed)
                 found[f"response_{axis}_{what}"] = bootstrap_difference(
                     float(means.mean()), weights @ means / len(means), len(means), cls.columns[column]
