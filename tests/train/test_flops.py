@@ -104,7 +104,7 @@ def test_the_plan_s_activations_are_what_the_full_size_unet_keeps(monkeypatch):
         weights = {p.untyped_storage()._cdata for p in unet.parameters()}
         added = {"text_embeds": torch.empty(1, 1280, **half), "time_ids": torch.empty(1, 6)}
         for checkpointing, planned in ACTIVATIONS_GB.items():
-            networks = SimpleNamespace(unet=unet, text_encoder=encoder, text_encoder_2=encoder)
+            networks = SimpleNamespace(unet=unet, encoders={"te1": encoder, "te2": encoder})
             asked = SimpleNamespace(checkpointing=checkpointing, compile=False, channels_last=False)
             save_memory(networks, asked)
             kept = {}
