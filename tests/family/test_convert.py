@@ -32,7 +32,7 @@ def networks(tiny_config: Path) -> sdxl.Networks:
 
 @pytest.fixture(scope="module")
 def weights(networks: sdxl.Networks) -> dict[str, torch.Tensor]:
-    """Of two precisions, so that the conversion cannot rely on one."""
+    """Make weights of two precisions, so that the conversion cannot rely on one."""
     found = {key: value.clone() for key, value in networks.tensors().items()}
     return {key: value.half() if key.startswith("first_stage_model.") else value for key, value in found.items()}
 

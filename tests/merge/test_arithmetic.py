@@ -16,7 +16,7 @@ Combine = Callable[[Weights, list[Tensor], Tensor, Tensor | None], bool]
 
 
 def nearest(exact: Fraction) -> float:
-    """Of the fp16 numbers around a float64 guess, the nearest to the fraction, and of two the even one."""
+    """Give the fp16 number nearest to the fraction among those around a float64 guess; of two the even one."""
     guess = np.float16(float(exact))
     near = [guess, np.nextafter(guess, np.float16(np.inf)), np.nextafter(guess, np.float16(-np.inf))]
     finite = [number for number in near if np.isfinite(number)]

@@ -28,7 +28,7 @@ def manifest(root: Path) -> bytes:
 
 
 def cpu_seconds() -> float:
-    """Of all commands so far: a busy machine does not stretch them as it does the clock."""
+    """Give the CPU seconds of all commands so far: a busy machine does not stretch them as it does the clock."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

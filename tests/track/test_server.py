@@ -31,7 +31,7 @@ SHA = {name: f"{number:064x}" for number, name in enumerate(["beta7", "base7", "
 
 
 def binary(name: str) -> str | None:
-    """Of PostgreSQL: Debian keeps it out of the PATH."""
+    """Find a program of PostgreSQL: Debian keeps it out of the PATH."""
     found = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))
     return str(found[-1]) if found else shutil.which(name)
 

@@ -38,7 +38,7 @@ class Selection:
     count: int | None = None
     """At most so many, drawn without replacement by a hash of their id."""
     seed: int = 0
-    """Of `split` and `count`."""
+    """Keys the draws of `split` and `count`."""
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
@@ -59,6 +59,6 @@ class Limits:
     grid: float = 0.4
     """Grey levels of `grid_strength`; sound 128 px drawings stay below 0.3, larger ones far below."""
     detail: float = 0.06
-    """Of `detail_share`; sound drawings lie above 0.1, anything enlarged 1.5 times smoothly below."""
+    """Bounds `detail_share` from below; sound drawings lie above 0.1, anything enlarged 1.5 times smoothly below."""
     alike: float = 3.0
     """Mean difference of two 16 x 16 thumbnails, grey levels, up to which they look the same."""

@@ -93,10 +93,9 @@ def dataset(context: Context, data: DataSettings, captions: CaptionRecipe, famil
 
     # of each side: a count draws other posts from each than from both together
     pictures = digest([files.fingerprint(booru.pictures(rows[split])) for split in SPLITS])
-    settings: dict[str, object] = {"captions": captions, "selection": data.selection, "buckets": buckets}
-    if unwanted:
-        settings["leave_out"] = digest(sorted(unwanted))
-    task = DATASET.task(settings, {"database": booru.fingerprint, "pictures": pictures})
+    made_of = {"captions": captions, "selection": data.selection, "buckets": buckets}
+    left_out = {"leave_out": digest(sorted(unwanted))} if unwanted else {}
+    task = DATASET.task({**made_of, **left_out}, {"database": booru.fingerprint, "pictures": pictures})
     return context.run(task, "captions and buckets", work, journal=journal)
 
 

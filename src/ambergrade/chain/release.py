@@ -43,7 +43,7 @@ class Candidate:
 
     checkpoint: Checkpoint
     identity: str
-    """Of whatever made the file: a record's identity, or a digest."""
+    """Identifies what made the file: a record's identity, or a digest."""
     recipe: Recipe | None = None
     """None where nobody knows how it was made."""
     title: str = ""
@@ -59,7 +59,7 @@ class Candidate:
     files: Mapping[str, Path] = field(default_factory=dict)
     """Alias of each parent to its file, where it is at hand."""
     license: str | None = None
-    """Of the file itself, where nothing is known of parents."""
+    """Names the file's own licence, where nothing is known of parents."""
     sha256: str | None = None
     as_it_is: bool = False
     """The file keeps its header: it was made elsewhere, and is known by its digest."""

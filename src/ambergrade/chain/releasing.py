@@ -58,7 +58,7 @@ class Subject:
     members: tuple[Point, ...] = ()
     heat_map: Path | None = None
     origins: Mapping[str, Origin] = field(default_factory=dict)
-    """Of what it is merged from."""
+    """Says where each model that it is merged from comes from."""
     found: Candidate | None = None
     """The candidate, where it is a file that is there already; else the merge is written."""
 

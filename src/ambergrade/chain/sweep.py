@@ -229,12 +229,12 @@ class Best:
 
     label: str
     settings: SweepSettings
-    """Of the best point."""
+    """Holds the sweep's settings at the best point."""
     members: tuple[Mapping[str, float], ...]
     """Coefficients of the points that are not significantly different from it; empty where more than they was swept."""
     heat_map: Path | None = None
     key: str = ""
-    """Of the run in MLflow that shows the sweep."""
+    """Finds the run in MLflow that shows the sweep."""
     origins: Mapping[str, Origin] = field(default_factory=dict)
     """Where its models come from, as far as the command that swept was told."""
 

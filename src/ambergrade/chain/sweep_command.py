@@ -234,10 +234,11 @@ def _explain(ledger: Ledger, task: Task) -> None:
 def _seconds_a_picture(ledger: Ledger, task: Task) -> float:
     """Median over what was drawn by this sampler and scored by this suite; 0 where there is none."""
     assert isinstance(task.settings, Mapping)
+    sampler, scorers = task.settings["sampler"], task.inputs["scorers"]
     like = [
         row["seconds"] / max(value["n"] for value in row["values"]["aggregates"].values())
         for row in ledger.records(task.stage.kind)
-        if row["settings"]["sampler"] == task.settings["sampler"] and row["inputs"]["scorers"] == task.inputs["scorers"]
+        if (row["settings"].get("sampler"), row["inputs"].get("scorers")) == (sampler, scorers)
     ]
     return float(np.median(like)) if like else 0.0
 

@@ -28,7 +28,7 @@ from ambergrade.release.sums import MANIFEST, MOST_BYTES, check_sums, inside, re
 MOST_TENSORS = 20
 """Lines that tell of tensors."""
 MOST_LETTERS = 600
-"""Of a line that tells what does not hold."""
+"""A line that tells what does not hold is cut after so many letters."""
 PARENTS = "parents"
 """The folder of a release that holds what it was merged from, where it is bundled."""
 

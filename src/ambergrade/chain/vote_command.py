@@ -57,7 +57,7 @@ class VoteOptions:
     """A yaml of conf/sampler; none: the release's own."""
     device: str = "cpu"
     seed: int = 0
-    """Of the sides and the order."""
+    """Shuffles the sides and the order."""
 
     def __post_init__(self) -> None:
         for name, least in (("pairs", 1), ("count", 1), ("points", 2)):

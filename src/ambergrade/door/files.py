@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ambergrade.merge.files import RecipeFile
 
 MOST_LINES = 20
-"""Of what a level finds wrong."""
+"""A level prints at most so many lines of what it finds wrong."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

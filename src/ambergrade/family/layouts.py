@@ -34,7 +34,7 @@ class Source:
     """`1x1 conv` adds two axes of length 1, `matrix` drops them; `stacked` joins three along the first axis, `third`
     takes one of three equal parts of it."""
     part: int = 0
-    """Of `third`: 0 query, 1 key, 2 value."""
+    """Chooses the part of `third`: 0 query, 1 key, 2 value."""
 
     def shape(self, shapes: Mapping[str, Shape]) -> Shape:
         """The tensor's shape, given those of the checkpoint. Raises BadInput where the form cannot be taken."""

@@ -26,7 +26,7 @@ from ambergrade.family.dtypes import DTYPES
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 Value: TypeAlias = Any
-"""Of LLVM: what an instruction makes."""
+"""Stands for what an LLVM instruction makes."""
 LANES = 16
 _ONE, _DIGITS, _SIGN = 1023, 52, 1 << 63
 """The layout of float64: the exponent's bits of 1.0, the stored digits, and the sign."""

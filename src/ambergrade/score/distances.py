@@ -16,9 +16,9 @@ from ambergrade.identity import random_seed
 Floats = npt.NDArray[np.float64]
 Grouped = tuple[float, Floats]
 DIRECTIONS = 1000
-"""Of MIND's slices."""
+"""MIND slices features along so many directions."""
 CMMD_SIGMA = 10.0
-"""Of CMMD's kernel (Jayasumana et al. 2024), for embeddings of length one."""
+"""CMMD's kernel has this width (Jayasumana et al. 2024), for embeddings of length one."""
 
 
 def frechet_distance(mean: Floats, covariance: Floats, mean_2: Floats, covariance_2: Floats) -> Floats:

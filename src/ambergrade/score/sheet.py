@@ -24,7 +24,7 @@ from ambergrade.store import written_aside
 _HEADER = b"ambergrade.score_sheet"
 _REFERENCE = "reference."
 MOST_BYTES = 2 << 30
-"""Of a sheet's columns; 50,000 pictures with 2048 features each have 0.4 GB."""
+"""A sheet's columns take at most so much; 50,000 pictures with 2048 features each have 0.4 GB."""
 MOST_ROWS = 1_000_000
 _DAMAGED = (
     *(pa.ArrowException, OSError, LookupError, TypeError, ValueError),

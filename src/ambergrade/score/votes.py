@@ -52,7 +52,7 @@ class Preference:
 
     @property
     def p(self) -> float:
-        """Of the exact two-sided sign test: how likely a coin gives decided prompts as uneven as these."""
+        """Give the p of the exact two-sided sign test: how likely a coin gives decided prompts as uneven as these."""
         decided = self.wins + self.losses
         return float(stats.binomtest(self.wins, decided).pvalue) if decided else math.nan
 

@@ -13,7 +13,7 @@ from ambergrade.errors import BadSetting, UnknownName
 from ambergrade.train.settings import TrainSettings
 
 PARAMETERS = {"unet": 2_567_463_684, "te1": 123_060_480, "te2": 694_659_840, "vae": 83_653_863}
-"""Of SDXL."""
+"""SDXL's networks have so many parameters."""
 LARGEST = 49_408 * 1280
 """Weights of the largest tensor."""
 FORWARD_TFLOP = {75: 6.761, 150: 6.844, 225: 6.926}

@@ -36,7 +36,7 @@ class TrainingJob:
     vae: str
     """Digest of the weights that made the latents."""
     settings: Mapping[str, object]
-    """Of TrainSettings."""
+    """The values of TrainSettings, as JSON carries them to a worker process."""
     out: str
     """Folder of the states, of `trained.safetensors` and `report.json` at the end, whose `lora` names the adapters'
     file there or is null; for `gradients` of `gradients.safetensors` alone."""
