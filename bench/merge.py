@@ -57,7 +57,7 @@ print(0, (pathlib.Path(folder) / "mecha.safetensors").stat().st_size, 0)
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one process, or of plain I/O in this one."""
+    """Holds what one process took, or plain I/O in this one."""
 
     wall: float
     cpu: float

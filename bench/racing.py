@@ -49,7 +49,7 @@ OBJECTIVE = "tag_prob"
 CHUNK = 48
 """Prompts of a point that are drawn and kept at once."""
 STEP = 0.1
-"""Of the planted grid: a direction's weights have the spread of the model's own."""
+"""Sets the size of the planted grid: a direction's weights have the spread of the model's own."""
 FORMULAS = {
     "planted": "beta7 + a * (n1 - beta7) + b * (n2 - beta7)",
     "demo": "beta7 + a * (anxl3 - anxl2) + b * (base7 - beta7)",

@@ -89,7 +89,7 @@ def test_ties_against_numpy(density: float) -> None:
 
 
 def rounded_difference() -> Tensor:
-    """Of two models in bf16: half of it is a few hundred values that come again and again."""
+    """Two models in bf16 share values: half of it is a few hundred values that come again and again."""
     base = random(64, 50, seed=1).bfloat16()
     return (base.float() * (1 + 0.01 * random(64, 50, seed=2))).bfloat16().float() - base.float()
 

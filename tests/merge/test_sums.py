@@ -94,7 +94,7 @@ def operands(count: int, n: int, kind: str, random: np.random.Generator) -> list
 
 
 def bits_of(x: Array, dtype: str) -> Array:
-    """Of fp32 values, those of a dtype that is cut from them, or fp16's own."""
+    """Make fp32 values, those of a dtype that is cut from them, or fp16's own."""
     if dtype == "F16":
         return x.astype(np.float16).view(np.uint16)
     whole = x.astype(np.float32).view(np.uint32)

@@ -263,6 +263,7 @@ def test_mistakes_are_told_in_a_few_lines(sound: Path, tmp_path: Path, capsys: p
         ([str(tmp_path)], "is no release"),
         ([str(tmp_path / "nowhere")], "Nothing at"),
         ([str(sound), "--skip", "sum"], "Did you mean 'sums'"),
+        ([str(sound), *(word for name in EXIT for word in ("--skip", name))], "nothing would be checked"),
         ([str(sound), "--key", "x"], "Give both"),
         ([str(sound / "gamma-rev1.safetensors")], "--models DIR"),
     ]:
@@ -280,7 +281,7 @@ def test_parents_that_were_saved_anew_are_equal_by_their_weights(release: Path, 
     for number, path in enumerate(sorted((release / "parents").iterdir())):
         save_file(load_file(path), models / f"{number}.safetensors", metadata={"saved": "anew"})
     found = {one.level.name: one for one in verify_release(release, Asked(models=models, rebuild=True))}
-    assert "saved anew, of equal weights: anxl2, anxl3, base7, beta7" in found["inputs"].told or found["inputs"].told
+    assert "equal weights" in found["inputs"].told
     assert not found["inputs"].wrong
     assert not found["rebuild"].wrong, found["rebuild"].wrong
 

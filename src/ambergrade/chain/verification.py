@@ -116,6 +116,8 @@ def verify_release(folder: Path, asked: Asked) -> Iterator[Finding]:
         "rebuild": _rebuild if asked.rebuild else None,
         "rescore": _rescore if asked.rescore else None,
     }
+    if not any(check and name not in asked.skip for name, check in checks.items()):
+        raise BadSetting("Every level is skipped: nothing would be checked.\nLeave one level in.")
     holds = True
     for level in LEVELS:
         check = checks[level.name]
